@@ -1,0 +1,21 @@
+"""Normalizing flows that generate images and understand them."""
+
+from flowback.checkpoint import load
+from flowback.config import AlignmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from flowback.errors import InputError
+from flowback.flow import Flow, FlowOutput
+
+__all__ = [
+    "AlignmentConfig",
+    "DataConfig",
+    "Flow",
+    "FlowOutput",
+    "InputError",
+    "ModelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "__version__",
+    "load",
+]
+
+__version__ = "0.1.0"

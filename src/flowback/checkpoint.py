@@ -1,0 +1,167 @@
+"""Checkpoints: one folder with the config, the weights people use, and apart from them the training state.
+
+    config.json          format, model, data, alignment and training settings
+    model.safetensors    the flow's weights; from training, their moving average
+    training.pt          raw weights, optimiser and position; only needed to go on training
+
+A folder appears whole or not at all: it is written under a temporary name, flushed to disk and renamed.
+A run keeps its checkpoints in ``checkpoints/step-NNNNNNNN``, and every function here that takes a path
+takes the run's folder too, and then uses the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowback.config import RunConfig, from_dict, to_dict
+from flowback.errors import InputError
+from flowback.flow import Flow
+from flowback.record import write_json
+
+__all__ = ["FORMAT", "load", "load_config", "load_training_state", "resolve", "save", "step_folders"]
+
+FORMAT = 1
+"""Version of the folder's layout; a newer one is refused."""
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint folder that ``path`` means: itself, or the newest of a run.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        return path
+    folders = step_folders(path)
+    if folders:
+        return folders[-1]
+    if not path.exists():
+        raise InputError(f"No checkpoint at {path}: the folder does not exist.")
+    raise InputError(f"No checkpoint at {path}: give a folder with config.json and model.safetensors, or a run.")
+
+
+def save(folder: Path, config: RunConfig, weights: dict[str, Tensor], training: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint folder atomically; an existing one is replaced.
+
+    Args:
+        folder: where it is to stand.
+        config: the complete settings.
+        weights: the flow's state dict.
+        training: state that only further training needs: tensors and plain values.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
+        if training is not None:
+            torch.save(training, temporary / "training.pt")
+        write_json(temporary / "config.json", {"format": FORMAT, **to_dict(config)})
+        for written in (*temporary.iterdir(), temporary):
+            _flush(written)
+        _swap(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush(folder.parent)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put the complete folder ``new`` in the place of ``folder``."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = new.with_name(new.name + ".old")
+    folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The settings stored in a checkpoint.
+
+    Raises:
+        InputError: no checkpoint, damaged, or written by a newer flowback.
+    """
+    file = resolve(path) / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing; the checkpoint is incomplete, take another copy.") from None
+    except ValueError:
+        raise InputError(f"{file} is damaged: it is not JSON; take another copy of the checkpoint.") from None
+    found = values.pop("format", None) if isinstance(values, dict) else None
+    if not isinstance(found, int):
+        raise InputError(f"{file} has no format number: this is not a flowback checkpoint.")
+    if found > FORMAT:
+        raise InputError(f"{file} has format {found}, this flowback reads up to {FORMAT}; update flowback.")
+    try:
+        return from_dict(RunConfig, values)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Flow:
+    """The flow of a checkpoint or a run, in eval mode, with the averaged weights.
+
+    Args:
+        path: a checkpoint folder, or a run's folder (its newest checkpoint).
+        device: where the weights go.
+
+    Raises:
+        InputError: no checkpoint, damaged, or written by a newer flowback.
+    """
+    config = load_config(path)
+    file = resolve(path) / "model.safetensors"
+    try:
+        weights = load_file(file, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged ({error}); take another copy of the checkpoint.") from None
+    flow = Flow(config.model).to(device)
+    try:
+        flow.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{file} does not fit its config.json: {reason}") from None
+    return flow.eval()
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """The training state of a checkpoint folder, read without unpickling code.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    file = folder / "training.pt"
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing: this checkpoint can be used, but not trained on.") from None
+    except Exception as error:
+        raise InputError(f"{file} is damaged ({type(error).__name__}); remove its folder to go on.") from None

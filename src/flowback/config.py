@@ -1,0 +1,327 @@
+"""Every setting of a run: small frozen dataclasses, checked when made, stored as JSON in the checkpoint.
+
+Blocks and layers are counted from 1, as in the paper: block 1 is next to the data, block T next to the
+noise. Unknown keys are errors, so that a misspelled option never passes for a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from flowback.errors import InputError, nearest
+
+__all__ = [
+    "AlignmentConfig",
+    "DataConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "from_dict",
+    "to_dict",
+]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The flow (TARFlow, arXiv 2412.06329)."""
+
+    image_size: int = 64
+    """Height and width of the images, in pixels."""
+    channels: int = 3
+    """Colour channels of the images."""
+    patch_size: int = 4
+    """Side of the square patch that becomes one token."""
+    width: int = 1024
+    """Width of the Transformers."""
+    blocks: int = 8
+    """Autoregressive blocks T."""
+    layers: int = 8
+    """Transformer layers in each block."""
+    head_dim: int = 64
+    """Width of one attention head."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLP, in units of the width (SwiGLU takes 2/3 of it: same parameter count)."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """MLP of the Transformer layers."""
+    position: Literal["learned", "rope"] = "learned"
+    """Position code: a learned table, or rotary embedding of the token's row and column."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys."""
+    num_classes: int | None = None
+    """Number of classes; 0 is unconditional; None takes the number from the data."""
+    noise: Literal["gaussian", "uniform"] = "gaussian"
+    """Noise added to the images in training: Gaussian, or uniform dequantisation of 8-bit values."""
+    noise_std: float = 0.05
+    """Standard deviation of the Gaussian noise, on the [-1, 1] scale."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim", "mlp_ratio"):
+            _require(getattr(self, name) > 0, f"--model.{name.replace('_', '-')} must be at least 1.")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"--model.image-size {self.image_size} is not divisible by --model.patch-size {self.patch_size}; "
+            "choose a patch size that divides it.",
+        )
+        _require(
+            self.width % self.head_dim == 0,
+            f"--model.width {self.width} is not divisible by --model.head-dim {self.head_dim}; "
+            "choose a head size that divides it.",
+        )
+        _require(
+            self.position == "learned" or self.head_dim % 4 == 0,
+            f"--model.head-dim {self.head_dim} must be a multiple of 4 for --model.position rope.",
+        )
+        _require(self.num_classes is None or self.num_classes >= 0, "--model.num-classes must not be negative.")
+        _require(self.noise_std >= 0, "--model.noise-std must not be negative.")
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens N."""
+        return self.grid**2
+
+    @property
+    def token_dim(self) -> int:
+        """Dimensions D of one token."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of one image, N * D."""
+        return self.tokens * self.token_dim
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images."""
+
+    name: Literal["digits", "folder", "mnist", "cifar10", "cifar100", "fake"] = "digits"
+    """Data set: scikit-learn's digits, a folder of images, or one of torchvision's."""
+    path: Path | None = None
+    """The folder of images (one sub-folder a class; none: unconditional), or where torchvision's files lie.
+    A path given with the name left at `digits` means `folder`."""
+    download: bool = False
+    """Download torchvision's set if its files are not at `path`."""
+    flip: bool = False
+    """Mirror half of the training images (never those of evaluation)."""
+    bad_images: Literal["refuse", "skip"] = "refuse"
+    """What to do with files that cannot be read: stop with their names, or leave them out and say so."""
+    holdout: float = 0.1
+    """Share of a folder's images kept for evaluation, where it has no `train` and `test` (or `val`) of its own."""
+    workers: int = 0
+    """Processes that decode images; 0 decodes in the training process."""
+
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.holdout < 1, "--data.holdout must be in [0, 1); 0 evaluates on the training images.")
+        _require(self.workers >= 0, "--data.workers must not be negative.")
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Alignment of the flow's features with those of a frozen encoder (arXiv 2511.22345)."""
+
+    strategy: Literal["none", "forward", "detach", "reverse", "reverse-literal"] = "none"
+    """Graph that carries the gradient; `reverse` is the generative pass."""
+    order: int | Literal["exact"] = 0
+    """Terms kept of the reverse gradient's series beyond the identity (strategy `reverse`)."""
+    tolerance: float = 1e-4
+    """`exact` stops where the next term is below this share of the gradient."""
+    weight: float = 0.1
+    """Weight of the alignment loss."""
+    locations: tuple[tuple[int, int], ...] = ((7, 6), (8, 6))
+    """(block, layer) pairs whose features are aligned, counted from 1."""
+    encoder: str = "efficientnet_lite0"
+    """Frozen encoder: `efficientnet_lite0`, or `timm:NAME`."""
+    weights: Path | None = None
+    """Local file of the encoder's weights, in place of a download."""
+    grid: int | None = None
+    """Encoder patches along one side; None is the flow's own token grid."""
+    hidden: int = 1024
+    """Hidden width of the projector."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, f"--alignment.weight {self.weight} must not be negative; 0 switches it off.")
+        _require(
+            self.order == "exact" or self.order >= 0,
+            f"--alignment.order {self.order} must be 0, 1, 2, ... or exact.",
+        )
+        _require(self.tolerance > 0, "--alignment.tolerance must be above 0.")
+        _require(self.hidden > 0, "--alignment.hidden must be at least 1.")
+        _require(self.grid is None or self.grid > 0, "--alignment.grid must be at least 1.")
+        _require(
+            len(set(self.locations)) == len(self.locations),
+            f"--alignment.locations names a location twice: {self.locations}; give each once.",
+        )
+        _require(
+            self.strategy == "none" or len(self.locations) > 0,
+            "--alignment.locations is empty; give at least one BLOCK LAYER pair, or --alignment.strategy none.",
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether an alignment loss is added at all."""
+        return self.strategy != "none" and self.weight > 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, and how often to look."""
+
+    steps: int = 400_000
+    """Optimiser steps."""
+    batch_size: int = 256
+    """Images in a step, over all processes and accumulation steps."""
+    micro_batch: int | None = None
+    """Images a process holds at once; smaller than its share of the batch accumulates gradients."""
+    lr: float = 1e-4
+    """Learning rate at its highest."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 5000
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's momenta."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights that people use."""
+    label_drop: float = 0.1
+    """Share of labels replaced by the unconditional embedding."""
+    grad_clip: float | None = None
+    """Largest gradient norm; None does not clip."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast dtype of the Transformer bodies; shift, log-scale and log-det are fp32 in both."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl."""
+    eval_every: int = 2000
+    """Steps between evaluations on the test images."""
+    save_every: int = 2000
+    """Steps between checkpoints."""
+    sample_every: int = 0
+    """Steps between pictures of samples; 0 for none."""
+    eval_images: int = 1024
+    """Test images of an evaluation."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (extra `flowback-nf[tensorboard]`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "eval_images", "keep_last"):
+            _require(getattr(self, name) > 0, f"--train.{name.replace('_', '-')} must be at least 1.")
+        _require(self.sample_every >= 0, "--train.sample-every must not be negative; 0 draws none.")
+        _require(self.micro_batch is None or self.micro_batch > 0, "--train.micro-batch must be at least 1.")
+        _require(self.lr > 0 and self.min_lr >= 0, "--train.lr must be above 0 and --train.min-lr not negative.")
+        _require(self.warmup_steps >= 0, "--train.warmup-steps must not be negative.")
+        _require(0 <= self.ema_decay < 1, "--train.ema-decay must be in [0, 1).")
+        _require(0 <= self.label_drop <= 1, "--train.label-drop must be in [0, 1].")
+        _require(self.grad_clip is None or self.grad_clip > 0, "--train.grad-clip must be above 0.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that makes a run; `config.json` of a checkpoint."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.path is not None and self.data.name == "digits":
+            object.__setattr__(self, "data", dataclasses.replace(self.data, name="folder"))
+        if not self.alignment.active:
+            return
+        for block, layer in self.alignment.locations:
+            _require(
+                1 <= block <= self.model.blocks and 1 <= layer <= self.model.layers,
+                f"--alignment.locations: ({block}, {layer}) is outside the model; "
+                f"blocks go from 1 to {self.model.blocks}, layers from 1 to {self.model.layers}.",
+            )
+
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> Any:
+    """Plain lists, dicts, strings and numbers of a config, ready for JSON."""
+    if is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple):
+        return [to_dict(item) for item in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_dict(kind: type[T], values: dict[str, Any], default: T | None = None, where: str = "") -> T:
+    """The config of class ``kind`` with ``values``, and ``default`` for what they leave out.
+
+    Raises:
+        InputError: an unknown key, or a value that does not fit its field.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where or kind.__name__} must be a mapping of options, not {json.dumps(values)}.")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise InputError(f"Unknown option {where}{key}; {nearest(key, hints)}")
+    made = {}
+    for name, hint in hints.items():
+        if name not in values:
+            if default is not None:
+                made[name] = getattr(default, name)
+        elif is_dataclass(hint):
+            base = getattr(default, name) if default is not None else None
+            made[name] = from_dict(typing.cast(type, hint), values[name], base, f"{where}{name}.")
+        else:
+            made[name] = _convert(values[name], hint, f"{where}{name}")
+    return kind(**made)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as JSON or YAML gave it, as the type that the field's annotation names."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(value, option, where)
+            except InputError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(item, arguments[0], where) for item in value)
+        if len(arguments) == len(value):
+            return tuple(_convert(item, option, where) for item, option in zip(value, arguments, strict=True))
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    names = " or ".join(map(str, arguments)) if origin is Literal else str(getattr(hint, "__name__", hint))
+    raise InputError(f"Option {where} is {json.dumps(value, default=str)}, which is not {names}.")

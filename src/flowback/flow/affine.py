@@ -1,0 +1,45 @@
+"""The affine transform of one token: the only place with these formulas (TARFlow, arXiv 2412.06329, Eq. 4).
+
+Forward (data to noise)   z = (x - shift) * exp(-log_scale)
+Inverse (noise to data)   x = shift + exp(log_scale) * z
+Log-determinant           log|det dz/dx| = -sum of log_scale
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["forward", "inverse", "inverse_vjp", "log_det"]
+
+
+def forward(
+    x: Float[Tensor, "*s"], shift: Float[Tensor, "*s"], log_scale: Float[Tensor, "*s"]
+) -> Float[Tensor, "*s"]:
+    """z of x."""
+    return (x - shift) * (-log_scale).exp()
+
+
+def inverse(
+    z: Float[Tensor, "*s"], shift: Float[Tensor, "*s"], log_scale: Float[Tensor, "*s"]
+) -> Float[Tensor, "*s"]:
+    """x of z."""
+    return shift + log_scale.exp() * z
+
+
+def log_det(log_scale: Float[Tensor, "b n d"]) -> Float[Tensor, " b"]:
+    """log|det dz/dx| of each image, in nats."""
+    return -log_scale.sum(dim=(1, 2))
+
+
+def inverse_vjp(
+    grad_x: Float[Tensor, "*s"],
+    x: Float[Tensor, "*s"],
+    shift: Float[Tensor, "*s"],
+    log_scale: Float[Tensor, "*s"],
+) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"], Float[Tensor, "*s"]]:
+    """Gradients of (z, shift, log_scale) from the gradient of x = inverse(z, shift, log_scale).
+
+    Written with x, which the encode pass knows, in place of z: exp(log_scale) * z = x - shift.
+    """
+    return grad_x * log_scale.exp(), grad_x, grad_x * (x - shift)

@@ -1,0 +1,168 @@
+"""TARFlow: a stack of autoregressive blocks with alternating token orders (arXiv 2412.06329)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from flowback.config import ModelConfig
+from flowback.errors import InputError
+from flowback.flow.block import Block, Labels
+from flowback.flow.likelihood import log_prior
+from flowback.nn.patch import patchify, unpatchify
+
+__all__ = ["Flow", "FlowOutput", "Location"]
+
+Location = tuple[int, int]
+"""(block, layer), counted from 1; block 1 is next to the data."""
+
+
+@dataclass(frozen=True)
+class FlowOutput:
+    """Result of the encode pass."""
+
+    z: Float[Tensor, "b n d"]
+    """The image as noise: tokens in raster order."""
+    log_det: Float[Tensor, " b"]
+    """log|det dz/dx| in nats, summed over dimensions."""
+    hidden: dict[Location, Float[Tensor, "b n w"]]
+    """Outputs of the chosen layers, tokens in raster order."""
+
+    @property
+    def log_prob(self) -> Float[Tensor, " b"]:
+        """Log-density of each image on the [-1, 1] scale, in nats."""
+        return log_prior(self.z) + self.log_det
+
+
+class Flow(nn.Module):
+    """A class-conditional or unconditional TARFlow.
+
+    Images are (B, C, H, W) on [-1, 1]. Labels are class ids (B,), soft class weights (B, K), or None for
+    unconditional; they mean the same in both directions. Nothing is kept between calls.
+
+    Example:
+        >>> import torch
+        >>> from flowback import Flow, ModelConfig
+        >>> flow = Flow(ModelConfig(image_size=8, channels=1, patch_size=2, width=32, blocks=2,
+        ...                         layers=1, head_dim=16, num_classes=10))
+        >>> images = torch.zeros(3, 1, 8, 8)
+        >>> out = flow(images, torch.tensor([0, 1, 2]))
+        >>> out.z.shape, out.log_det.shape
+        (torch.Size([3, 16, 4]), torch.Size([3]))
+        >>> torch.allclose(flow.inverse(out.z, [0, 1, 2]), images, atol=1e-5)
+        True
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, flip=index % 2 == 1) for index in range(config.blocks))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.blocks[0].proj_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.blocks[0].proj_in.weight.dtype
+
+    def tokens(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Images as tokens in raster order.
+
+        Raises:
+            InputError: images of another shape than the model's.
+        """
+        shape = (self.config.channels, self.config.image_size, self.config.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+            raise InputError(
+                f"The flow takes images of shape (B, {', '.join(map(str, shape))}), not {tuple(images.shape)}; "
+                "resize them, or load another checkpoint."
+            )
+        return patchify(images, self.config.patch_size)
+
+    def images(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
+        """Tokens in raster order as images."""
+        return unpatchify(tokens, self.config.patch_size)
+
+    def labels(self, labels: Labels | Sequence[int] | int, batch: int) -> Labels:
+        """Labels as a tensor on the flow's device, checked on the way in from a user.
+
+        Raises:
+            InputError: ids out of range, a wrong count, or weights of another number of classes.
+        """
+        if labels is None:
+            return None
+        classes = self.config.num_classes or 0
+        if not classes:
+            raise InputError("This model is unconditional: it has no classes. Leave the labels out.")
+        made = torch.as_tensor(labels, device=self.device)
+        if made.ndim == 0:
+            made = made.expand(batch)
+        if made.shape[0] != batch:
+            raise InputError(f"{made.shape[0]} labels for {batch} images; give one label an image.")
+        if made.is_floating_point():
+            if made.shape[1:] != (classes,):
+                raise InputError(f"Class weights have shape {tuple(made.shape)}; the model has {classes} classes.")
+            return made.to(self.dtype)
+        if made.numel() and not 0 <= int(made.min()) <= int(made.max()) < classes:
+            raise InputError(
+                f"Label {int(made.max() if int(made.max()) >= classes else made.min())} is out of range: "
+                f"the model's classes go from 0 to {classes - 1} (None is unconditional)."
+            )
+        return made.long()
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c h w"],
+        labels: Labels = None,
+        drop: Bool[Tensor, " b"] | None = None,
+        hidden: Collection[Location] = (),
+    ) -> FlowOutput:
+        """Encode: images to noise, with the log-determinant.
+
+        Args:
+            images: on [-1, 1], with noise added where the model was trained so.
+            labels: class ids, soft class weights, or None.
+            drop: True where an image's label is replaced by the unconditional embedding.
+            hidden: (block, layer) pairs whose outputs are returned.
+        """
+        x = self.tokens(images)
+        log_det = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        states: dict[Location, Tensor] = {}
+        for index, block in enumerate(self.blocks, start=1):
+            layers = [layer for t, layer in hidden if t == index]
+            x, added, found = block(x, block.context(labels, drop), layers)
+            log_det = log_det + added
+            states.update({(index, layer): state for layer, state in found.items()})
+        return FlowOutput(x, log_det, states)
+
+    @torch.no_grad()
+    def inverse(
+        self, z: Float[Tensor, "b n d"], labels: Labels | Sequence[int] | int = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Decode: the images whose encoding is ``z``. Exact; one token after another."""
+        checked = self.labels(labels, len(z))
+        for block in reversed(self.blocks):
+            z = block.inverse(z, block.context(checked))
+        return self.images(z)
+
+    def log_prob(
+        self, images: Float[Tensor, "b c h w"], labels: Labels | Sequence[int] | int = None
+    ) -> Float[Tensor, " b"]:
+        """Log-density of each image in nats, on the [-1, 1] scale.
+
+        Example:
+            >>> import torch
+            >>> from flowback import Flow, ModelConfig
+            >>> flow = Flow(ModelConfig(image_size=4, channels=1, patch_size=2, width=16, blocks=1,
+            ...                         layers=1, head_dim=16, num_classes=0))
+            >>> flow.log_prob(torch.zeros(2, 1, 4, 4)).shape
+            torch.Size([2])
+        """
+        return self(images, self.labels(labels, len(images))).log_prob

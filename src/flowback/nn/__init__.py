@@ -1,0 +1,1 @@
+"""Plain torch: patches and causal Transformers. Knows nothing of likelihoods."""

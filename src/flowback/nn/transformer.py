@@ -1,0 +1,94 @@
+"""A causal Transformer: tokens to tokens, and the hidden states of chosen layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowback.nn.attention import CausalAttention, KVCache, Rotary
+
+__all__ = ["MLP", "Layer", "SwiGLU", "Transformer"]
+
+
+class MLP(nn.Module):
+    """Pre-normalised two-layer perceptron with the exact GELU."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, ratio * width)
+        self.down = nn.Linear(ratio * width, width)
+
+    def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
+        return self.down(F.gelu(self.up(self.norm(x))))
+
+
+class SwiGLU(nn.Module):
+    """Pre-normalised gated perceptron (arXiv 2002.05202); 2/3 of the hidden width, so the same parameter count."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        hidden = round(ratio * width * 2 / 3 / 8) * 8
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
+        gate, value = self.up(self.norm(x)).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(self, width: int, head_dim: int, mlp: str, ratio: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.attention = CausalAttention(width, head_dim, qk_norm)
+        self.mlp = (SwiGLU if mlp == "swiglu" else MLP)(width, ratio)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n w"],
+        rotary: Rotary | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+        temperature: float | Tensor = 1.0,
+    ) -> Float[Tensor, "b n w"]:
+        x = x + self.attention(x, rotary, cache, start, temperature)
+        return x + self.mlp(x)
+
+
+class Transformer(nn.Module):
+    """A stack of causal layers; arguments as in :class:`~flowback.nn.attention.CausalAttention`."""
+
+    def __init__(
+        self, width: int, layers: int, head_dim: int, mlp: str = "gelu", ratio: int = 4, qk_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, head_dim, mlp, ratio, qk_norm) for _ in range(layers))
+        self.heads, self.head_dim = width // head_dim, head_dim
+
+    def empty_cache(self, batch: int, tokens: int, like: Tensor) -> KVCache:
+        """Room for the keys and values of ``tokens`` tokens of ``batch`` sequences."""
+        return KVCache.empty(len(self.layers), batch, self.heads, tokens, self.head_dim, like)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n w"],
+        rotary: Rotary | None = None,
+        cache: KVCache | None = None,
+        start: int = 0,
+        temperature: float | Tensor = 1.0,
+        hidden: Collection[int] = (),
+    ) -> tuple[Float[Tensor, "b n w"], dict[int, Tensor]]:
+        """Output tokens, and the outputs of the layers named in ``hidden`` (counted from 1)."""
+        states: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            own = None if cache is None else (cache.keys[index], cache.values[index])
+            x = layer(x, rotary, own, start, temperature)
+            if index + 1 in hidden:
+                states[index + 1] = x
+        return x, states

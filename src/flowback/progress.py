@@ -1,0 +1,48 @@
+"""Progress bars with rate and time left; silent where the output is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+__all__ = ["bar", "track"]
+
+T = TypeVar("T")
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} {self.unit}/s" if speed else "")
+
+
+def bar(unit: str = "images") -> Progress:
+    """A progress display on stderr, to use as a context manager; tasks advance in ``unit``."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def track(items: Iterable[T], total: int, description: str, unit: str = "images", step: int = 1) -> Iterator[T]:
+    """Yield ``items`` while a bar advances by ``step`` at each."""
+    with bar(unit) as progress:
+        task = progress.add_task(description, total=total, note="")
+        for item in items:
+            yield item
+            progress.advance(task, step)
