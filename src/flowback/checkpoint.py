@@ -52,10 +52,14 @@ def resolve(path: str | Path) -> Path:
         return folders[-1]
     if not path.exists():
         raise InputError(f"No checkpoint at {path}: the folder does not exist.")
-    raise InputError(f"No checkpoint at {path}: give a folder with config.json and model.safetensors, or a run.")
+    raise InputError(
+        f"No checkpoint at {path}: give a folder with config.json and model.safetensors, or a run."
+    )
 
 
-def save(folder: Path, config: RunConfig, weights: dict[str, Tensor], training: dict[str, Any] | None = None) -> None:
+def save(
+    folder: Path, config: RunConfig, weights: dict[str, Tensor], training: dict[str, Any] | None = None
+) -> None:
     """Write a checkpoint folder atomically; an existing one is replaced.
 
     Args:

@@ -66,7 +66,8 @@ class ModelConfig:
     """Standard deviation of the Gaussian noise, on the [-1, 1] scale."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim", "mlp_ratio"):
+        sizes = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim", "mlp_ratio")
+        for name in sizes:
             _require(getattr(self, name) > 0, f"--model.{name.replace('_', '-')} must be at least 1.")
         _require(
             self.image_size % self.patch_size == 0,
@@ -82,7 +83,9 @@ class ModelConfig:
             self.position == "learned" or self.head_dim % 4 == 0,
             f"--model.head-dim {self.head_dim} must be a multiple of 4 for --model.position rope.",
         )
-        _require(self.num_classes is None or self.num_classes >= 0, "--model.num-classes must not be negative.")
+        _require(
+            self.num_classes is None or self.num_classes >= 0, "--model.num-classes must not be negative."
+        )
         _require(self.noise_std >= 0, "--model.noise-std must not be negative.")
 
     @property
@@ -122,13 +125,14 @@ class DataConfig:
     bad_images: Literal["refuse", "skip"] = "refuse"
     """What to do with files that cannot be read: stop with their names, or leave them out and say so."""
     holdout: float = 0.1
-    """Share of a folder's images kept for evaluation, where it has no `train` and `test` (or `val`) of its own."""
+    """Share of a folder's images kept for evaluation, where it has no `train` and `test` (or `val`)."""
     workers: int = 0
     """Processes that decode images; 0 decodes in the training process."""
 
-
     def __post_init__(self) -> None:
-        _require(0 <= self.holdout < 1, "--data.holdout must be in [0, 1); 0 evaluates on the training images.")
+        _require(
+            0 <= self.holdout < 1, "--data.holdout must be in [0, 1); 0 evaluates on the training images."
+        )
         _require(self.workers >= 0, "--data.workers must not be negative.")
 
 
@@ -156,7 +160,9 @@ class AlignmentConfig:
     """Hidden width of the projector."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, f"--alignment.weight {self.weight} must not be negative; 0 switches it off.")
+        _require(
+            self.weight >= 0, f"--alignment.weight {self.weight} must not be negative; 0 switches it off."
+        )
         _require(
             self.order == "exact" or self.order >= 0,
             f"--alignment.order {self.order} must be 0, 1, 2, ... or exact.",
@@ -227,11 +233,14 @@ class TrainConfig:
     """Write TensorBoard files too (extra `flowback-nf[tensorboard]`)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "eval_images", "keep_last"):
+        counts = ("steps", "batch_size", "log_every", "eval_every", "save_every", "eval_images", "keep_last")
+        for name in counts:
             _require(getattr(self, name) > 0, f"--train.{name.replace('_', '-')} must be at least 1.")
         _require(self.sample_every >= 0, "--train.sample-every must not be negative; 0 draws none.")
         _require(self.micro_batch is None or self.micro_batch > 0, "--train.micro-batch must be at least 1.")
-        _require(self.lr > 0 and self.min_lr >= 0, "--train.lr must be above 0 and --train.min-lr not negative.")
+        _require(
+            self.lr > 0 and self.min_lr >= 0, "--train.lr must be above 0 and --train.min-lr not negative."
+        )
         _require(self.warmup_steps >= 0, "--train.warmup-steps must not be negative.")
         _require(0 <= self.ema_decay < 1, "--train.ema-decay must be in [0, 1).")
         _require(0 <= self.label_drop <= 1, "--train.label-drop must be in [0, 1].")

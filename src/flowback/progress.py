@@ -7,7 +7,15 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 __all__ = ["bar", "track"]
@@ -39,7 +47,9 @@ def bar(unit: str = "images") -> Progress:
     )
 
 
-def track(items: Iterable[T], total: int, description: str, unit: str = "images", step: int = 1) -> Iterator[T]:
+def track(
+    items: Iterable[T], total: int, description: str, unit: str = "images", step: int = 1
+) -> Iterator[T]:
     """Yield ``items`` while a bar advances by ``step`` at each."""
     with bar(unit) as progress:
         task = progress.add_task(description, total=total, note="")

@@ -16,14 +16,14 @@ __all__ = ["forward", "inverse", "inverse_vjp", "log_det"]
 def forward(
     x: Float[Tensor, "*s"], shift: Float[Tensor, "*s"], log_scale: Float[Tensor, "*s"]
 ) -> Float[Tensor, "*s"]:
-    """z of x."""
+    """Noise z of the data x."""
     return (x - shift) * (-log_scale).exp()
 
 
 def inverse(
     z: Float[Tensor, "*s"], shift: Float[Tensor, "*s"], log_scale: Float[Tensor, "*s"]
 ) -> Float[Tensor, "*s"]:
-    """x of z."""
+    """Data x of the noise z."""
     return shift + log_scale.exp() * z
 
 

@@ -101,10 +101,7 @@ class Block(nn.Module):
             return None
         if labels is None:
             return table.mean(0, keepdim=True)
-        if labels.is_floating_point():
-            chosen = labels @ table
-        else:
-            chosen = F.embedding(labels, table)
+        chosen = labels @ table if labels.is_floating_point() else F.embedding(labels, table)
         if drop is not None:
             chosen = torch.where(drop[:, None], table.mean(0), chosen)
         return chosen
@@ -146,7 +143,9 @@ class Block(nn.Module):
         # The output at a token predicts the next one; the first token has no context: zeros.
         shift, log_scale = (F.pad(y[:, :-1], (0, 0, 1, 0)) for y in (shift, log_scale))
         return Prediction(
-            self.reorder(shift), self.reorder(log_scale), {l: self.reorder(h) for l, h in states.items()}
+            self.reorder(shift),
+            self.reorder(log_scale),
+            {layer: self.reorder(state) for layer, state in states.items()},
         )
 
     def forward(

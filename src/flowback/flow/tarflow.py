@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,10 +58,14 @@ class Flow(nn.Module):
         True
     """
 
+    blocks: Sequence[Block]
+    """Block 1 (next to the data) first."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config, flip=index % 2 == 1) for index in range(config.blocks))
+        blocks = nn.ModuleList(Block(config, flip=index % 2 == 1) for index in range(config.blocks))
+        self.blocks = cast("Sequence[Block]", blocks)
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +86,8 @@ class Flow(nn.Module):
         shape = (self.config.channels, self.config.image_size, self.config.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != shape:
             raise InputError(
-                f"The flow takes images of shape (B, {', '.join(map(str, shape))}), not {tuple(images.shape)}; "
-                "resize them, or load another checkpoint."
+                f"The flow takes images of shape (B, {', '.join(map(str, shape))}), "
+                f"not {tuple(images.shape)}; resize them, or load another checkpoint."
             )
         return patchify(images, self.config.patch_size)
 
@@ -108,7 +113,9 @@ class Flow(nn.Module):
             raise InputError(f"{made.shape[0]} labels for {batch} images; give one label an image.")
         if made.is_floating_point():
             if made.shape[1:] != (classes,):
-                raise InputError(f"Class weights have shape {tuple(made.shape)}; the model has {classes} classes.")
+                raise InputError(
+                    f"Class weights have shape {tuple(made.shape)}; the model has {classes} classes."
+                )
             return made.to(self.dtype)
         if made.numel() and not 0 <= int(made.min()) <= int(made.max()) < classes:
             raise InputError(

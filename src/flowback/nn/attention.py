@@ -53,9 +53,7 @@ class KVCache:
     values: Float[Tensor, "l b h n e"]
 
     @classmethod
-    def empty(
-        cls, layers: int, batch: int, heads: int, tokens: int, head_dim: int, like: Tensor
-    ) -> KVCache:
+    def empty(cls, layers: int, batch: int, heads: int, tokens: int, head_dim: int, like: Tensor) -> KVCache:
         """Room for ``tokens`` tokens, with the device and dtype of ``like``."""
         shape = (layers, batch, heads, tokens, head_dim)
         return cls(like.new_empty(shape), like.new_empty(shape))

@@ -27,7 +27,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Pre-normalised gated perceptron (arXiv 2002.05202); 2/3 of the hidden width, so the same parameter count."""
+    """Pre-normalised gated perceptron (arXiv 2002.05202); 2/3 of the hidden width: the parameters of MLP."""
 
     def __init__(self, width: int, ratio: int) -> None:
         super().__init__()
