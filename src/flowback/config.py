@@ -176,7 +176,7 @@ class AlignmentConfig:
         )
         _require(
             self.strategy == "none" or len(self.locations) > 0,
-            "--alignment.locations is empty; give at least one BLOCK LAYER pair, or --alignment.strategy none.",
+            "--alignment.locations is empty; give a BLOCK LAYER pair, or --alignment.strategy none.",
         )
 
     @property
