@@ -5,12 +5,14 @@
     training.pt          raw weights, optimiser and position; only needed to go on training
 
 A folder appears whole or not at all: it is written under a temporary name, flushed to disk and renamed.
+config.json holds the SHA-256 of the other files, which is compared whenever they are read.
 A run keeps its checkpoints in ``checkpoints/step-NNNNNNNN``, and every function here that takes a path
 takes the run's folder too, and then uses the newest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -78,7 +80,8 @@ def save(
         save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
         if training is not None:
             torch.save(training, temporary / "training.pt")
-        write_json(temporary / "config.json", {"format": FORMAT, **to_dict(config)})
+        sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / "config.json", {"format": FORMAT, **to_dict(config), "sha256": sums})
         for written in (*temporary.iterdir(), temporary):
             _flush(written)
         _swap(temporary, folder)
@@ -107,13 +110,23 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def load_config(path: str | Path) -> RunConfig:
-    """The settings stored in a checkpoint.
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    Raises:
-        InputError: no checkpoint, damaged, or written by a newer flowback.
-    """
-    file = resolve(path) / "config.json"
+
+def _verify(file: Path) -> None:
+    """Compare a file of a checkpoint with the sum in its config.json."""
+    expected = _read_config(file.parent)["sha256"].get(file.name)
+    if not file.is_file():
+        raise InputError(f"{file} is missing; the checkpoint is incomplete, take another copy.")
+    if expected is not None and _sha256(file) != expected:
+        raise InputError(f"{file} is damaged: its SHA-256 differs from config.json; take another copy.")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder, of a format that this flowback reads."""
+    file = folder / "config.json"
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
@@ -125,10 +138,22 @@ def load_config(path: str | Path) -> RunConfig:
         raise InputError(f"{file} has no format number: this is not a flowback checkpoint.")
     if found > FORMAT:
         raise InputError(f"{file} has format {found}, this flowback reads up to {FORMAT}; update flowback.")
+    return {"sha256": {}, **values}
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The settings stored in a checkpoint.
+
+    Raises:
+        InputError: no checkpoint, damaged, or written by a newer flowback.
+    """
+    folder = resolve(path)
+    values = _read_config(folder)
+    del values["sha256"]
     try:
         return from_dict(RunConfig, values)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Flow:
@@ -143,6 +168,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Flow:
     """
     config = load_config(path)
     file = resolve(path) / "model.safetensors"
+    _verify(file)
     try:
         weights = load_file(file, device=str(device))
     except (SafetensorError, OSError) as error:
@@ -163,9 +189,10 @@ def load_training_state(folder: Path) -> dict[str, Any]:
         InputError: missing or damaged.
     """
     file = folder / "training.pt"
+    if not file.is_file():
+        raise InputError(f"{file} is missing: this checkpoint can be used, but not trained on.")
+    _verify(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing: this checkpoint can be used, but not trained on.") from None
     except Exception as error:
         raise InputError(f"{file} is damaged ({type(error).__name__}); remove its folder to go on.") from None
