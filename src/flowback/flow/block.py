@@ -7,7 +7,7 @@ depend on the tokens before it in the block's own order, and the first token pas
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +43,7 @@ class BlockOutput(NamedTuple):
     hidden: dict[int, Float[Tensor, "b n w"]]
 
 
+@runtime_checkable
 class Guide(Protocol):
     """Joins conditional and unconditional predictions, stacked as 2B rows, into B guided ones."""
 
