@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from flowback.classification import classify, topk_accuracy
+from flowback.config import ModelConfig
+from flowback.errors import InputError
+from flowback.flow import Flow
+from flowback.flow.noise import add_noise
+
+CONFIG = ModelConfig(
+    image_size=8, channels=1, patch_size=2, width=32, blocks=3, layers=2, head_dim=16, num_classes=10
+)
+
+
+def random_flow(classes: int = 10, **changes) -> Flow:
+    """A flow that is no identity: every parameter random, as a trained one's."""
+    flow = Flow(ModelConfig(**{**CONFIG.__dict__, "num_classes": classes, **changes}))
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return flow.eval()
+
+
+class Images:
+    """A labelled set in memory."""
+
+    def __init__(self, flow: Flow, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        self.name, self.fingerprint = "memory", "0"
+        self.classes = tuple(map(str, range(flow.config.num_classes or 0)))
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.images[indices]
+
+    def file_name(self, index: int) -> str:
+        return str(index)
+
+
+def some_images(n: int = 6, dtype=torch.float32) -> torch.Tensor:
+    return torch.rand(n, 1, 8, 8, dtype=dtype) * 2 - 1
+
+
+def test_gradient_rule_is_the_closed_form_at_zero_logits():
+    # At λ = 0: p_k · Σ_blocks (E_k − e) · ∂L/∂e_block, with e the unconditional embedding (method, Sec. 3).
+    flow, images = random_flow().double(), some_images(4, torch.float64)
+    embeddings = [block.class_table.mean(0).expand(4, -1).detach().requires_grad_() for block in flow.blocks]
+    x, log_det = flow.tokens(images), 0.0
+    for block, embedding in zip(flow.blocks, embeddings, strict=True):
+        x, added, _ = block(x, embedding)
+        log_det = log_det + added
+    log_prob = log_det - 0.5 * x.square().sum(dim=(1, 2))
+    slopes = torch.autograd.grad(log_prob.sum(), embeddings)
+    expected = torch.zeros(4, 10, dtype=torch.float64)
+    for block, slope in zip(flow.blocks, slopes, strict=True):
+        expected += 0.1 * slope @ (block.class_table - block.class_table.mean(0)).T
+    scores = classify(flow, images, noise=False)
+    torch.testing.assert_close(scores, expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_rule_equals_finite_differences():
+    flow, images = random_flow().double(), some_images(2, torch.float64)
+    step, difference = 1e-5, torch.zeros(2, 10, dtype=torch.float64)
+    for k in range(10):
+        ends = []
+        for sign in (1, -1):
+            logits = torch.zeros(2, 10, dtype=torch.float64)
+            logits[:, k] = sign * step
+            ends.append(flow.log_prob(images, logits.softmax(dim=-1)))
+        difference[:, k] = ((ends[0] - ends[1]) / (2 * step)).detach()
+    scores = classify(flow, images, noise=False)
+    # central differences: truncation h² and rounding 1e-16 · |log p| / h, both below 1e-8 here
+    torch.testing.assert_close(scores, difference, rtol=1e-6, atol=1e-7)
+
+
+def test_gradient_scores_sum_to_zero():
+    # softmax does not feel a constant added to all logits
+    scores = classify(random_flow().double(), some_images(5, torch.float64))
+    torch.testing.assert_close(scores.sum(dim=1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_exhaustive_rule_is_the_log_density_of_every_class():
+    flow, images = random_flow(classes=300).double(), some_images(3, torch.float64)
+    scores = classify(flow, images, method="exhaustive", noise=False)
+    for k in (0, 84, 85, 299):  # 256 rows hold 85 classes of 3 images: both sides of a chunk's edge
+        torch.testing.assert_close(scores[:, k], flow.log_prob(images, k).detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["gradient", "exhaustive"])
+def test_an_image_does_not_depend_on_the_others(method):
+    flow, images = random_flow().double(), some_images(5, torch.float64)
+    whole = classify(flow, images, method, draws=2)
+    alone = torch.cat([classify(flow, images[i : i + 1], method, draws=2, seeds=[i]) for i in range(5)])
+    torch.testing.assert_close(whole, alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "uniform"])
+@pytest.mark.parametrize("method", ["gradient", "exhaustive"])
+def test_draws_average_the_scores_of_the_models_own_noise(noise, method):
+    flow, images = random_flow(noise=noise).double(), some_images(3, torch.float64)
+    seeds = [5, 6, 7]
+    noised = [add_noise(images, flow.config, seeds, draw) for draw in range(3)]
+    mean = sum(classify(flow, x, method, noise=False) for x in noised) / 3
+    torch.testing.assert_close(
+        classify(flow, images, method, draws=3, seeds=seeds), mean, rtol=1e-10, atol=1e-10
+    )
+    assert (noised[0] != noised[1]).all()
+
+
+def test_first_small_step_moves_along_the_gradient_and_more_steps_climb():
+    flow, images = random_flow().double(), some_images(4, torch.float64)
+    rise = classify(flow, images, noise=False)
+    logits = classify(flow, images, noise=False, steps=2, step_size=1e-6)
+    torch.testing.assert_close(logits, 2e-6 * rise, rtol=1e-3, atol=1e-12)
+
+    def log_prob(steps):
+        logits = classify(flow, images, noise=False, steps=steps, step_size=0.05)
+        return flow.log_prob(images, logits.softmax(dim=-1))
+
+    assert (log_prob(8) > log_prob(2)).all()
+
+
+def test_nothing_is_left_behind_and_no_parameter_gets_a_gradient():
+    flow, images = random_flow(), some_images()
+    before = images.clone()
+    with torch.no_grad():  # as a caller in an evaluation loop has it
+        scores = classify(flow, images)
+    assert not scores.requires_grad
+    assert torch.equal(images, before)
+    assert all(p.grad is None and p.requires_grad for p in flow.parameters())
+
+
+def test_cost_does_not_grow_with_the_classes():
+    # The exhaustive rule would be 100 times as slow; the gradient rule may only gain a thin product.
+    images = some_images(16)
+    seconds = {}
+    for classes in (10, 1000):
+        flow = random_flow(classes, width=64)
+        classify(flow, images)
+        repeats = []
+        for _ in range(5):
+            start = time.perf_counter()
+            classify(flow, images)
+            repeats.append(time.perf_counter() - start)
+        seconds[classes] = min(repeats)
+    assert seconds[1000] < 3 * seconds[10]
+
+
+def test_accuracy_counts_ranks_and_confusion():
+    flow = random_flow()
+    images = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
+    scores = classify(flow, images.float() / 127.5 - 1, seeds=range(3, 53))
+    order = scores.argsort(dim=1, descending=True)
+    labels = order[:, 0].clone()
+    labels[:10] = order[:10, 4]  # right among five, not first
+    labels[10:15] = order[10:15, 5]  # wrong in both
+    result = topk_accuracy(flow, Images(flow, images, labels), batch_size=7, seed=3)
+    assert (result.images, result.top1, result.top5, result.nonfinite) == (50, 0.7, 0.9, 0)
+    assert result.confusion.sum() == 50
+    assert result.confusion.diagonal().sum() == 35
+    assert result.confusion[labels[0], order[0, 0]] >= 1
+    assert torch.equal(result.confusion.sum(dim=1), labels.bincount(minlength=10))
+    assert result.images_per_second > 0
+
+
+def test_accuracy_takes_an_even_subset():
+    flow = random_flow()
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(10).repeat_interleave(4)
+    result = topk_accuracy(flow, Images(flow, images, labels), limit=10)
+    assert result.confusion.sum(dim=1).tolist() == [1] * 10
+
+
+def test_scores_that_are_not_finite_count_as_wrong():
+    flow = random_flow()
+    with torch.no_grad():
+        flow.blocks[0].class_table[3] = torch.nan
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    result = topk_accuracy(flow, Images(flow, images, torch.zeros(4, dtype=torch.int64)))
+    assert (result.nonfinite, result.top1, int(result.confusion.sum())) == (4, 0.0, 0)
+
+
+def test_bad_input():
+    flow, images = random_flow(), some_images(2)
+    with pytest.raises(InputError, match="unconditional"):
+        classify(random_flow(classes=0), images)
+    with pytest.raises(InputError, match="at least 1"):
+        classify(flow, images, draws=0)
+    with pytest.raises(InputError, match="one seed an image"):
+        classify(flow, images, seeds=[1])
+    with pytest.raises(InputError, match="shape"):
+        classify(flow, some_images(2)[..., :4])
+    with pytest.raises(InputError, match="no labels"):
+        topk_accuracy(flow, Images(flow, images, None))
+    data = Images(flow, images, torch.tensor([0, 1]))
+    data.classes = tuple("abcdefghijkl")
+    with pytest.raises(InputError, match="12 classes, the model 10"):
+        topk_accuracy(flow, data)
