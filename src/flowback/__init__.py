@@ -4,18 +4,21 @@ from flowback.checkpoint import load
 from flowback.config import AlignmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.errors import InputError
 from flowback.flow import Flow, FlowOutput
+from flowback.sampling import Guidance, sample
 
 __all__ = [
     "AlignmentConfig",
     "DataConfig",
     "Flow",
     "FlowOutput",
+    "Guidance",
     "InputError",
     "ModelConfig",
     "RunConfig",
     "TrainConfig",
     "__version__",
     "load",
+    "sample",
 ]
 
 __version__ = "0.1.0"

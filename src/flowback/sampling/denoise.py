@@ -1,0 +1,58 @@
+"""One denoising step with the flow's own score (TARFlow, arXiv 2412.06329, Sec. 2.4).
+
+The flow models images with Gaussian noise on them. By Tweedie's formula the mean of the clean image given
+the noisy one is x + σ²·∇ log p(x): one forward and one backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowback.flow import Flow
+from flowback.flow.block import Labels
+
+__all__ = ["denoise", "denoises", "images_at_once"]
+
+_BUDGET = 2**30
+"""Bytes of activations that one denoising pass may hold."""
+_ACTIVATIONS = 24
+"""Tensors of the size (tokens, width) that autograd keeps in one layer, about."""
+
+
+def denoises(flow: Flow) -> bool:
+    """Whether the flow was trained with Gaussian noise; for uniform dequantisation there is no such step."""
+    return flow.config.noise == "gaussian" and flow.config.noise_std > 0
+
+
+def images_at_once(flow: Flow) -> int:
+    """Images whose activations fit the memory that denoising allows itself (1 GiB)."""
+    config = flow.config
+    values = config.blocks * config.layers * config.tokens * config.width * _ACTIVATIONS
+    return max(1, _BUDGET // (values * flow.dtype.itemsize))
+
+
+def denoise(
+    flow: Flow, images: Float[Tensor, "b c h w"], labels: Labels = None, chunk: int | None = None
+) -> Float[Tensor, "b c h w"]:
+    """x + σ²·∇ log p(x | label), σ the noise of training; the images as they are where :func:`denoises` is false.
+
+    Args:
+        flow: the model.
+        images: samples of the flow, on [-1, 1].
+        labels: those of the sampling.
+        chunk: images in one pass; None takes :func:`images_at_once`.
+    """
+    if not denoises(flow):
+        return images
+    chunk = chunk or images_at_once(flow)
+    variance = flow.config.noise_std**2
+    clean = []
+    for start in range(0, len(images), chunk):
+        own = None if labels is None else labels[start : start + chunk]
+        with torch.enable_grad():
+            x = images[start : start + chunk].detach().requires_grad_()
+            (score,) = torch.autograd.grad(flow(x, own).log_prob.sum(), x)
+        clean.append(torch.add(x.detach(), score, alpha=variance))
+    return torch.cat(clean) if clean else images

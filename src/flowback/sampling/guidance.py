@@ -1,0 +1,102 @@
+"""Guidance: the predictions with the label, pushed away from those without it.
+
+TARFlow (arXiv 2412.06329, Eq. 8), on shift and log-scale alike, c with and u without the label:
+
+    c + w · (c − u)
+
+STARFlow (arXiv 2506.06276), on the Gaussian N(μ, σ²) that a block predicts for a token:
+
+    s = min(σc/σu, 1)²    σ² = σc² / (1 + w − w·s)    μ = ((1 + w)·μc − w·s·μu) / (1 + w − w·s)
+
+A temperature τ divides the attention logits of the stream without label; with τ ≠ 1 that stream is worse
+even where there are no labels, which gives guidance for unconditional models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowback.errors import InputError
+from flowback.flow.block import Guide
+
+__all__ = ["Guidance", "Prediction", "starflow", "tarflow"]
+
+Prediction = tuple[Tensor, Tensor]
+"""Shift and log-scale, (b, n, d) each."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly, with which formula and where to guide."""
+
+    scale: float | Sequence[float] | Float[Tensor, " b"] = 0.0
+    """w; 0 is off. A sequence gives each image its own."""
+    ramp: bool = False
+    """Let w grow over the tokens in each block's order, from 0 at the first to w at the last."""
+    formula: Literal["tarflow", "starflow"] = "tarflow"
+    """How the two predictions are joined."""
+    temperature: float = 1.0
+    """Of the attention logits of the stream without label."""
+    blocks: int | None = None
+    """Guide only this many blocks, those nearest the noise; None guides all."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise InputError(f"The attention temperature is {self.temperature}; it must be above 0.")
+        if self.blocks is not None and self.blocks < 0:
+            raise InputError(f"The number of guided blocks is {self.blocks}; it must not be negative.")
+        if not torch.isfinite(torch.as_tensor(self.scale)).all():
+            raise InputError(f"The guidance scale is {self.scale}; it must be a finite number, 0 for none.")
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to guide."""
+        return self.blocks != 0 and bool(torch.as_tensor(self.scale).ne(0).any())
+
+    def scales(self, batch: int, like: Tensor) -> Float[Tensor, " b"]:
+        """One scale for each image.
+
+        Raises:
+            InputError: a number of scales that is neither 1 nor ``batch``.
+        """
+        made = torch.as_tensor(self.scale, dtype=like.dtype, device=like.device)
+        if made.ndim == 0:
+            return made.expand(batch)
+        if made.shape != (batch,):
+            raise InputError(f"{made.numel()} guidance scales for {batch} images; give one, or one an image.")
+        return made
+
+    def covers(self, block: int, total: int) -> bool:
+        """Whether this block, counted from 1 at the data, is guided."""
+        return self.active and block > total - (total if self.blocks is None else self.blocks)
+
+    def guide(self, scales: Float[Tensor, " b"], tokens: int) -> Guide:
+        """The function that joins stacked predictions of a block with this many tokens."""
+        join = starflow if self.formula == "starflow" else tarflow
+        ramp = torch.arange(tokens, dtype=scales.dtype, device=scales.device) / max(tokens - 1, 1)
+        weights = scales[:, None, None] * (ramp if self.ramp else torch.ones_like(ramp))[None, :, None]
+
+        def guide(shift: Tensor, log_scale: Tensor, start: int) -> Prediction:
+            w = weights[:, start : start + shift.shape[1]]
+            (shift_c, shift_u), (log_c, log_u) = shift.chunk(2), log_scale.chunk(2)
+            return join((shift_c, log_c), (shift_u, log_u), w)
+
+        return guide
+
+
+def tarflow(c: Prediction, u: Prediction, w: Float[Tensor, "b n 1"]) -> Prediction:
+    """c + w · (c − u) on shift and log-scale."""
+    return torch.addcmul(c[0], w, c[0] - u[0]), torch.addcmul(c[1], w, c[1] - u[1])
+
+
+def starflow(c: Prediction, u: Prediction, w: Float[Tensor, "b n 1"]) -> Prediction:
+    """Mean and spread of the sharpened Gaussian."""
+    s = (2 * (c[1] - u[1])).clamp(max=0).exp()
+    total = 1 + w - w * s
+    return ((1 + w) * c[0] - w * s * u[0]) / total, c[1] - 0.5 * total.log()

@@ -1,0 +1,154 @@
+"""Draw images: noise through the blocks T ... 1 backwards, then one denoising step.
+
+The noise of an image comes from its own seed, on the CPU, so an image does not depend on the batch it is
+drawn in, on the device, or on how many processes draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flowback.errors import InputError
+from flowback.flow import Flow
+from flowback.flow.block import Labels
+from flowback.sampling.denoise import denoise as denoise_step
+from flowback.sampling.guidance import Guidance
+
+__all__ = ["noise", "sample", "trajectory"]
+
+_SEEDS = 2**32
+
+
+def noise(flow: Flow, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor, "b n d"]:
+    """Standard normal tokens, drawn in fp32 on the CPU from one generator an image.
+
+    Args:
+        flow: gives shape, device and dtype.
+        seeds: one an image, 0 ... 2³² − 1.
+        redraw: 0 is the seed itself; 1, 2, ... are further independent draws under the same seed.
+
+    Raises:
+        InputError: a seed out of range.
+    """
+    config = flow.config
+    z = torch.empty(len(seeds), config.tokens, config.token_dim)
+    for row, seed in zip(z, seeds, strict=True):
+        if not 0 <= seed < _SEEDS:
+            raise InputError(f"Seed {seed} is out of range; seeds go from 0 to {_SEEDS - 1}.")
+        own = int(np.random.SeedSequence((seed, redraw)).generate_state(1)[0]) if redraw else int(seed)
+        row.normal_(generator=torch.Generator().manual_seed(own))
+    return z.to(flow.device, flow.dtype)
+
+
+def sample(
+    flow: Flow,
+    labels: Labels | Sequence[int] | int = None,
+    seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
+    guidance: Guidance | float | Sequence[float] | Tensor = 0.0,
+    denoise: bool = True,
+    *,
+    batch_size: int = 64,
+    redraw: int = 0,
+) -> Float[Tensor, "b c h w"]:
+    """Images of the flow on [-1, 1], not clamped; non-finite values are returned as they are.
+
+    Args:
+        flow: the model.
+        labels: class ids or soft class weights, one an image; one id for all; None is unconditional.
+        seeds: one an image; None counts from 0, one for each label.
+        guidance: w of ``c + w · (c − u)``, or a :class:`Guidance` for all its options.
+        denoise: end with one denoising step, given the labels too. Models of uniformly dequantised images
+            have none: theirs are returned as sampled.
+        batch_size: images decoded at once.
+        redraw: see :func:`noise`.
+
+    Raises:
+        InputError: labels, seeds or guidance that do not fit the model or each other.
+
+    Example:
+        >>> from flowback import Flow, ModelConfig, sample
+        >>> flow = Flow(ModelConfig(image_size=4, channels=1, patch_size=2, width=16, blocks=1,
+        ...                         layers=1, head_dim=16, num_classes=3))
+        >>> sample(flow, [0, 1], seeds=[7, 8], guidance=1.0).shape
+        torch.Size([2, 1, 4, 4])
+    """
+    return trajectory(
+        flow, labels, seeds, guidance, denoise, batch_size=batch_size, redraw=redraw, every_block=False
+    )[-1]
+
+
+@torch.no_grad()
+def trajectory(
+    flow: Flow,
+    labels: Labels | Sequence[int] | int = None,
+    seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
+    guidance: Guidance | float | Sequence[float] | Tensor = 0.0,
+    denoise: bool = True,
+    *,
+    batch_size: int = 64,
+    redraw: int = 0,
+    every_block: bool = True,
+) -> list[Float[Tensor, "b c h w"]]:
+    """The way of :func:`sample` from noise to image: z, the output of blocks T ... 1, the denoised image."""
+    seeds = _seeds(labels, seeds)
+    checked = flow.labels(labels, len(seeds))
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    _check(flow, checked, guidance)
+    scales = guidance.scales(len(seeds), noise(flow, seeds[:1]))
+    parts = []
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        own = None if checked is None else checked[part]
+        states = _invert(flow, noise(flow, seeds[part], redraw), own, guidance, scales[part])
+        states = [flow.images(x) for x in (states if every_block else states[-1:])]
+        if denoise:
+            states.append(denoise_step(flow, states[-1], own))
+        parts.append(states)
+    return [torch.cat(list(stage)) for stage in zip(*parts, strict=True)]
+
+
+def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
+    count = len(labels) if isinstance(labels, (Sequence, Tensor)) and np.ndim(labels) else None
+    if seeds is None:
+        return list(range(1 if count is None else count))
+    made = [int(seed) for seed in seeds]
+    if not made:
+        raise InputError("There are no seeds; give one for each image.")
+    if count is not None and count != len(made):
+        raise InputError(f"{count} labels for {len(made)} seeds; give one seed and one label an image.")
+    return made
+
+
+def _check(flow: Flow, labels: Labels, guidance: Guidance) -> None:
+    if guidance.active and labels is None and guidance.temperature == 1:
+        raise InputError(
+            "Guidance without labels does nothing: give labels, or an attention temperature other than 1 "
+            "(--attention-temperature 1.5, say)."
+        )
+    if guidance.blocks is not None and guidance.blocks > flow.config.blocks:
+        raise InputError(f"{guidance.blocks} guided blocks, but the model has {flow.config.blocks}.")
+
+
+def _invert(
+    flow: Flow, z: Float[Tensor, "b n d"], labels: Labels, guidance: Guidance, scales: Float[Tensor, " b"]
+) -> list[Float[Tensor, "b n d"]]:
+    """Noise and the output of each block, from block T down to block 1."""
+    states = [z]
+    for index in range(flow.config.blocks, 0, -1):
+        block = flow.blocks[index - 1]
+        context, guide, temperature = block.context(labels), None, 1.0
+        if guidance.covers(index, flow.config.blocks):
+            guide = guidance.guide(scales, flow.config.tokens)
+            if context is not None:
+                context = torch.cat([context.expand(len(z), -1), block.context(None).expand(len(z), -1)])
+            if guidance.temperature != 1:
+                temperature = z.new_ones(2, len(z))
+                temperature[1] = guidance.temperature
+                temperature = temperature.view(-1, 1, 1, 1)
+        states.append(block.inverse(states[-1], context, guide, temperature))
+    return states
