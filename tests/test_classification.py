@@ -7,6 +7,7 @@ import torch
 
 from flowback.classification import classify, topk_accuracy
 from flowback.config import ModelConfig
+from flowback.data.memory import MemoryImages
 from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.flow.noise import add_noise
@@ -24,22 +25,8 @@ def random_flow(classes: int = 10, **changes) -> Flow:
     return flow.eval()
 
 
-class Images:
-    """A labelled set in memory."""
-
-    def __init__(self, flow: Flow, images: torch.Tensor, labels: torch.Tensor | None) -> None:
-        self.name, self.fingerprint = "memory", "0"
-        self.classes = tuple(map(str, range(flow.config.num_classes or 0)))
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.images[indices]
-
-    def file_name(self, index: int) -> str:
-        return str(index)
+def image_set(images: torch.Tensor, labels: torch.Tensor | None, classes: int = 10) -> MemoryImages:
+    return MemoryImages("memory", tuple(map(str, range(classes))), labels, images)
 
 
 def some_images(n: int = 6, dtype=torch.float32) -> torch.Tensor:
@@ -159,7 +146,7 @@ def test_accuracy_counts_ranks_and_confusion():
     labels = order[:, 0].clone()
     labels[:10] = order[:10, 4]  # right among five, not first
     labels[10:15] = order[10:15, 5]  # wrong in both
-    result = topk_accuracy(flow, Images(flow, images, labels), batch_size=7, seed=3)
+    result = topk_accuracy(flow, image_set(images, labels), batch_size=7, seed=3)
     assert (result.images, result.top1, result.top5, result.nonfinite) == (50, 0.7, 0.9, 0)
     assert result.confusion.sum() == 50
     assert result.confusion.diagonal().sum() == 35
@@ -172,7 +159,7 @@ def test_accuracy_takes_an_even_subset():
     flow = random_flow()
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     labels = torch.arange(10).repeat_interleave(4)
-    result = topk_accuracy(flow, Images(flow, images, labels), limit=10)
+    result = topk_accuracy(flow, image_set(images, labels), limit=10)
     assert result.confusion.sum(dim=1).tolist() == [1] * 10
 
 
@@ -181,12 +168,12 @@ def test_scores_that_are_not_finite_count_as_wrong():
     with torch.no_grad():
         flow.blocks[0].class_table[3] = torch.nan
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
-    result = topk_accuracy(flow, Images(flow, images, torch.zeros(4, dtype=torch.int64)))
+    result = topk_accuracy(flow, image_set(images, torch.zeros(4, dtype=torch.int64)))
     assert (result.nonfinite, result.top1, int(result.confusion.sum())) == (4, 0.0, 0)
 
 
 def test_bad_input():
-    flow, images = random_flow(), some_images(2)
+    flow, images, pixels = random_flow(), some_images(2), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(InputError, match="unconditional"):
         classify(random_flow(classes=0), images)
     with pytest.raises(InputError, match="at least 1"):
@@ -196,8 +183,6 @@ def test_bad_input():
     with pytest.raises(InputError, match="shape"):
         classify(flow, some_images(2)[..., :4])
     with pytest.raises(InputError, match="no labels"):
-        topk_accuracy(flow, Images(flow, images, None))
-    data = Images(flow, images, torch.tensor([0, 1]))
-    data.classes = tuple("abcdefghijkl")
+        topk_accuracy(flow, image_set(pixels, None))
     with pytest.raises(InputError, match="12 classes, the model 10"):
-        topk_accuracy(flow, data)
+        topk_accuracy(flow, image_set(pixels, torch.tensor([0, 1]), classes=12))

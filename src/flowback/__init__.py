@@ -1,6 +1,7 @@
 """Normalizing flows that generate images and understand them."""
 
 from flowback.checkpoint import load
+from flowback.classification import classify
 from flowback.config import AlignmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.errors import InputError
 from flowback.flow import Flow, FlowOutput
@@ -17,6 +18,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "__version__",
+    "classify",
     "load",
     "sample",
 ]
