@@ -29,7 +29,16 @@ from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.record import write_json
 
-__all__ = ["FORMAT", "load", "load_config", "load_training_state", "resolve", "save", "step_folders"]
+__all__ = [
+    "FORMAT",
+    "load",
+    "load_config",
+    "load_training_state",
+    "read_config",
+    "resolve",
+    "save",
+    "step_folders",
+]
 
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
@@ -141,19 +150,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {"sha256": {}, **values}
 
 
-def load_config(path: str | Path) -> RunConfig:
-    """The settings stored in a checkpoint.
+def read_config(folder: Path) -> RunConfig:
+    """The settings in ``folder``/config.json, of a checkpoint or of a run that has none yet.
 
     Raises:
-        InputError: no checkpoint, damaged, or written by a newer flowback.
+        InputError: missing, damaged, or written by a newer flowback.
     """
-    folder = resolve(path)
     values = _read_config(folder)
     del values["sha256"]
     try:
         return from_dict(RunConfig, values)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The settings stored in a checkpoint; see :func:`resolve` and :func:`read_config`."""
+    return read_config(resolve(path))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Flow:
