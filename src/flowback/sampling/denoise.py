@@ -36,7 +36,9 @@ def images_at_once(flow: Flow) -> int:
 def denoise(
     flow: Flow, images: Float[Tensor, "b c h w"], labels: Labels = None, chunk: int | None = None
 ) -> Float[Tensor, "b c h w"]:
-    """x + σ²·∇ log p(x | label), σ the noise of training; the images as they are where :func:`denoises` is false.
+    """The denoised images, x + σ²·∇ log p(x | label), σ the noise of training.
+
+    Where :func:`denoises` is false, the images as they are.
 
     Args:
         flow: the model.

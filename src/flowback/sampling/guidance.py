@@ -91,7 +91,7 @@ class Guidance:
 
 
 def tarflow(c: Prediction, u: Prediction, w: Float[Tensor, "b n 1"]) -> Prediction:
-    """c + w · (c − u) on shift and log-scale."""
+    """Shift and log-scale alike: c + w · (c − u)."""
     return torch.addcmul(c[0], w, c[0] - u[0]), torch.addcmul(c[1], w, c[1] - u[1])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowback.errors import InputError
 from flowback.flow import Flow
-from flowback.flow.block import Labels
+from flowback.flow.block import Block, Labels
 from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
 
@@ -141,14 +141,26 @@ def _invert(
     states = [z]
     for index in range(flow.config.blocks, 0, -1):
         block = flow.blocks[index - 1]
-        context, guide, temperature = block.context(labels), None, 1.0
         if guidance.covers(index, flow.config.blocks):
+            context, temperature = _streams(block, labels, len(z), guidance.temperature)
             guide = guidance.guide(scales, flow.config.tokens)
-            if context is not None:
-                context = torch.cat([context.expand(len(z), -1), block.context(None).expand(len(z), -1)])
-            if guidance.temperature != 1:
-                temperature = z.new_ones(2, len(z))
-                temperature[1] = guidance.temperature
-                temperature = temperature.view(-1, 1, 1, 1)
-        states.append(block.inverse(states[-1], context, guide, temperature))
+            states.append(block.inverse(states[-1], context, guide, temperature))
+        else:
+            states.append(block.inverse(states[-1], block.context(labels)))
     return states
+
+
+def _streams(
+    block: Block, labels: Labels, batch: int, temperature: float
+) -> tuple[Float[Tensor, "b2 w"] | None, float | Tensor]:
+    """Context and attention temperature of the streams with and without label, one batch of 2B."""
+    with_label, without = block.context(labels), block.context(None)
+    context = None
+    if with_label is not None and without is not None:
+        context = torch.cat([with_label.expand(batch, -1), without.expand(batch, -1)])
+    if temperature == 1:
+        return context, 1.0
+    own = torch.tensor(
+        [1.0, temperature], dtype=block.proj_in.weight.dtype, device=block.proj_in.weight.device
+    )
+    return context, own.repeat_interleave(batch).view(-1, 1, 1, 1)

@@ -1,0 +1,201 @@
+"""``flowback sample``: draw images from a checkpoint into a folder; the same command resumes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from flowback import checkpoint as checkpoints
+from flowback.cli.output import say, show_table
+from flowback.errors import InputError
+from flowback.flow import Flow
+from flowback.progress import bar
+from flowback.record import environment, write_json
+from flowback.sampling import Guidance, sample, trajectory
+from flowback.sampling.denoise import denoises
+from flowback.sampling.folder import Drawn, SampleFolder
+from flowback.sampling.output import read_png, save_grid, save_npz, save_trajectory
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw images. Image i has seed SEED + i and label LABELS[i mod their number].
+
+    The same command on the same folder draws the missing images only. Under `torchrun` or
+    `accelerate launch` the processes share the work.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's folder (its newest checkpoint)."""
+    out: Path
+    """Folder of the images, one PNG each."""
+    count: int = 16
+    """Number of images, over all labels."""
+    labels: tuple[int, ...] = ()
+    """Classes to draw, in turn; none given: all classes in turn."""
+    unconditional: bool = False
+    """Draw without labels from a model with classes."""
+    seed: int = 0
+    """Seed of the first image."""
+    guidance: float = 0.0
+    """Guidance scale w of c + w·(c − u); 0 is off."""
+    ramp: bool = False
+    """Let w grow from 0 to its value over the tokens of each block."""
+    formula: Literal["tarflow", "starflow"] = "tarflow"
+    """How the predictions with and without label are joined."""
+    attention_temperature: float = 1.0
+    """Of the stream without label; other than 1 it guides unconditional models too."""
+    guided_blocks: int | None = None
+    """Guide this many blocks only, those nearest the noise."""
+    denoise: bool = True
+    """End with one denoising step."""
+    batch_size: int = 64
+    """Images drawn at once by a process."""
+    redraws: int = 3
+    """How often an image with non-finite values is drawn again."""
+    grid: Path | None = None
+    """Also write all images as one picture, classes in rows."""
+    npz: Path | None = None
+    """Also write all images as the file that ADM's evaluator reads."""
+    trajectory: Path | None = None
+    """Also write the picture of the way from noise to image, for the first 8 images."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+    json: Path | None = None
+    """Write settings, counts and images/s to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
+        if self.redraws < 0:
+            raise InputError("--redraws must not be negative.")
+        if self.labels and self.unconditional:
+            raise InputError("--labels and --unconditional exclude each other; give one of them.")
+        if len(self.labels) > self.count:
+            raise InputError(f"{len(self.labels)} labels for {self.count} images; raise --count.")
+
+
+def run(argv: list[str]) -> None:
+    """Draw, write, report."""
+    options = tyro.cli(Options, args=argv, prog="flowback sample")
+    state = PartialState(cpu=options.device == "cpu")
+    flow = checkpoints.load(options.checkpoint, state.device if options.device == "auto" else options.device)
+    labels = _labels(flow, options)
+    guidance = Guidance(
+        options.guidance, options.ramp, options.formula, options.attention_temperature, options.guided_blocks
+    )
+    folder = SampleFolder(options.out, _settings(options, labels), options.count, options.batch_size)
+    state.wait_for_everyone()  # all have looked at the folder before the first one changes it
+    if state.is_main_process:
+        folder.begin()
+    state.wait_for_everyone()
+
+    def draw(numbers: list[int], redraw: int) -> Tensor:
+        own = [labels[n % len(labels)] for n in numbers] if labels else None
+        seeds = [options.seed + n for n in numbers]
+        return sample(
+            flow, own, seeds, guidance, options.denoise, batch_size=options.batch_size, redraw=redraw
+        )
+
+    def notes(number: int) -> dict[str, object]:
+        own = {"label": labels[number % len(labels)]} if labels else {}
+        return {"seed": options.seed + number, **own}
+
+    missing = len(folder.missing())
+    state.wait_for_everyone()
+    started, done = time.perf_counter(), []
+    with bar() as progress:
+        task = progress.add_task("sampling", total=-(-missing // state.num_processes), note="")
+        for drawn in folder.fill(draw, notes, state.process_index, state.num_processes, options.redraws):
+            done.append(drawn)
+            progress.advance(task, drawn.images)
+    parts: list[Drawn] = gather_object(done) if state.num_processes > 1 else done
+    seconds = time.perf_counter() - started
+    if state.is_main_process:
+        _extras(flow, options, labels, guidance, folder)
+        _report(flow, options, labels, parts, missing, seconds)
+
+
+def _labels(flow: Flow, options: Options) -> list[int]:
+    classes = flow.config.num_classes or 0
+    if options.labels:
+        flow.labels(list(options.labels), len(options.labels))
+        return list(options.labels)
+    return [] if options.unconditional else list(range(classes))
+
+
+def _settings(options: Options, labels: Sequence[int]) -> dict[str, Any]:
+    """All that decides how an image looks."""
+    keep = ("seed", "guidance", "ramp", "formula", "attention_temperature", "guided_blocks", "denoise")
+    return {
+        "checkpoint": str(checkpoints.resolve(options.checkpoint).resolve()),
+        "labels": list(labels),
+        **{name: getattr(options, name) for name in keep},
+    }
+
+
+def _extras(
+    flow: Flow, options: Options, labels: Sequence[int], guidance: Guidance, folder: SampleFolder
+) -> None:
+    """The grid, the .npz and the trajectory."""
+    there = [n for n in range(options.count) if folder.file(n).is_file()]
+    if (options.grid or options.npz) and there:
+        order = sorted(there, key=lambda n: (n % len(labels), n)) if labels else there
+        pixels = {n: read_png(folder.file(n))[0] for n in there}
+        if options.grid:
+            columns = -(-options.count // len(labels)) if labels else max(1, round(len(there) ** 0.5))
+            save_grid(torch.stack([pixels[n] for n in order]).float() / 127.5 - 1, options.grid, columns)
+        if options.npz:
+            own = [labels[n % len(labels)] for n in there] if labels else None
+            save_npz(torch.stack([pixels[n] for n in there]), options.npz, own)
+    if options.trajectory:
+        numbers = range(min(8, options.count))
+        own = [labels[n % len(labels)] for n in numbers] if labels else None
+        seeds = [options.seed + n for n in numbers]
+        save_trajectory(trajectory(flow, own, seeds, guidance, options.denoise), options.trajectory)
+
+
+def _report(
+    flow: Flow, options: Options, labels: Sequence[int], parts: Sequence[Drawn], missing: int, seconds: float
+) -> None:
+    failed = sorted(number for part in parts for number in part.failed)
+    drawn, redrawn = sum(part.images for part in parts), sum(part.redrawn for part in parts)
+    if options.denoise and not denoises(flow):
+        say("Not denoised: this model was trained without Gaussian noise.")
+    if missing < options.count:
+        say(f"{options.count - missing} images were there already.")
+    if failed:
+        shown = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
+        say(
+            f"{len(failed)} images stayed non-finite after {options.redraws} redraws "
+            f"and were not written: {shown}."
+        )
+    rate = drawn / seconds
+    rows = [["images drawn", drawn], ["redrawn (non-finite)", redrawn], ["failed", len(failed)]]
+    show_table(str(options.out), ["", "value"], [*rows, ["seconds", seconds], ["images/s", rate]])
+    if options.json:
+        result = {"drawn": drawn, "present": options.count - missing, "redrawn": redrawn, "failed": failed}
+        write_json(
+            options.json,
+            {
+                "environment": environment(flow.device),
+                "settings": {
+                    **_settings(options, labels),
+                    "count": options.count,
+                    "batch_size": options.batch_size,
+                },
+                "result": {**result, "seconds": seconds, "images_per_second": rate},
+            },
+        )

@@ -1,0 +1,99 @@
+"""Samples as files: PNG images, a grid, ADM's .npz, and the picture of the way from noise to image.
+
+Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from flowback.record import replacing
+
+__all__ = ["read_png", "save_grid", "save_npz", "save_png", "save_trajectory", "to_bytes"]
+
+
+def to_bytes(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
+    """Images on [-1, 1] as 8-bit values, rounded to nearest; non-finite values become black."""
+    return ((images.float().nan_to_num(-1, 1, -1) + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+
+
+def save_png(image: UInt8[Tensor, "c h w"], path: Path, text: dict[str, object] | None = None) -> None:
+    """Write one image, with notes (seed, label, ...) in its text chunks."""
+    notes = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        notes.add_text(key, str(value))
+    with replacing(path, "wb") as file:
+        _picture(image).save(file, format="PNG", pnginfo=notes)
+
+
+def read_png(path: Path) -> tuple[UInt8[Tensor, "c h w"], dict[str, str]]:
+    """An image of :func:`save_png` and its notes."""
+    with Image.open(path) as picture:
+        pixels = np.array(picture)
+        notes = {str(key): str(value) for key, value in picture.info.items()}
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1), notes
+
+
+def save_grid(
+    images: Float[Tensor, "b c h w"], path: Path, columns: int, gap: int = 2, scale: int = 0
+) -> None:
+    """Write the images as one picture, row after row.
+
+    Args:
+        images: on [-1, 1].
+        path: the PNG file.
+        columns: images in a row.
+        gap: pixels between images.
+        scale: how often each pixel is repeated; 0 enlarges small images to 64 pixels.
+    """
+    pixels = to_bytes(images)
+    scale = scale or max(1, 64 // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    count, channels, height, width = pixels.shape
+    rows = -(-count // columns)
+    sheet = torch.full(
+        (channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 255, dtype=torch.uint8
+    )
+    for index, image in enumerate(pixels):
+        top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    save_png(sheet, path)
+
+
+def save_trajectory(states: Sequence[Float[Tensor, "b c h w"]], path: Path) -> None:
+    """Write the way from noise to image, one row an image: z, after each block, denoised.
+
+    Noise and intermediate values leave [-1, 1]; each picture but the last two is scaled by its own largest
+    deviation so that it can be seen.
+    """
+    last = len(states) - 2
+    shown = [
+        s if k >= last else s / s.abs().amax((1, 2, 3), keepdim=True).clamp(min=1)
+        for k, s in enumerate(states)
+    ]
+    save_grid(torch.stack(shown, 1).flatten(0, 1), path, columns=len(states))
+
+
+def save_npz(images: UInt8[Tensor, "b c h w"], path: Path, labels: Sequence[int] | None = None) -> None:
+    """Write the file that ADM's evaluator reads: ``arr_0`` uint8 (B, H, W, 3), ``arr_1`` the labels.
+
+    Grey images get three equal channels, which that evaluator needs.
+    """
+    colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    arrays = [colour.permute(0, 2, 3, 1).contiguous().numpy()]
+    if labels is not None:
+        arrays.append(np.asarray(labels, dtype=np.int64))
+    with replacing(path, "wb") as file:
+        np.savez(file, *arrays)
+
+
+def _picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
