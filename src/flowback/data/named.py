@@ -1,0 +1,98 @@
+"""Data sets known by name: scikit-learn's digits, and torchvision's MNIST, CIFAR-10/100 and FakeData."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from flowback.config import DataConfig
+from flowback.data.decode import fit
+from flowback.data.memory import MemoryImages
+from flowback.errors import InputError
+
+__all__ = ["DIGITS_SEED", "digits", "torchvision_images"]
+
+DIGITS_SEED = 0
+"""Seed of the digits' stratified split: 1,437 images for training, 360 for the test."""
+
+_FAKE = {"train": 1024, "test": 256}
+
+
+def digits(image_size: int, channels: int, split: Literal["train", "test"]) -> MemoryImages:
+    """scikit-learn's 1,797 real handwritten digits, 8x8 with values 0 ... 16, here 0 ... 255.
+
+    The split is fixed: 80 % for training, 20 % for the test, with the same share of each class. At another
+    size than 8 the images are resized.
+    """
+    data = load_digits()
+    parts = train_test_split(
+        np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=DIGITS_SEED
+    )
+    chosen = parts[0 if split == "train" else 1]
+    pixels = np.rint(data.images[chosen] * (255 / 16)).astype(np.uint8)
+    return MemoryImages(
+        name=f"digits-{split}",
+        classes=tuple(map(str, range(10))),
+        labels=torch.as_tensor(data.target[chosen], dtype=torch.int64),
+        pixels=_fit_all([Image.fromarray(image) for image in pixels], image_size, channels),
+    )
+
+
+def torchvision_images(
+    data: DataConfig, image_size: int, channels: int, split: Literal["train", "test"]
+) -> MemoryImages:
+    """One of torchvision's sets, from ``data.path`` or the user's cache folder, downloaded if asked for.
+
+    Raises:
+        InputError: the files are not there, or cannot be downloaded.
+    """
+    import torchvision.datasets as sets  # slow to import, and only needed here
+
+    found: Any
+    if data.name == "fake":
+        # Every image has its own seed; the test images are other ones than those of training.
+        found = sets.FakeData(
+            _FAKE[split],
+            (channels, image_size, image_size),
+            10,
+            random_offset=0 if split == "train" else _FAKE["train"],
+        )
+        images, targets = zip(*(found[index] for index in range(len(found))), strict=True)
+        classes = tuple(map(str, range(10)))
+    else:
+        kind = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[data.name]
+        root = data.path or _cache_folder()
+        try:
+            found = kind(str(root), train=split == "train", download=data.download)
+        except (RuntimeError, OSError) as error:
+            if data.download:
+                raise InputError(
+                    f"{data.name} could not be downloaded to {root} ({error}); put torchvision's files there."
+                ) from None
+            raise InputError(
+                f"{data.name} is not in {root}; give --data.path, or fetch it with --data.download."
+            ) from None
+        images = tuple(Image.fromarray(np.asarray(image)) for image in found.data)
+        targets, classes = found.targets, tuple(found.classes)
+    return MemoryImages(
+        name=f"{data.name}-{split}",
+        classes=classes,
+        labels=torch.as_tensor(targets, dtype=torch.int64),
+        pixels=_fit_all(images, image_size, channels),
+    )
+
+
+def _fit_all(images: list[Image.Image] | tuple[Image.Image, ...], size: int, channels: int) -> Tensor:
+    return torch.from_numpy(np.stack([fit(image, size, channels) for image in images]))
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowback"
