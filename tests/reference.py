@@ -25,14 +25,16 @@ TINY = {
 """16 tokens of 4 dimensions: small enough for Jacobians, large enough for two heads and both orders."""
 
 
-def random_flow(dtype: torch.dtype = torch.float64, seed: int = 0, num_classes: int = 5, **changes) -> Flow:
-    """A flow far from the identity, as after training: the output projection is not zero."""
+def random_flow(
+    dtype: torch.dtype = torch.float64, seed: int = 0, num_classes: int = 5, scale: float = 0.05, **changes
+) -> Flow:
+    """A flow far from the identity, as after training: ``scale`` is that of the output projection."""
     torch.manual_seed(seed)
     flow = Flow(ModelConfig(**{**TINY, "num_classes": num_classes, **changes})).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in flow.named_parameters():
             if "proj_out" in name:
-                parameter.normal_(std=0.05)  # log-scales of some 0.3
+                parameter.normal_(std=scale)  # 0.05 at width 32: log-scales of some 0.3
             elif "norm.weight" in name:
                 parameter.normal_(1, 0.1)
             else:

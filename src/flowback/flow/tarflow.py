@@ -16,10 +16,13 @@ from flowback.flow.block import Block, Labels
 from flowback.flow.likelihood import log_prior
 from flowback.nn.patch import patchify, unpatchify
 
-__all__ = ["Flow", "FlowOutput", "Location"]
+__all__ = ["Flow", "FlowOutput", "Location", "UserLabels"]
 
 Location = tuple[int, int]
 """(block, layer), counted from 1; block 1 is next to the data."""
+
+UserLabels = Tensor | Sequence[int] | int | None
+"""Labels as people give them, before they are checked: one id for all images is allowed too."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Flow(nn.Module):
         """Tokens in raster order as images."""
         return unpatchify(tokens, self.config.patch_size)
 
-    def labels(self, labels: Labels | Sequence[int] | int, batch: int) -> Labels:
+    def labels(self, labels: UserLabels, batch: int) -> Labels:
         """Labels as a tensor on the flow's device, checked on the way in from a user.
 
         Raises:
@@ -117,6 +120,8 @@ class Flow(nn.Module):
                     f"Class weights have shape {tuple(made.shape)}; the model has {classes} classes."
                 )
             return made.to(self.dtype)
+        if made.ndim != 1:
+            raise InputError(f"Labels have shape {tuple(made.shape)}; give one id an image.")
         if made.numel() and not 0 <= int(made.min()) <= int(made.max()) < classes:
             raise InputError(
                 f"Label {int(made.max() if int(made.max()) >= classes else made.min())} is out of range: "
@@ -127,7 +132,7 @@ class Flow(nn.Module):
     def forward(
         self,
         images: Float[Tensor, "b c h w"],
-        labels: Labels = None,
+        labels: UserLabels = None,
         drop: Bool[Tensor, " b"] | None = None,
         hidden: Collection[Location] = (),
     ) -> FlowOutput:
@@ -135,10 +140,13 @@ class Flow(nn.Module):
 
         Args:
             images: on [-1, 1], with noise added where the model was trained so.
-            labels: class ids, soft class weights, or None.
+            labels: class ids, soft class weights, or None. Tensors are taken as they are, so that a training
+                step does not wait for the device; lists are checked.
             drop: True where an image's label is replaced by the unconditional embedding.
             hidden: (block, layer) pairs whose outputs are returned.
         """
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = self.labels(labels, len(images))
         x = self.tokens(images)
         log_det = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         states: dict[Location, Tensor] = {}
@@ -150,18 +158,14 @@ class Flow(nn.Module):
         return FlowOutput(x, log_det, states)
 
     @torch.no_grad()
-    def inverse(
-        self, z: Float[Tensor, "b n d"], labels: Labels | Sequence[int] | int = None
-    ) -> Float[Tensor, "b c h w"]:
+    def inverse(self, z: Float[Tensor, "b n d"], labels: UserLabels = None) -> Float[Tensor, "b c h w"]:
         """Decode: the images whose encoding is ``z``. Exact; one token after another."""
         checked = self.labels(labels, len(z))
         for block in reversed(self.blocks):
             z = block.inverse(z, block.context(checked))
         return self.images(z)
 
-    def log_prob(
-        self, images: Float[Tensor, "b c h w"], labels: Labels | Sequence[int] | int = None
-    ) -> Float[Tensor, " b"]:
+    def log_prob(self, images: Float[Tensor, "b c h w"], labels: UserLabels = None) -> Float[Tensor, " b"]:
         """Log-density of each image in nats, on the [-1, 1] scale.
 
         Example:
