@@ -281,7 +281,7 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def from_dict(kind: type[T], values: dict[str, Any], default: T | None = None, where: str = "") -> T:
+def from_dict(kind: type[T], values: Any, default: T | None = None, where: str = "") -> T:
     """The config of class ``kind`` with ``values``, and ``default`` for what they leave out.
 
     Raises:
@@ -330,7 +330,20 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return Path(value)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+    elif origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    names = " or ".join(map(str, arguments)) if origin is Literal else str(getattr(hint, "__name__", hint))
-    raise InputError(f"Option {where} is {json.dumps(value, default=str)}, which is not {names}.")
+    raise InputError(f"Option {where} is {json.dumps(value, default=str)}, which is not {_describe(hint)}.")
+
+
+def _describe(hint: Any) -> str:
+    """An annotation in the words of an error message."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, arguments))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of {_describe(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(_describe, arguments))}]"
+    return "None" if hint is type(None) else hint.__name__

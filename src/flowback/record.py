@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 __all__ = ["environment", "replacing", "write_json"]
@@ -85,17 +86,22 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically; NaN and infinities become null, so that any reader takes it."""
+    """Write JSON atomically; NaN and infinities become null, so that any reader takes it.
+
+    Arrays and tensors become lists and numbers; what else JSON does not know is written as text.
+    """
     with replacing(path) as file:
-        json.dump(_finite(data), file, indent=2, default=str, allow_nan=False)
+        json.dump(_plain(data), file, indent=2, default=str, allow_nan=False)
         file.write("\n")
 
 
-def _finite(data: Any) -> Any:
+def _plain(data: Any) -> Any:
     if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {str(key): _plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [_plain(value) for value in data]
+    if isinstance(data, (torch.Tensor, np.ndarray, np.generic)):
+        return _plain(data.tolist())
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return data

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from flowback import AlignmentConfig, DataConfig, InputError, ModelConfig, RunConfig, TrainConfig
+from flowback.config import from_dict, to_dict
+
+UNUSUAL = RunConfig(
+    model=ModelConfig(image_size=32, patch_size=2, width=192, num_classes=7, position="rope", mlp="swiglu"),
+    data=DataConfig(path=Path("some/folder"), flip=True, bad_images="skip"),
+    alignment=AlignmentConfig(strategy="reverse", order="exact", locations=((1, 2), (8, 8))),
+    train=TrainConfig(steps=12, betas=(0.8, 0.9), grad_clip=1.5, precision="bf16"),
+)
+
+
+@pytest.mark.parametrize("config", [RunConfig(), UNUSUAL])
+def test_a_config_survives_json(config):
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_values_given_lie_over_the_default():
+    changed = from_dict(RunConfig, {"model": {"width": 384}, "train": {"lr": 1}}, default=UNUSUAL)
+    assert changed.model.width == 384
+    assert changed.model.position == "rope"
+    assert changed.train.lr == 1.0
+    assert isinstance(changed.train.lr, float)
+    assert changed.data == UNUSUAL.data
+
+
+def test_configs_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        RunConfig().model.width = 3
+
+
+def test_sizes_follow_from_the_settings():
+    model = ModelConfig(image_size=64, channels=3, patch_size=4)
+    assert (model.grid, model.tokens, model.token_dim, model.dims) == (16, 256, 48, 64 * 64 * 3)
+
+
+def test_a_path_alone_means_a_folder_of_images():
+    assert RunConfig(data=DataConfig(path=Path("photos"))).data.name == "folder"
+    assert RunConfig(data=DataConfig(path=Path("sets"), name="mnist")).data.name == "mnist"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "sentence"),
+    [
+        (
+            ModelConfig,
+            {"image_size": 30},
+            "--model.image-size 30 is not divisible by --model.patch-size 4; choose",
+        ),
+        (ModelConfig, {"width": 100}, "--model.width 100 is not divisible by --model.head-dim 64; choose"),
+        (
+            ModelConfig,
+            {"position": "rope", "head_dim": 6, "width": 12},
+            "--model.head-dim 6 must be a multiple of 4 for --model.position rope.",
+        ),
+        (ModelConfig, {"blocks": 0}, "--model.blocks must be at least 1."),
+        (ModelConfig, {"mlp_ratio": 0}, "--model.mlp-ratio must be at least 1."),
+        (ModelConfig, {"num_classes": -1}, "--model.num-classes must not be negative."),
+        (ModelConfig, {"noise_std": -0.1}, "--model.noise-std must not be negative."),
+        (ModelConfig, {"noise_std": math.nan}, "--model.noise-std must not be negative."),
+        (DataConfig, {"holdout": 1.0}, "--data.holdout must be in [0, 1)"),
+        (DataConfig, {"workers": -1}, "--data.workers must not be negative."),
+        (
+            AlignmentConfig,
+            {"weight": -1.0},
+            "--alignment.weight -1.0 must not be negative; 0 switches it off.",
+        ),
+        (AlignmentConfig, {"order": -1}, "--alignment.order -1 must be 0, 1, 2, ... or exact."),
+        (AlignmentConfig, {"tolerance": 0.0}, "--alignment.tolerance must be above 0."),
+        (AlignmentConfig, {"hidden": 0}, "--alignment.hidden must be at least 1."),
+        (AlignmentConfig, {"grid": 0}, "--alignment.grid must be at least 1."),
+        (
+            AlignmentConfig,
+            {"locations": ((1, 1), (1, 1))},
+            "names a location twice: ((1, 1), (1, 1)); give each once",
+        ),
+        (AlignmentConfig, {"strategy": "reverse", "locations": ()}, "--alignment.locations is empty; give"),
+        (TrainConfig, {"steps": 0}, "--train.steps must be at least 1."),
+        (TrainConfig, {"batch_size": -4}, "--train.batch-size must be at least 1."),
+        (TrainConfig, {"sample_every": -1}, "--train.sample-every must not be negative; 0 draws none."),
+        (TrainConfig, {"micro_batch": 0}, "--train.micro-batch must be at least 1."),
+        (TrainConfig, {"lr": 0.0}, "--train.lr must be above 0"),
+        (TrainConfig, {"lr": math.nan}, "--train.lr must be above 0"),
+        (TrainConfig, {"warmup_steps": -1}, "--train.warmup-steps must not be negative."),
+        (TrainConfig, {"ema_decay": 1.0}, "--train.ema-decay must be in [0, 1)."),
+        (TrainConfig, {"label_drop": 1.5}, "--train.label-drop must be in [0, 1]."),
+        (TrainConfig, {"grad_clip": 0.0}, "--train.grad-clip must be above 0."),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_option(kind, values, sentence):
+    with pytest.raises(InputError) as caught:
+        kind(**values)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("location", [(9, 1), (0, 1), (8, 9), (1, 0)])
+def test_an_alignment_location_outside_the_model_is_refused(location):
+    alignment = AlignmentConfig(strategy="detach", locations=(location,))
+    with pytest.raises(InputError) as caught:
+        RunConfig(alignment=alignment)
+    assert f"--alignment.locations: ({location[0]}, {location[1]}) is outside the model" in str(caught.value)
+    assert "blocks go from 1 to 8, layers from 1 to 8" in str(caught.value)
+    RunConfig(alignment=AlignmentConfig(locations=(location,)))  # nothing is aligned: nothing to refuse
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"model": {"widht": 3}}, "Unknown option model.widht; did you mean width"),
+        ({"modle": {}}, "Unknown option modle; did you mean model"),
+        ({"train": {"xyzzy": 3}}, "Unknown option train.xyzzy; known: "),
+        ({"model": 3}, "model. must be a mapping of options, not 3"),
+        ({"model": {"width": "wide"}}, 'Option model.width is "wide", which is not int'),
+        ({"model": {"width": True}}, "Option model.width is true, which is not int"),
+        ({"model": {"width": 3.5}}, "Option model.width is 3.5, which is not int"),
+        ({"train": {"lr": "fast"}}, 'Option train.lr is "fast", which is not float'),
+        ({"train": {"betas": [0.9]}}, "Option train.betas is [0.9], which is not"),
+        ({"model": {"mlp": "relu"}}, 'Option model.mlp is "relu", which is not gelu or swiglu'),
+        ({"alignment": {"order": "all"}}, 'Option alignment.order is "all", which is not int or exact.'),
+        ({"train": {"grad_clip": "yes"}}, 'Option train.grad_clip is "yes", which is not float or None.'),
+        (
+            {"alignment": {"locations": [[1, 2, 3]]}},
+            "Option alignment.locations is [1, 2, 3], which is not [int, int].",
+        ),
+        (
+            {"alignment": {"locations": 3}},
+            "Option alignment.locations is 3, which is not a list of [int, int].",
+        ),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused(values, sentence):
+    with pytest.raises(InputError) as caught:
+        from_dict(RunConfig, values)
+    assert sentence in str(caught.value)
