@@ -107,7 +107,11 @@ def _swap(new: Path, folder: Path) -> None:
         return
     old = new.with_name(new.name + ".old")
     folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
     shutil.rmtree(old)
 
 
