@@ -1,0 +1,120 @@
+"""FID and its companions under two published protocols. Every figure of them is recorded with its protocol.
+
+**adm** (Dhariwal and Nichol, arXiv 2105.05233): FID, sFID, Inception Score in 10 splits in file order,
+precision and recall with k = 3, of samples rounded to 8 bits, against a fixed reference.
+
+**tarflow** (arXiv 2412.06329): FID alone, values cut down to 8 bits and not rounded, against the training
+images with half of them mirrored. Only for comparing with the papers that use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from flowback.data.images import ImageSet
+from flowback.evaluation.frechet import Moments, frechet_distance
+from flowback.evaluation.inception import Inception
+from flowback.evaluation.references import Reference
+from flowback.evaluation.samples import Faults, quantise
+from flowback.evaluation.scores import InceptionScore, precision_recall
+from flowback.flow.likelihood import to_unit_range
+
+__all__ = [
+    "COMPARABLE",
+    "InceptionStatistics",
+    "Protocol",
+    "adm_figures",
+    "batches",
+    "reference_statistics",
+    "tarflow_reference",
+]
+
+Protocol = Literal["none", "adm", "tarflow"]
+
+COMPARABLE = 50_000
+"""Samples behind the FIDs of papers; one from fewer is larger, and says so."""
+
+REFERENCES = 10_000
+"""References of precision and recall, at most, as in ADM's files."""
+
+
+class InceptionStatistics:
+    """What the protocols need of one set of images, gathered batch by batch.
+
+    Args:
+        inception: the network.
+        total: images that will come.
+        scores: also gather the Inception Score.
+        rows: keep the pool_3 features of so many of the images, for precision and recall.
+    """
+
+    def __init__(self, inception: Inception, total: int, scores: bool = False, rows: int = 0) -> None:
+        self.inception = inception
+        self.pool, self.spatial = Moments(2048), Moments(2023)
+        self.score = InceptionScore(total) if scores else None
+        self._stride = max(1, -(-total // rows)) if rows else 0
+        self._rows: list[Tensor] = []
+
+    def add(self, images: UInt8[Tensor, "b c h w"]) -> None:
+        """Take in the next images."""
+        features = self.inception(images)
+        if self._stride:
+            offset = -self.pool.count % self._stride
+            self._rows.append(features.pool[offset :: self._stride].cpu())
+        self.pool.add(features.pool)
+        self.spatial.add(features.spatial)
+        if self.score is not None:
+            self.score.add(features.logits)
+
+    @property
+    def rows(self) -> Float[Tensor, "n 2048"]:
+        """The pool_3 features that were kept."""
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, 2048)
+
+
+def batches(images: ImageSet, size: int = 64) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    """All images of a set, in order."""
+    for indices in torch.arange(len(images)).split(size):
+        yield images.read(indices)
+
+
+def reference_statistics(reference: Reference, inception: Inception, size: int = 64) -> InceptionStatistics:
+    """Statistics of a reference: its own where it carries them, otherwise of its images."""
+    total = len(reference.images) if reference.images is not None else 0
+    made = InceptionStatistics(inception, max(1, total), rows=REFERENCES)
+    for batch in batches(reference.images, size) if reference.images is not None else ():
+        made.add(batch)
+    made.pool = reference.pool or made.pool
+    made.spatial = reference.spatial or made.spatial
+    return made
+
+
+def adm_figures(samples: InceptionStatistics, reference: InceptionStatistics) -> dict[str, float]:
+    """The figures of ADM's evaluator; those that the reference cannot give are left out."""
+    figures = {}
+    if reference.pool.count:
+        figures["fid"] = frechet_distance(samples.pool, reference.pool)
+    if reference.spatial.count:
+        figures["sfid"] = frechet_distance(samples.spatial, reference.spatial)
+    if samples.score is not None:
+        figures["inception_score"], figures["inception_score_std"] = samples.score.result()
+    if len(samples.rows) and len(reference.rows):
+        found = precision_recall(samples.rows, reference.rows)
+        figures["precision"], figures["recall"] = found.precision, found.recall
+    return figures
+
+
+def tarflow_reference(
+    images: Iterable[UInt8[Tensor, "b c h w"]], seed: int = 0
+) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    """The training images as TARFlow's statistics see them: half mirrored, and cut down to 8 bits again."""
+    generator = torch.Generator().manual_seed(seed)
+    for batch in images:
+        mirror = torch.rand(len(batch), generator=generator) < 0.5
+        flipped = torch.where(mirror[:, None, None, None], batch.flip(-1), batch)
+        yield quantise(to_unit_range(flipped), [""] * len(batch), Faults(), "truncate")

@@ -1,0 +1,213 @@
+"""What samples are compared with: ADM's .npz (images or statistics), a folder of images, or a data set."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from flowback.config import DataConfig
+from flowback.data.decode import EXTENSIONS
+from flowback.data.images import ImageSet, load_images
+from flowback.errors import InputError
+from flowback.evaluation.frechet import Moments
+
+__all__ = ["NpzImages", "Reference", "load_reference", "open_images"]
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    """Images of an ADM .npz: ``arr_0``, uint8 (N, H, W, 3); see `flowback.data.images.ImageSet`.
+
+    An uncompressed file is mapped, not read.
+    """
+
+    path: Path
+    pixels: np.ndarray
+    classes: tuple[str, ...] = ()
+    labels: None = None
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the images."""
+        digest = hashlib.blake2b(str(self.pixels.shape).encode(), digest_size=16)
+        for start in range(0, len(self.pixels), 1024):
+            digest.update(self.pixels[start : start + 1024].tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, indices: Int[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+        """The images at ``indices``."""
+        return torch.from_numpy(np.array(self.pixels[indices.numpy()])).permute(0, 3, 1, 2)
+
+    def file_name(self, index: int) -> str:
+        """The file's name and the image's number."""
+        return f"{self.name}[{index}]"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images, or statistics, or both (ADM's files carry 10,000 images and the statistics of many more)."""
+
+    name: str
+    fingerprint: str
+    images: ImageSet | None
+    pool: Moments | None = None
+    """Statistics of pool_3, for FID."""
+    spatial: Moments | None = None
+    """Statistics of the spatial features, for sFID."""
+
+
+def load_reference(path: Path, image_size: int, channels: int) -> Reference:
+    """The reference in a .npz file or a folder of images.
+
+    A folder's images are resized and cropped to ``image_size``; those of a .npz must have it.
+
+    Raises:
+        InputError: not there, pickled, of another size or without anything to compare with.
+    """
+    if path.suffix != ".npz":
+        images = _folder(path, image_size, channels)
+        return Reference(images.name, images.fingerprint, images)
+    arrays = _open_npz(path)
+    statistics: dict[str, Tensor] = {}
+    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+        if key in arrays:
+            statistics[key] = torch.from_numpy(np.array(arrays[key], dtype=np.float64))
+    found = _npz_images(path, arrays) if "arr_0" in arrays else None
+    if found is not None and found.pixels.shape[1:3] != (image_size, image_size):
+        height, width = found.pixels.shape[1:3]
+        raise InputError(
+            f"{path} holds images of {height}x{width}, the samples are {image_size}x{image_size}; "
+            "take the reference of the samples' size."
+        )
+    if found is None and not {"mu", "sigma"} <= set(statistics):
+        raise InputError(
+            f"{path} holds neither images (arr_0) nor statistics (mu, sigma); it has {', '.join(arrays)}."
+        )
+    digest = hashlib.blake2b((found.fingerprint if found else "").encode(), digest_size=16)
+    for key, value in sorted(statistics.items()):
+        digest.update(key.encode() + value.numpy().tobytes())
+    pool = _moments(path, statistics, "mu", "sigma")
+    return Reference(
+        path.name, digest.hexdigest(), found, pool, _moments(path, statistics, "mu_s", "sigma_s")
+    )
+
+
+def open_images(path: Path) -> ImageSet:
+    """Samples in a .npz file or a folder, all of one size; grey pictures become RGB.
+
+    Raises:
+        InputError: not there, pickled, or of several sizes.
+    """
+    if path.suffix == ".npz":
+        arrays = _open_npz(path)
+        if "arr_0" not in arrays:
+            raise InputError(f"{path} holds no images (arr_0); it has {', '.join(arrays)}.")
+        return _npz_images(path, arrays)
+    if not path.is_dir():
+        raise InputError(f"{path} is neither a checkpoint, nor a folder of images, nor a .npz file.")
+    sizes: dict[tuple[int, int], Path] = {}
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in EXTENSIONS and file.is_file():
+            try:
+                with Image.open(file) as picture:
+                    sizes.setdefault(picture.size, file)
+            except OSError as error:
+                raise InputError(f"{file} cannot be read ({error}); repair or remove it.") from None
+    if not sizes:
+        raise InputError(f"{path} holds neither a checkpoint nor images.")
+    if len(sizes) > 1 or len({*next(iter(sizes))}) > 1:
+        named = ", ".join(
+            f"{file.name} {width}x{height}" for (width, height), file in list(sizes.items())[:3]
+        )
+        raise InputError(f"The images in {path} are not squares of one size ({named}); make them so.")
+    return _folder(path, next(iter(sizes))[0], channels=3)
+
+
+def _folder(path: Path, image_size: int, channels: int) -> ImageSet:
+    if not path.is_dir():
+        raise InputError(f"{path} is neither a .npz file nor a folder of images.")
+    return load_images(DataConfig("folder", path, holdout=0), image_size, channels, "train")
+
+
+def _moments(path: Path, statistics: dict[str, Tensor], mean: str, covariance: str) -> Moments | None:
+    """Statistics of an unknown number of images."""
+    if mean not in statistics or covariance not in statistics:
+        return None
+    mu, sigma = statistics[mean], statistics[covariance]
+    if (
+        mu.ndim != 1
+        or sigma.shape != (len(mu), len(mu))
+        or not (mu.isfinite().all() and sigma.isfinite().all())
+    ):
+        raise InputError(
+            f"{path}: {mean} and {covariance} are not a mean and its covariance; take another copy."
+        )
+    return Moments.from_covariance(2, mu, sigma)
+
+
+def _open_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, mapped where they are not compressed. Pickled objects are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as file, zipfile.ZipFile(path) as archive:
+            return {name: _array(path, file, archive, name) for name in file.files}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except ValueError as error:
+        if "pickle" in str(error) or "Object arrays" in str(error):
+            raise InputError(f"{path} holds pickled objects, which could run code; it is not read.") from None
+        raise InputError(f"{path} is no .npz file ({error}); take another copy.") from None
+    except (OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is no .npz file ({error}); take another copy.") from None
+
+
+def _array(path: Path, file: Any, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    entry = archive.getinfo(f"{name}.npy")
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read(stream)
+        header = stream.tell()
+    if dtype.hasobject:
+        raise InputError(f"{path} holds pickled objects, which could run code; it is not read.")
+    if entry.compress_type != zipfile.ZIP_STORED or fortran or not np.prod(shape):
+        return file[name]
+    with path.open("rb") as raw:  # the entry's own header: 30 bytes, then name and extra field
+        raw.seek(entry.header_offset + 26)
+        lengths = np.frombuffer(raw.read(4), dtype="<u2")
+    start = entry.header_offset + 30 + int(lengths.sum()) + header
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
+
+
+def _npz_images(path: Path, arrays: dict[str, np.ndarray]) -> NpzImages:
+    pixels = arrays["arr_0"]
+    if (
+        pixels.dtype != np.uint8
+        or pixels.ndim != 4
+        or pixels.shape[3] != 3
+        or pixels.shape[1] != pixels.shape[2]
+    ):
+        raise InputError(
+            f"{path}: arr_0 is {pixels.dtype} of shape {pixels.shape}; ADM's files hold uint8 (N, H, H, 3)."
+        )
+    return NpzImages(path, pixels)
