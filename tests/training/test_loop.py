@@ -1,0 +1,172 @@
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowback import checkpoint
+from flowback.config import AlignmentConfig
+from flowback.errors import InputError
+from flowback.training import Evaluator, Interrupted, train
+from flowback.training.loop import NonFiniteError
+
+
+def replaced(config, **train):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
+def weights(run):
+    return load_file(checkpoint.resolve(run) / "model.safetensors")
+
+
+def assert_same_run(one, two):
+    """Bit for bit: averaged weights, raw weights and the optimiser's state."""
+    first, second = (checkpoint.load_training_state(checkpoint.resolve(run)) for run in (one, two))
+    for part in ("objective", "average"):
+        assert first[part].keys() == second[part].keys()
+        for name in first[part]:
+            assert torch.equal(first[part][name], second[part][name]), name
+    for index, state in first["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["optimizer"]["state"][index][name]), (index, name)
+    assert first["step"] == second["step"]
+
+
+class Kill(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def killer(step):
+    def call(at, flow):
+        if at == step:
+            raise Kill
+        return {}
+
+    return Evaluator(1, call)
+
+
+def test_loss_falls_and_the_run_explains_itself(config, digits, tmp_path):
+    config = replaced(config, steps=60, log_every=10)
+    row = train(
+        config, digits, tmp_path, evaluators=[Evaluator(20, lambda step, flow: {"seen": float(step)})]
+    )
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [10, 20, 30, 40, 50, 60]
+    assert rows[-1] == row
+    assert row["nll"] < rows[0]["nll"] - 0.1  # seeds 0: 0.43 below; noise of a batch is about 0.02
+    assert [r.get("seen") for r in rows] == [None, 20, None, 40, None, 60]
+    assert {"config.json", "environment.json", "README.md", "checkpoints"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert len(checkpoint.step_folders(tmp_path)) == 2
+    assert checkpoint.load_config(tmp_path) == config
+
+
+def test_average_is_what_load_gives(config, digits, tmp_path):
+    train(config, digits, tmp_path)
+    state = checkpoint.load_training_state(checkpoint.resolve(tmp_path))
+    loaded = checkpoint.load(tmp_path).state_dict()
+    for name, value in state["average"].items():
+        assert torch.equal(value, loaded[name])
+        assert not torch.equal(value, state["objective"][f"flow.{name}"]), name
+
+
+@pytest.mark.parametrize("strategy", ["none", "reverse"])
+@pytest.mark.parametrize("at", [2, 6, 11])  # before the first save, between saves, near the end
+def test_killed_and_run_again_equals_the_run_that_was_not(config, digits, targets, tmp_path, strategy, at):
+    config = dataclasses.replace(
+        config,
+        alignment=AlignmentConfig(strategy=strategy, order="exact", locations=((1, 1), (2, 1)), hidden=8),
+    )
+    train(config, digits, tmp_path / "whole", targets)
+    with pytest.raises(Kill):
+        train(config, digits, tmp_path / "killed", targets, [killer(at)])
+    train(config, digits, tmp_path / "killed", targets)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    rows = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "nll" in row] == [4, 8, 12]
+
+
+def test_accumulation_equals_one_batch_up_to_rounding(config, digits, tmp_path):
+    """Sums in another order: 1e-4 after 12 steps in fp32.
+
+    Outputs, not weights: the gradient of a key's bias is zero but for rounding, which Adam blows up.
+    """
+    train(config, digits, tmp_path / "one")
+    train(replaced(config, micro_batch=4), digits, tmp_path / "four")
+    one, four = checkpoint.load(tmp_path / "one"), checkpoint.load(tmp_path / "four")
+    images = torch.randn(8, 1, 8, 8)
+    labels = torch.arange(8)
+    torch.testing.assert_close(four(images, labels).z, one(images, labels).z, rtol=0, atol=1e-4)
+
+
+def test_a_signal_saves_and_the_rest_equals(config, digits, tmp_path):
+    train(config, digits, tmp_path / "whole")
+    handler = signal.getsignal(signal.SIGTERM)
+    raiser = Evaluator(1, lambda step, flow: os.kill(os.getpid(), signal.SIGTERM) or {} if step == 5 else {})
+    with pytest.raises(Interrupted):
+        train(config, digits, tmp_path / "stopped", evaluators=[raiser])
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert checkpoint.resolve(tmp_path / "stopped").name == "step-00000005"
+    train(config, digits, tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(config, digits, tmp_path, caplog):
+    train(config, digits, tmp_path / "whole")
+    train(config, digits, tmp_path / "hurt")
+    file = checkpoint.resolve(tmp_path / "hurt") / "training.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    train(config, digits, tmp_path / "hurt")
+    assert str(file) in caplog.text
+    assert_same_run(tmp_path / "whole", tmp_path / "hurt")
+
+
+def test_non_finite_gradient_stops_with_the_step_and_keeps_the_checkpoint(config, digits, tmp_path):
+    train(replaced(config, steps=8), digits, tmp_path)
+    before = weights(tmp_path)
+
+    class NaNTargets:
+        dim = 6
+
+        def __call__(self, indices, flipped, clean):
+            return torch.full((len(clean), 4, 6), float("nan"))
+
+    aligned = dataclasses.replace(
+        config, alignment=AlignmentConfig(strategy="detach", locations=((2, 1),), hidden=8)
+    )
+    with pytest.raises(NonFiniteError, match="Step 1: the gradient is not finite"):
+        train(aligned, digits, tmp_path / "nan", NaNTargets())
+    assert not checkpoint.step_folders(tmp_path / "nan")
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+
+
+def test_resuming_with_another_setting_names_it(config, digits, tmp_path):
+    train(config, digits, tmp_path)
+    with pytest.raises(InputError, match=r"--train.lr \(was 0.01, now 0.02\)"):
+        train(replaced(config, lr=2e-2), digits, tmp_path)
+    train(replaced(config, steps=16, log_every=2), digits, tmp_path)  # these may change
+    assert checkpoint.resolve(tmp_path).name == "step-00000016"
+
+
+def test_resuming_before_the_first_checkpoint_compares_too(config, digits, tmp_path):
+    with pytest.raises(Kill):
+        train(config, digits, tmp_path, evaluators=[killer(2)])
+    with pytest.raises(InputError, match=r"--train\.seed"):
+        train(replaced(config, seed=1), digits, tmp_path)
+
+
+def test_class_count_that_does_not_fit_the_data(config, digits, tmp_path):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=7))
+    with pytest.raises(InputError, match=r"num-classes is 7, but .* has 10 classes"):
+        train(config, digits, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written(config, digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        train(config, digits, tmp_path / "file" / "run")

@@ -1,0 +1,49 @@
+import dataclasses
+
+import pytest
+import torch
+
+from flowback.config import AlignmentConfig
+from flowback.flow.likelihood import nll_per_dim
+from flowback.training.objective import Objective
+
+ALIGNMENT = AlignmentConfig(strategy="detach", locations=((2, 1),), hidden=8, weight=0.3)
+
+
+def inputs(targets):
+    images = torch.randn(4, 1, 8, 8)
+    features = targets(None, None, images)
+    return images, torch.tensor([0, 1, 2, 3]), torch.tensor([True, False, False, False]), features
+
+
+def test_total_is_nll_plus_weighted_alignment(config, targets):
+    objective = Objective(dataclasses.replace(config, alignment=ALIGNMENT), targets.dim)
+    images, labels, drop, features = inputs(targets)
+    losses = objective(images, labels, drop, features)
+    nll = nll_per_dim(objective.flow(images, labels, drop).log_prob, 64).mean()
+    assert losses.nll == pytest.approx(nll.item(), abs=1e-6)
+    assert losses.total.item() == pytest.approx((losses.nll + 0.3 * losses.alignment).item(), abs=1e-6)
+    assert set(losses.cosine) == {(2, 1)}
+    assert float(losses.alignment) == pytest.approx(-float(losses.cosine[2, 1]), abs=1e-6)
+
+
+def test_without_targets_it_is_the_likelihood_alone(config):
+    objective = Objective(config)
+    losses = objective(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))
+    assert objective.projector is None
+    assert losses.alignment is None
+    assert torch.equal(losses.total.detach(), losses.nll)
+
+
+def test_bf16_stays_near_fp32(config, targets):
+    """Values within bf16's precision (8 bits) of fp32, and in fp32."""
+    objective = Objective(dataclasses.replace(config, alignment=ALIGNMENT), targets.dim)
+    torch.nn.init.normal_(objective.flow.blocks[0].proj_out.weight, std=0.1)
+    images, labels, drop, features = inputs(targets)
+    full = objective(images, labels, drop, features)
+    objective.config = dataclasses.replace(
+        objective.config, train=dataclasses.replace(config.train, precision="bf16")
+    )
+    half = objective(images, labels, drop, features)
+    assert half.total.dtype == torch.float32
+    assert half.total.item() == pytest.approx(full.total.item(), rel=0.02)
