@@ -29,7 +29,7 @@ from flowback.training import train
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["run"]
+__all__ = ["Options", "run"]
 
 RUNS = {"none": ("digits", "likelihood alone"), "reverse": ("digits-reverse", "exact reverse alignment")}
 COLUMNS = ("nll", "top1_gradient", "top1_exhaustive", "fd_efficientnet_lite0", "seconds", "images_per_second")

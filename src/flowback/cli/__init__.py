@@ -1,0 +1,79 @@
+"""The command ``flowback``: one thin module for each verb, loaded when it is called."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from flowback.errors import InputError, nearest
+
+__all__ = ["main"]
+
+VERBS = {
+    "demo": "train on real digits without and with reverse alignment, and report",
+    "train": "train a flow from a preset; the same command resumes",
+    "sample": "draw images from a checkpoint",
+    "plan": "measure how to sample a checkpoint fastest on this device",
+    "classify": "classify images with a flow's own gradient",
+    "evaluate": "quality and likelihood of a checkpoint",
+    "probe": "linear probes of every block and layer",
+    "compare": "two evaluation records side by side",
+    "presets": "list the presets",
+    "import-tarflow": "read a checkpoint with TARFlow's parameter names",
+    "export-tarflow": "write a checkpoint with TARFlow's parameter names",
+}
+
+BAD_INPUT = 2
+"""Exit code for options, files or data that the user can mend."""
+INTERRUPTED = 75
+"""Exit code of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to go on)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        from flowback import __version__
+
+        sys.stdout.write(f"flowback {__version__}\n")
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        return _refuse(f"There is no verb {verb!r}; {nearest(verb, VERBS)}")
+    logging.basicConfig(format="flowback: %(message)s", level=logging.WARNING)
+    module = importlib.import_module(f"flowback.cli.{verb.replace('-', '_')}")
+    try:
+        return module.run(arguments[1:]) or 0
+    except InputError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        reason = os.strerror(error.errno)
+        return _refuse(
+            f"{error.filename or 'A file'} cannot be written: {reason}; make room, or choose another folder."
+        )
+    except KeyboardInterrupt:
+        return 130
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"flowback: {message}\n")
+    return BAD_INPUT
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {about}" for verb, about in VERBS.items()]
+    return (
+        "usage: flowback VERB [options]\n\n"
+        + "\n".join(lines)
+        + "\n\nflowback VERB --help shows its options.\n"
+    )

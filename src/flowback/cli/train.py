@@ -1,0 +1,140 @@
+"""``flowback train``: train a flow from a preset, options and YAML on top; the same command resumes."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from flowback import presets
+from flowback.alignment.targets import make_targets
+from flowback.cache import cache_folder
+from flowback.cli.evaluators import likelihood_evaluator, picture_evaluator
+from flowback.cli.output import say, show_table
+from flowback.config import (
+    AlignmentConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+from flowback.data.images import load_images
+from flowback.errors import InputError
+from flowback.flow.cost import flops_per_image, parameters, training_bytes
+from flowback.record import environment, write_json
+from flowback.training import Interrupted, train
+
+__all__ = ["resolve_classes", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a flow. The same command on the same folder goes on where it stopped."""
+
+    preset: tyro.conf.Positional[str]
+    """Where the settings start from; `flowback presets` lists them."""
+    out: Annotated[Path, tyro.conf.arg(help_behavior_hint="")] = Path("runs/train")
+    """The run's folder."""
+    config: Path | None = None
+    """YAML file of settings that replace the preset's; options replace the file's."""
+    dry_run: bool = False
+    """Print the resolved settings, parameters and memory estimate, and stop."""
+    json: Path | None = None
+    """Write the final figures to this file."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def run(argv: list[str]) -> int | None:
+    """Train; returns 75 if a signal stopped the run after saving."""
+    options = _parse(argv)
+    config = RunConfig(options.model, options.data, options.alignment, options.train)
+    if options.dry_run:
+        _dry_run(config)
+        return None
+    model = config.model
+    images = load_images(config.data, model.image_size, model.channels, "train")
+    config = resolve_classes(config, len(images.classes))
+    test = load_images(config.data, model.image_size, model.channels, "test")
+    evaluators = [likelihood_evaluator(config, test)]
+    if config.train.sample_every:
+        evaluators.append(picture_evaluator(config, options.out / "samples"))
+    targets = make_targets(config, images, cache_folder() / "features")
+    try:
+        row = train(config, images, options.out, targets, evaluators, options.preset)
+    except Interrupted as stop:
+        say(f"{stop}; saved in {options.out}. The same command goes on.")
+        return 75
+    show_table(f"{options.preset} after {row['step']} steps", ["metric", "value"], list(row.items()))
+    say(f"Checkpoint: {options.out}   (flowback sample {options.out} --out samples)")
+    if options.json:
+        record = {"environment": environment(), "config": to_dict(config), "result": row}
+        write_json(options.json, record)
+    return None
+
+
+def resolve_classes(config: RunConfig, classes: int) -> RunConfig:
+    """Fill in the number of classes where the settings leave it to the data."""
+    if config.model.num_classes is not None:
+        return config
+    return replace(config, model=replace(config.model, num_classes=classes))
+
+
+def _parse(argv: Sequence[str]) -> Options:
+    """Options on top of YAML on top of the preset."""
+    named = argv[0] if argv and not argv[0].startswith("-") else None
+    base = presets.get(named).config if named else RunConfig()
+    file = _option(argv, "--config")
+    if file is not None:
+        try:
+            values = yaml.safe_load(Path(file).read_text()) or {}
+        except OSError as error:
+            raise InputError(f"--config {file} cannot be read: {error.strerror}.") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"--config {file} is not YAML: {str(error).splitlines()[0]}.") from None
+        try:
+            base = from_dict(RunConfig, values, base)
+        except InputError as error:
+            raise InputError(f"--config {file}: {error}") from None
+    default = Options(
+        preset=named or tyro.MISSING,
+        model=base.model,
+        data=base.data,
+        alignment=base.alignment,
+        train=base.train,
+    )
+    return tyro.cli(Options, args=argv, default=default, prog="flowback train")
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """The value of an option that must be known before the others are parsed."""
+    for index, word in enumerate(argv):
+        if word == name and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(name + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _dry_run(config: RunConfig) -> None:
+    model, steps = config.model, config.train
+    say(jsonlib.dumps(to_dict(config), indent=2))
+    held: list[list[Any]] = [
+        ["parameters (M)", parameters(model) / 1e6],
+        ["GFLOP an image, encode pass", flops_per_image(model) / 1e9],
+        ["GFLOP a training step", 3 * flops_per_image(model) * steps.batch_size / 1e9],
+        [
+            "estimated memory, one process (GiB)",
+            training_bytes(model, steps.micro_batch or steps.batch_size, steps.precision) / 2**30,
+        ],
+    ]
+    show_table("Dry run: nothing is written", ["", "value"], held)
