@@ -1,6 +1,6 @@
 """The alignment loss: how far projected flow features point from those of the encoder.
 
-Letters in shapes: b images, n flow tokens, m encoder patches, w width of the flow, c width of the encoder.
+Letters in shapes: b images, n flow tokens, m encoder patches, w width of the flow, f width of the encoder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Projector(nn.Module):
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
         )
 
-    def forward(self, hidden: Float[Tensor, "b n w"]) -> Float[Tensor, "b n c"]:
+    def forward(self, hidden: Float[Tensor, "b n w"]) -> Float[Tensor, "b n f"]:
         """Projected features, one for each token."""
         return self.layers(hidden)
 
@@ -52,12 +52,13 @@ class AlignmentLoss:
     """Mean cosine of each location, without a graph."""
 
 
-def resample(features: Float[Tensor, "b m c"], grid: int) -> Float[Tensor, "b n c"]:
+def resample(features: Float[Tensor, "b m f"], grid: int) -> Float[Tensor, "b n f"]:
     """Encoder features on a square grid of ``grid`` tokens a side, raster order.
 
     Rule: a feature belongs to the centre of its patch. Between centres, features are interpolated
     linearly in each axis; outside the outermost centres they stay constant. Towards a coarser grid the
-    linear kernel widens by the ratio of the grids, so that every patch keeps its say.
+    linear kernel widens by the ratio of the grids, so that every patch keeps its say. A linear ramp stays
+    that ramp, except at the border and for coarser grids whose ratio is no whole number.
 
     Raises:
         InputError: the patches form no square grid.
@@ -70,13 +71,13 @@ def resample(features: Float[Tensor, "b m c"], grid: int) -> Float[Tensor, "b n 
         )
     if side == grid:
         return features
-    maps = features.transpose(1, 2).unflatten(2, (side, side))  # (b, c, side, side)
+    maps = features.transpose(1, 2).unflatten(2, (side, side))  # (b, f, side, side)
     maps = F.interpolate(maps, size=(grid, grid), mode="bilinear", align_corners=False, antialias=True)
     return maps.flatten(2).transpose(1, 2)
 
 
 def alignment_loss(
-    hidden: Mapping[Location, Float[Tensor, "b n w"]], targets: Float[Tensor, "b m c"], projector: nn.Module
+    hidden: Mapping[Location, Float[Tensor, "b n w"]], targets: Float[Tensor, "b m f"], projector: nn.Module
 ) -> AlignmentLoss:
     """-mean over locations and tokens of cos(v, projector(h)) (arXiv 2511.22345, Eq. 6).
 
@@ -88,22 +89,13 @@ def alignment_loss(
         projector: maps hidden states to the width of the targets.
 
     Raises:
-        InputError: no locations, targets of another batch or width, or a grid that cannot be resampled.
+        InputError: the targets' grid cannot be resampled.
     """
-    if not hidden:
-        raise InputError("There is nothing to align: --alignment.locations is empty.")
-    batch, tokens, _ = next(iter(hidden.values())).shape
-    if len(targets) != batch:
-        raise InputError(f"{len(targets)} rows of encoder features for {batch} images; give one an image.")
+    tokens = next(iter(hidden.values())).shape[1]
     directions = resample(_at_least_fp32(targets), math.isqrt(tokens))
     cosines: dict[Location, Tensor] = {}
     for location, state in hidden.items():
         projected = projector(state)
-        if projected.shape[-1] != directions.shape[-1]:
-            raise InputError(
-                f"The projector gives {projected.shape[-1]} dimensions, the encoder {directions.shape[-1]}; "
-                "make the projector for this encoder."
-            )
         with torch.autocast(projected.device.type, enabled=False):
             cosines[location] = F.cosine_similarity(_at_least_fp32(projected), directions, dim=-1).mean()
     loss = -torch.stack(list(cosines.values())).mean()
