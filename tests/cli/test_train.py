@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+import flowback as library
+from flowback import checkpoint
+
+
+def test_photographs_train_sample_classify(flowback, small, photos, tmp_path):
+    """The whole job on a folder of colour photographs, from the command line."""
+    out = tmp_path / "run"
+    code, printed, err = flowback(
+        "train",
+        "folder-32-reverse",
+        "--data.path",
+        photos,
+        "--out",
+        out,
+        "--json",
+        tmp_path / "train.json",
+        *small,
+    )
+    assert code == 0, err
+    assert str(out) in printed
+    result = json.loads((tmp_path / "train.json").read_text())
+    assert result["result"]["step"] == 4
+    assert "test_top1_gradient" in result["result"]
+    assert result["environment"]["versions"]["torch"]
+    config = checkpoint.load_config(out)
+    assert (config.model.num_classes, config.model.channels, config.alignment.strategy) == (2, 3, "reverse")
+
+    code, _, err = flowback("sample", out, "--out", tmp_path / "samples", "--count", 4)
+    assert code == 0, err
+    assert len(list((tmp_path / "samples").rglob("*.png"))) >= 4
+    code, printed, err = flowback("classify", out, "--json", tmp_path / "classify.json")
+    assert code == 0, err
+    assert "top-1" in printed or "top1" in printed
+
+
+def test_running_again_resumes(flowback, small, tmp_path):
+    words = ("train", "digits", "--out", tmp_path / "run", *small)
+    assert flowback(*words)[0] == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    code, out, _ = flowback(*words, "--train.steps", 6)
+    assert code == 0
+    assert "after 6 steps" in out
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
+    assert library.load(tmp_path / "run").config.num_classes == 10
+
+
+def test_yaml_is_between_the_preset_and_the_options(flowback, tmp_path):
+    (tmp_path / "my.yaml").write_text("train: {lr: 0.5, seed: 7}\nmodel: {width: 128}\n")
+    code, out, _ = flowback(
+        "train", "digits", "--config", tmp_path / "my.yaml", "--train.seed", 8, "--dry-run"
+    )
+    assert code == 0
+    config = json.loads(out[out.index("{") : out.rindex("}") + 1])
+    assert config["train"]["lr"] == 0.5
+    assert config["train"]["seed"] == 8
+    assert config["model"]["width"] == 128
+    assert config["model"]["blocks"] == 4
+
+
+def test_dry_run_prints_the_size_and_writes_nothing(flowback, tmp_path):
+    code, out, _ = flowback("train", "imagenet64-reverse", "--dry-run", "--out", tmp_path / "run")
+    assert code == 0
+    assert "parameters (M)" in out
+    assert "memory" in out
+    assert not (tmp_path / "run").exists()
+
+
+BAD = {
+    "preset": (["digitz"], "There is no preset 'digitz'; did you mean digits"),
+    "option": (["digits", "--train.stepz", "3"], "--train.steps"),
+    "patch": (["digits", "--model.patch-size", "3"], "not divisible by --model.patch-size 3"),
+    "head": (["digits", "--model.width", "33"], "--model.width 33 is not divisible by --model.head-dim 32"),
+    "classes": (["digits", "--model.num-classes", "7"], "--model.num-classes is 7, but"),
+    "location": (
+        ["digits-reverse", "--alignment.locations", "9", "1"],
+        "(9, 1) is outside the model; blocks go from 1 to 4",
+    ),
+    "weight": (["digits", "--alignment.weight", "-1"], "must not be negative"),
+    "twice": (["digits-reverse", "--alignment.locations", "1", "1", "1", "1"], "names a location twice"),
+    "yaml key": (["digits", "--config", "bad.yaml"], "Unknown option train.stepz; did you mean steps?"),
+    "yaml missing": (["digits", "--config", "none.yaml"], "none.yaml cannot be read"),
+    "folder": (["folder-32", "--data.path", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize(("words", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(flowback, tmp_path, monkeypatch, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("train: {stepz: 3}\n")
+    code, out, err = flowback("train", *words, "--out", tmp_path / "run")
+    assert code == 2, (out, err)
+    assert sentence in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
