@@ -225,6 +225,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     sample_every: int = 0
     """Steps between pictures of samples; 0 for none."""
+    diagnose_every: int = 0
+    """Steps between comparisons of the two losses' gradients, block by block; 0 for none."""
     eval_images: int = 1024
     """Test images of an evaluation."""
     keep_last: int = 2
@@ -237,6 +239,7 @@ class TrainConfig:
         for name in counts:
             _require(getattr(self, name) > 0, f"--train.{name.replace('_', '-')} must be at least 1.")
         _require(self.sample_every >= 0, "--train.sample-every must not be negative; 0 draws none.")
+        _require(self.diagnose_every >= 0, "--train.diagnose-every must not be negative; 0 is never.")
         _require(self.micro_batch is None or self.micro_batch > 0, "--train.micro-batch must be at least 1.")
         _require(
             self.lr > 0 and self.min_lr >= 0, "--train.lr must be above 0 and --train.min-lr not negative."

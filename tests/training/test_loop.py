@@ -170,3 +170,27 @@ def test_a_folder_that_cannot_be_written(config, digits, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         train(config, digits, tmp_path / "file" / "run")
+
+
+def test_gradients_are_compared_at_intervals(config, digits, targets, tmp_path):
+    config = dataclasses.replace(
+        replaced(config, diagnose_every=6),
+        alignment=AlignmentConfig(strategy="detach", locations=((2, 1),), hidden=8),
+    )
+    train(config, digits, tmp_path / "one", targets)
+    rows = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if "grad_nll_1" in row]
+    assert [row["step"] for row in found] == [6, 12]
+    assert found[0]["grad_alignment_1"] == 0
+    assert found[0]["grad_alignment_2"] > 0
+    train(replaced(config, diagnose_every=0), digits, tmp_path / "two", targets)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # tensorboard's own
+def test_tensorboard_gets_the_rows(config, digits, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(replaced(config, tensorboard=True), digits, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("nll")] == [4, 8, 12]

@@ -26,9 +26,7 @@ def test_the_stream_does_not_depend_on_where_it_is_cut():
 
 
 def test_generators_of_different_keys_differ():
-    draws = {
-        torch.rand(1, generator=generator("cpu", *key)).item() for key in [(0, 0), (0, 1), (1, 0)]
-    }
+    draws = {torch.rand(1, generator=generator("cpu", *key)).item() for key in [(0, 0), (0, 1), (1, 0)]}
     assert len(draws) == 3
 
 

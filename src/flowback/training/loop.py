@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flowback import checkpoint
+from flowback.alignment.diagnostics import gradient_balance
 from flowback.config import RunConfig, to_dict
 from flowback.data.images import ImageSet
 from flowback.errors import InputError
@@ -37,7 +38,7 @@ log = logging.getLogger("flowback")
 
 MAY_CHANGE = {
     "train": {"steps", "micro_batch", "device", "log_every", "eval_every", "save_every", "sample_every"}
-    | {"eval_images", "keep_last", "tensorboard"},
+    | {"diagnose_every", "eval_images", "keep_last", "tensorboard"},
     "data": {"path", "workers", "download", "bad_images"},
     "alignment": {"weights"},
 }
@@ -109,6 +110,8 @@ def train(
             for evaluator in evaluators:
                 if run.due(evaluator.every):
                     row |= run.evaluate(evaluator)
+            if config.alignment.active and run.due(config.train.diagnose_every):
+                row |= run.diagnose(batch)
             run.write(row)
             stop = run.agree(bool(asked))
             if stop or run.due(config.train.save_every):
@@ -152,6 +155,7 @@ class _Run:
             self._begin()
         else:
             self._restore(state)
+        self.board = _board(out, self.step) if config.train.tensorboard and self.rank == 0 else None
 
     # --- starting and resuming ---
 
@@ -297,6 +301,16 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return found
 
+    def diagnose(self, batch: Batch) -> dict[str, Any]:
+        """How the gradients of likelihood and alignment compare on this process's share of the batch."""
+        objective, config = self.objective, self.config.alignment
+        assert objective.projector is not None
+        assert self.targets is not None
+        targets = self.targets(batch.indices, batch.flipped, batch.clean)
+        return {"step": self.step, "images": self.step * self.config.train.batch_size} | gradient_balance(
+            objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
+        )
+
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
         if not row or not self.accelerator.is_main_process:
@@ -304,6 +318,9 @@ class _Run:
         self.last = row
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, self.step)
 
     def save(self) -> None:
         """Write a checkpoint and remove those that are too old."""
@@ -323,8 +340,21 @@ class _Run:
 
     def finish(self) -> None:
         """Leave nothing behind that a second run in this process would trip over."""
+        if self.board is not None:
+            self.board.close()
         self.accelerator.free_memory()
         self.accelerator.end_training()
+
+
+def _board(out: Path, step: int) -> Any:
+    """TensorBoard's writer; what a stopped run wrote after ``step`` is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "--train.tensorboard needs the package: pip install flowback-nf[tensorboard]."
+        ) from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
 
 def _check(config: RunConfig, images: ImageSet, targets: Targets | None, processes: int) -> None:
