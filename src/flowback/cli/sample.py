@@ -25,7 +25,7 @@ from flowback.sampling.denoise import denoises
 from flowback.sampling.folder import Drawn, SampleFolder
 from flowback.sampling.output import read_png, save_grid, save_npz, save_trajectory
 
-__all__ = ["run"]
+__all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from torch import Tensor
 from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.flow.block import Block, Labels
+from flowback.sampling.decoder import Engine, Precision
 from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
+from flowback.sampling.sequential import sequential
 
 __all__ = ["noise", "sample", "trajectory"]
 
@@ -53,6 +55,7 @@ def sample(
     denoise: bool = True,
     *,
     batch_size: int = 64,
+    precision: Precision = "fp32",
     redraw: int = 0,
 ) -> Float[Tensor, "b c h w"]:
     """Images of the flow on [-1, 1], not clamped; non-finite values are returned as they are.
@@ -65,6 +68,7 @@ def sample(
         denoise: end with one denoising step, given the labels too. Models of uniformly dequantised images
             have none: theirs are returned as sampled.
         batch_size: images decoded at once.
+        precision: of the Transformers' weights and caches while decoding.
         redraw: see :func:`noise`.
 
     Raises:
@@ -78,7 +82,15 @@ def sample(
         torch.Size([2, 1, 4, 4])
     """
     return trajectory(
-        flow, labels, seeds, guidance, denoise, batch_size=batch_size, redraw=redraw, every_block=False
+        flow,
+        labels,
+        seeds,
+        guidance,
+        denoise,
+        batch_size=batch_size,
+        precision=precision,
+        redraw=redraw,
+        every_block=False,
     )[-1]
 
 
@@ -91,6 +103,7 @@ def trajectory(
     denoise: bool = True,
     *,
     batch_size: int = 64,
+    precision: Precision = "fp32",
     redraw: int = 0,
     every_block: bool = True,
 ) -> list[Float[Tensor, "b c h w"]]:
@@ -100,11 +113,11 @@ def trajectory(
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     _check(flow, checked, guidance)
     scales = guidance.scales(len(seeds), noise(flow, seeds[:1]))
-    parts = []
+    engine, parts = Engine(flow, precision), []
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
         own = None if checked is None else checked[part]
-        states = _invert(flow, noise(flow, seeds[part], redraw), own, guidance, scales[part])
+        states = _invert(engine, noise(flow, seeds[part], redraw), own, guidance, scales[part])
         states = [flow.images(x) for x in (states if every_block else states[-1:])]
         if denoise:
             states.append(denoise_step(flow, states[-1], own))
@@ -135,32 +148,34 @@ def _check(flow: Flow, labels: Labels, guidance: Guidance) -> None:
 
 
 def _invert(
-    flow: Flow, z: Float[Tensor, "b n d"], labels: Labels, guidance: Guidance, scales: Float[Tensor, " b"]
+    engine: Engine,
+    z: Float[Tensor, "b n d"],
+    labels: Labels,
+    guidance: Guidance,
+    scales: Float[Tensor, " b"],
 ) -> list[Float[Tensor, "b n d"]]:
     """Noise and the output of each block, from block T down to block 1."""
-    states = [z]
-    for index in range(flow.config.blocks, 0, -1):
-        block = flow.blocks[index - 1]
-        if guidance.covers(index, flow.config.blocks):
+    states, config = [z], engine.flow.config
+    for index in range(config.blocks, 0, -1):
+        block = engine.flow.blocks[index - 1]
+        if guidance.covers(index, config.blocks):
             context, temperature = _streams(block, labels, len(z), guidance.temperature)
-            guide = guidance.guide(scales, flow.config.tokens)
-            states.append(block.inverse(states[-1], context, guide, temperature))
+            guide = guidance.guide(scales, config.tokens)
+            decoder = engine.decoder(index, len(z), context, guide, temperature)
         else:
-            states.append(block.inverse(states[-1], block.context(labels)))
+            decoder = engine.decoder(index, len(z), block.context(labels))
+        states.append(block.reorder(sequential(decoder, block.reorder(states[-1]))))
     return states
 
 
 def _streams(
     block: Block, labels: Labels, batch: int, temperature: float
-) -> tuple[Float[Tensor, "b2 w"] | None, float | Tensor]:
-    """Context and attention temperature of the streams with and without label, one batch of 2B."""
+) -> tuple[Float[Tensor, "r w"] | None, Float[Tensor, " r"]]:
+    """Context and attention temperature of the streams with and without label, one batch of 2B rows."""
+    like = block.proj_in.weight
+    temperatures = torch.tensor([1.0, temperature], dtype=like.dtype, device=like.device)
     with_label, without = block.context(labels), block.context(None)
     context = None
     if with_label is not None and without is not None:
         context = torch.cat([with_label.expand(batch, -1), without.expand(batch, -1)])
-    if temperature == 1:
-        return context, 1.0
-    own = torch.tensor(
-        [1.0, temperature], dtype=block.proj_in.weight.dtype, device=block.proj_in.weight.device
-    )
-    return context, own.repeat_interleave(batch).view(-1, 1, 1, 1)
+    return context, temperatures.repeat_interleave(batch)

@@ -1,0 +1,291 @@
+"""The compiled decode step: builds ``decode.cpp`` with the machine's C++ compiler, once, and calls it.
+
+The library lies in the cache folder under a name made of the source, the compiler and the processor. Where
+there is no compiler, or FLOWBACK_NATIVE=0 is set, :func:`library` is None and PyTorch decodes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowback.cache import cache_folder
+from flowback.flow.block import Block
+from flowback.nn.transformer import Layer
+
+__all__ = ["NativeCache", "NativeStep", "NativeWeights", "library"]
+
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-std=c++17",
+)
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled step, or None where it cannot be had."""
+    if os.environ.get("FLOWBACK_NATIVE") == "0":
+        return None
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    try:
+        return _load(_compiled(compiler))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("the fast decoder could not be compiled, PyTorch decodes instead: %s", error)
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's file, compiled if it is not there."""
+    source = Path(__file__).with_name("decode.cpp")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(source.read_bytes() + version + " ".join(_FLAGS).encode() + _processor().encode())
+    file = cache_folder() / "native" / f"decode-{key.hexdigest()[:16]}.so"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            made = Path(folder) / file.name
+            subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made)], capture_output=True, check=True)
+            made.replace(file)
+    return file
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    except OSError:
+        return platform.machine() + platform.processor()
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(file))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name in _STEPS.values():
+        step = getattr(loaded, name)
+        step.argtypes = [pointer, pointer, pointer, number, number, number, pointer, number]
+        step.restype = None
+    return loaded
+
+
+_STEPS = {
+    (torch.float32, torch.float32): "step_f32",
+    (torch.float64, torch.float64): "step_f64",
+    (torch.float32, torch.bfloat16): "step_bf16",
+}
+"""Functions for (dtype of the arithmetic, dtype of weights, keys and values)."""
+
+# Fields of decode.cpp's structures, in its order.
+_LAYER = (
+    *("qkv", "proj", "up", "down", "qkv_bias", "proj_bias", "up_bias", "down_bias"),
+    *("q_norm", "k_norm", "keys", "values"),
+)
+_NUMBERS = ("width", "heads", "hidden", "layers", "token_dim", "tokens", "gated", "threads")
+_POINTERS = (
+    *("in", "out", "out_bias", "place", "context", "cos", "sin", "scale"),
+    *("layer", "x", "norm", "wide", "mixed", "score"),
+)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in _LAYER]
+
+
+@functools.cache
+def _model(number: Any) -> type[ctypes.Structure]:
+    """The C structure of a block, for one type of floating-point number."""
+    fields = [
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        *((name, number) for name in ("eps", "qk_eps")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+    return type("_Model", (ctypes.Structure,), {"_fields_": fields})
+
+
+class NativeWeights:
+    """A block's weights as the compiled step reads them.
+
+    Matrices lie in panels of two vectors of columns; scale and shift of a LayerNorm are folded into the
+    matrix that follows: W(s·x + t) + b = (W·s)x + (Wt + b).
+    """
+
+    def __init__(self, block: Block, storage: torch.dtype) -> None:
+        self.storage, self.dtype = storage, block.proj_in.weight.dtype
+        self.lanes = _lanes(self.dtype)
+        layers = [cast(Layer, layer) for layer in block.body.layers]
+        self.width, self.token_dim = block.proj_in.weight.shape
+        self.heads, self.head_dim = block.body.heads, block.body.head_dim
+        self.hidden, self.up = layers[0].mlp.down.in_features, layers[0].mlp.up.out_features
+        self.eps = layers[0].attention.norm.eps
+        self.qk_eps = _epsilon(layers[0].attention.q_norm, self.dtype)
+        position = block.position
+        self.tokens = len(block.rotary_cos if position is None else position)
+        place = block.proj_in.bias.expand(self.tokens, -1)
+        if position is not None:
+            place = place + block.reorder(position, dim=0)
+        self.place = place.detach().contiguous()
+        self.rotary: tuple[Tensor | None, Tensor | None] = (None, None)
+        if position is None:
+            self.rotary = (block.rotary_cos.to(self.dtype), block.rotary_sin.to(self.dtype))
+        self.input = self._pack(block.proj_in.weight)
+        self.output = self._pack(block.proj_out.weight)
+        self.columns = self.output.shape[0] * self.output.shape[2]
+        bias = block.proj_out.bias.detach()
+        self.output_bias = F.pad(bias, (0, self.columns - len(bias)))
+        self.layers = [self._layer(layer) for layer in layers]
+
+    def _layer(self, layer: Layer) -> tuple[Tensor | None, ...]:
+        """The tensors of one layer, in the order of ``_LAYER``."""
+        attention, mlp = layer.attention, layer.mlp
+        qkv, qkv_bias = self._folded(attention.norm, attention.qkv)
+        up, up_bias = self._folded(mlp.norm, mlp.up)
+        proj, down = self._pack(attention.proj.weight), self._pack(mlp.down.weight)
+        norms = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
+        biases = (qkv_bias, attention.proj.bias.detach(), up_bias, mlp.down.bias.detach())
+        return (qkv, proj, up, down, *biases, *norms)
+
+    @staticmethod
+    def suits(block: Block, storage: torch.dtype) -> bool:
+        """Whether the compiled step can decode this block."""
+        weight = block.proj_in.weight
+        if weight.device.type != "cpu" or (weight.dtype, storage) not in _STEPS or library() is None:
+            return False
+        lanes = _lanes(weight.dtype)
+        sizes = (len(weight), *(cast(Layer, layer).mlp.up.out_features for layer in block.body.layers))
+        return all(size % (2 * lanes) == 0 for size in sizes) and block.body.head_dim % lanes == 0
+
+    def _pack(self, weight: Float[Tensor, "o i"]) -> Tensor:
+        """(panels, inputs, columns of a panel), in the storage dtype, filled up with zeros."""
+        columns = 2 * self.lanes
+        weight = F.pad(weight.detach(), (0, 0, 0, -len(weight) % columns))
+        return weight.view(-1, columns, weight.shape[1]).transpose(1, 2).to(self.storage).contiguous()
+
+    def _folded(self, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        bias = (linear.bias + linear.weight @ norm.bias).detach()
+        return self._pack(linear.weight * norm.weight), bias
+
+
+@dataclass(frozen=True)
+class NativeCache:
+    """Keys, values and scratch for so many rows and new tokens; one after another, all blocks use it."""
+
+    keys: Tensor
+    values: Tensor
+    scratch: tuple[Tensor, ...]
+    tokens: Tensor
+    """Input of a step."""
+    out: Tensor
+    """Output of a step."""
+
+    @classmethod
+    def empty(cls, weights: NativeWeights, rows: int, new: int) -> NativeCache:
+        """Room for ``rows`` sequences and at most ``new`` tokens of each in a step."""
+        groups, layers = -(-weights.tokens // weights.lanes), len(weights.layers)
+        sizes = (weights.width, weights.width, max(3 * weights.width, weights.up), weights.width)
+        like = weights.place
+        stored = like.new_empty(0, dtype=weights.storage)
+        heads = (layers, rows, weights.heads)
+        return cls(
+            stored.new_empty(*heads, groups, weights.head_dim, weights.lanes),
+            stored.new_empty(*heads, weights.tokens, weights.head_dim),
+            (
+                *(like.new_empty(rows * new, size) for size in sizes),
+                like.new_empty(torch.get_num_threads(), -(-weights.tokens // 64) * 64),
+            ),
+            like.new_empty(rows * new, weights.token_dim),
+            like.new_empty(rows * new, weights.columns),
+        )
+
+
+class NativeStep:
+    """The predictions of one block, computed by the compiled step.
+
+    Args:
+        weights: of the block.
+        cache: of at least as many rows; overwritten.
+        context: the embedding of each row's label.
+        scale: factor of each row's attention scores.
+    """
+
+    def __init__(
+        self,
+        weights: NativeWeights,
+        cache: NativeCache,
+        context: Float[Tensor, "b w"] | None,
+        scale: Float[Tensor, " b"],
+    ) -> None:
+        loaded = library()
+        assert loaded is not None
+        number = ctypes.c_double if weights.dtype == torch.float64 else ctypes.c_float
+        self.function = getattr(loaded, _STEPS[weights.dtype, weights.storage])
+        self.cache, self.columns, self.dim = cache, weights.columns, weights.token_dim
+        caches = zip(weights.layers, cache.keys, cache.values, strict=True)
+        layers = [_Layer(*map(_address, (*layer, keys, values))) for layer, keys, values in caches]
+        self.layers = (_Layer * len(layers))(*layers)
+        # The structure holds bare addresses: the tensors must live as long as it does.
+        self.kept = (weights, cache, None if context is None else context.contiguous(), scale.contiguous())
+        weighty = (weights.input, weights.output, weights.output_bias, weights.place)
+        self.model = _model(number)(
+            *(weights.width, weights.heads, weights.hidden, len(layers), weights.token_dim, weights.tokens),
+            *(weights.up != weights.hidden, len(cache.scratch[-1]), weights.eps, weights.qk_eps),
+            *map(_address, (*weighty, self.kept[2], *weights.rotary, self.kept[3])),
+            ctypes.addressof(self.layers),
+            *map(_address, cache.scratch),
+        )
+        self.pointers = (ctypes.addressof(self.model), _address(cache.tokens), _address(cache.out))
+
+    def __call__(
+        self, x: Float[Tensor, "r n d"], start: int, which: Tensor
+    ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
+        """Shift and log-scale of the tokens that follow the given ones of the rows ``which``.
+
+        The results are views of a buffer that the next call overwrites.
+        """
+        rows, n, dim = x.shape
+        model, tokens, out = self.pointers
+        self.cache.tokens[: rows * n].view(rows, n, dim).copy_(x)
+        self.function(model, tokens, which.data_ptr(), rows, n, start, out, self.columns)
+        made = self.cache.out[: rows * n].view(rows, n, self.columns)
+        return made[..., dim : 2 * dim], made[..., :dim]
+
+
+def _lanes(dtype: torch.dtype) -> int:
+    """Numbers in a vector of the compiled step."""
+    loaded = library()
+    assert loaded is not None
+    return loaded.lanes_f64() if dtype == torch.float64 else loaded.lanes_f32()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _epsilon(norm: nn.Module, dtype: torch.dtype) -> float:
+    """The RMS norm's epsilon; PyTorch's default is that of the dtype."""
+    own = getattr(norm, "eps", None)
+    return torch.finfo(dtype).eps if own is None else own
