@@ -211,6 +211,10 @@ class TrainConfig:
     """Share of labels replaced by the unconditional embedding."""
     grad_clip: float | None = None
     """Largest gradient norm; None does not clip."""
+    bad_steps: int | None = 0
+    """Steps with a bad gradient that are left out before the run stops; None never stops for them."""
+    spike: float | None = None
+    """A gradient norm above so many times its running mean is bad too; None: only if it is not finite."""
     seed: int = 0
     """Seed of everything random in the run."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -247,6 +251,8 @@ class TrainConfig:
         _require(self.warmup_steps >= 0, "--train.warmup-steps must not be negative.")
         _require(0 <= self.ema_decay < 1, "--train.ema-decay must be in [0, 1).")
         _require(0 <= self.label_drop <= 1, "--train.label-drop must be in [0, 1].")
+        _require(self.bad_steps is None or self.bad_steps >= 0, "--train.bad-steps must not be negative.")
+        _require(self.spike is None or self.spike > 1, "--train.spike must be above 1.")
         _require(self.grad_clip is None or self.grad_clip > 0, "--train.grad-clip must be above 0.")
 
 

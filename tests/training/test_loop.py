@@ -11,7 +11,9 @@ from flowback import checkpoint
 from flowback.config import AlignmentConfig
 from flowback.errors import InputError
 from flowback.training import Evaluator, Interrupted, train
-from flowback.training.loop import NonFiniteError
+from flowback.training.loop import BadGradientError
+from flowback.training.objective import Objective
+from flowback.training.stream import global_indices
 
 
 def replaced(config, **train):
@@ -33,6 +35,24 @@ def assert_same_run(one, two):
         for name, value in state.items():
             assert torch.equal(value, second["optimizer"]["state"][index][name]), (index, name)
     assert first["step"] == second["step"]
+
+
+class NaNTargets:
+    """Features that are NaN at some steps, counted from 0."""
+
+    dim = 6
+
+    def __init__(self, steps):
+        self.steps, self.step = steps, -1
+
+    def __call__(self, indices, flipped, clean):
+        self.step += 1
+        return torch.full((len(clean), 4, 6), float("nan") if self.step in self.steps else 1.0)
+
+
+def aligned(config):
+    alignment = AlignmentConfig(strategy="detach", locations=((2, 1),), hidden=8)
+    return dataclasses.replace(config, alignment=alignment)
 
 
 class Kill(BaseException):
@@ -129,19 +149,36 @@ def test_non_finite_gradient_stops_with_the_step_and_keeps_the_checkpoint(config
     train(replaced(config, steps=8), digits, tmp_path)
     before = weights(tmp_path)
 
-    class NaNTargets:
-        dim = 6
-
-        def __call__(self, indices, flipped, clean):
-            return torch.full((len(clean), 4, 6), float("nan"))
-
-    aligned = dataclasses.replace(
-        config, alignment=AlignmentConfig(strategy="detach", locations=((2, 1),), hidden=8)
-    )
-    with pytest.raises(NonFiniteError, match="Step 1: the gradient is not finite"):
-        train(aligned, digits, tmp_path / "nan", NaNTargets())
+    with pytest.raises(BadGradientError, match=r"Step 1: the gradient is not finite .*bad-steps\.jsonl"):
+        train(aligned(config), digits, tmp_path / "nan", NaNTargets(range(100)))
     assert not checkpoint.step_folders(tmp_path / "nan")
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+
+
+def test_bad_steps_are_left_out_with_evidence_until_there_are_too_many(config, digits, tmp_path, caplog):
+    row = train(replaced(aligned(config), bad_steps=2), digits, tmp_path / "two", NaNTargets({2, 9}))
+    assert row["step"] == 12
+    assert row["bad_steps"] == 2
+    assert all(value.isfinite().all() for value in weights(tmp_path / "two").values())
+    evidence = [json.loads(line) for line in (tmp_path / "two" / "bad-steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evidence] == [3, 10]
+    seen = global_indices(0, len(digits), 2 * 16, 16)
+    assert evidence[0]["images"] == [digits.file_name(index) for index in seen.tolist()]
+    assert "Step 10 was left out" in caplog.text
+    with pytest.raises(BadGradientError, match="Step 10"):
+        train(replaced(aligned(config), bad_steps=1), digits, tmp_path / "one", NaNTargets({2, 9}))
+    assert checkpoint.resolve(tmp_path / "one").name == "step-00000008"
+
+
+def test_a_step_left_out_changes_no_weight(config, digits, tmp_path):
+    """The optimiser's own count of steps stands still too."""
+    few = replaced(aligned(config), steps=4, bad_steps=None)
+    train(few, digits, tmp_path, NaNTargets(range(100)))
+    state = checkpoint.load_training_state(checkpoint.resolve(tmp_path))
+    torch.manual_seed(0)
+    fresh = Objective(few, 6).state_dict()
+    assert all(torch.equal(fresh[name], value) for name, value in state["objective"].items())
+    assert all(float(one["step"]) == 0 for one in state["optimizer"]["state"].values())
 
 
 def test_resuming_with_another_setting_names_it(config, digits, tmp_path):
@@ -173,10 +210,7 @@ def test_a_folder_that_cannot_be_written(config, digits, tmp_path):
 
 
 def test_gradients_are_compared_at_intervals(config, digits, targets, tmp_path):
-    config = dataclasses.replace(
-        replaced(config, diagnose_every=6),
-        alignment=AlignmentConfig(strategy="detach", locations=((2, 1),), hidden=8),
-    )
+    config = aligned(replaced(config, diagnose_every=6))
     train(config, digits, tmp_path / "one", targets)
     rows = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     found = [row for row in rows if "grad_nll_1" in row]

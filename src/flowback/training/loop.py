@@ -28,11 +28,12 @@ from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.progress import bar
 from flowback.record import environment, replacing, write_json
+from flowback.training.health import Guard, block_statistics
 from flowback.training.objective import Losses, Objective, Targets
 from flowback.training.schedule import ema_decay, learning_rate, update_average
 from flowback.training.stream import Batch, batches
 
-__all__ = ["Evaluator", "Interrupted", "NonFiniteError", "train"]
+__all__ = ["BadGradientError", "Evaluator", "Interrupted", "train"]
 
 log = logging.getLogger("flowback")
 
@@ -49,8 +50,8 @@ class Interrupted(Exception):  # noqa: N818 - a request, not an error
     """The run was asked to stop by SIGINT or SIGTERM; its state is saved."""
 
 
-class NonFiniteError(InputError):
-    """The loss or its gradient is not finite."""
+class BadGradientError(InputError):
+    """Too many steps had a gradient that is not finite, or that spikes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def train(
 
     Raises:
         InputError: the folder holds another run, or options changed that must not.
-        NonFiniteError: the loss is not finite; the last good checkpoint stands.
+        BadGradientError: gradients are not finite; the last good checkpoint stands.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     run = _Run(config, images, Path(out), targets)
@@ -103,7 +104,7 @@ def train(
             row: dict[str, Any] = {}
             if run.due(config.train.log_every):
                 run.seconds += time.perf_counter() - started
-                row = run.measure(losses, gradient)
+                row = run.measure(batch, losses, gradient)
                 progress.update(task, note=f"nll {row['nll']:.4f}")
                 started = time.perf_counter()
             run.seconds += time.perf_counter() - started  # evaluation and saving are not training
@@ -129,7 +130,7 @@ class _Run:
     """State of a run: weights, their average, optimiser, position."""
 
     def __init__(self, config: RunConfig, images: ImageSet, out: Path, targets: Targets | None) -> None:
-        self.config, self.out, self.targets = config, out, targets
+        self.config, self.images, self.out, self.targets = config, images, out, targets
         self.accelerator = Accelerator(cpu=config.train.device == "cpu")
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -137,10 +138,11 @@ class _Run:
         torch.manual_seed(config.train.seed)
         self.objective = Objective(config, targets.dim if targets and config.alignment.active else None)
         self.average = copy.deepcopy(self.objective.flow).eval().requires_grad_(False)
+        self.guard, self.known_bad = Guard(config.train.spike, self.device), 0
         self.step, self.seconds = 0, 0.0
         self.last: dict[str, Any] = {}
         self.shown = (0, 0.0)  # step and seconds at the last row, for the rate
-        optimizer = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             self.objective.parameters(),
             lr=config.train.lr,
             betas=config.train.betas,
@@ -148,7 +150,7 @@ class _Run:
             fused=True,
         )
         self.average.to(self.device)
-        model, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        model, self.optimizer = self.accelerator.prepare(self.objective, self.adamw)
         self.model: nn.Module = model
         state = self._resume()
         if state is None:
@@ -202,6 +204,8 @@ class _Run:
         self.objective.load_state_dict(state["objective"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        self.known_bad = int(self.guard.bad)
         self.step, self.seconds = state["step"], state["seconds"]
         self.shown = (self.step, self.seconds)
         if self.accelerator.is_main_process:
@@ -232,28 +236,47 @@ class _Run:
                 weight = len(batch.noised[part]) / share
                 (losses.total * weight).backward()
         gradient = nn.utils.clip_grad_norm_(self.objective.parameters(), train.grad_clip or float("inf"))
-        # The reduced gradient is the same on every process, so all take the same decision. Reading it
-        # waits for the device: at every step on a CPU, elsewhere only when a row or a checkpoint is due.
-        if self.device.type == "cpu" or self._due_next():
-            self._check_finite(losses, gradient)
+        # The fused optimiser leaves a step out where found_inf is 1, on the device.
+        self.adamw.found_inf = self.guard.judge(gradient, self.step + 1)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_average(
             self.average.parameters(), self.objective.flow.parameters(), ema_decay(train, self.step)
         )
         self.step += 1
+        # Reading the tally waits for the device: every step on a CPU, elsewhere when somebody looks anyway.
+        train = self.config.train
+        if self.device.type == "cpu" or self.due(train.log_every) or self.due(train.save_every):
+            self._check_health()
         return losses, gradient
 
-    def _due_next(self) -> bool:
-        train, step = self.config.train, self.step + 1
-        return any(step % n == 0 for n in (train.log_every, train.save_every)) or step == train.steps
-
-    def _check_finite(self, losses: Losses, gradient: Tensor) -> None:
-        if not torch.isfinite(gradient):
-            raise NonFiniteError(
-                f"Step {self.step + 1}: the gradient is not finite (nll {float(losses.nll):.4g}); training "
-                "stopped and the last good checkpoint stands. Lower --train.lr, or set --train.grad-clip 1."
+    def _check_health(self) -> None:
+        """Count and record bad steps; stop when there are too many."""
+        bad = int(self.guard.bad)
+        if bad == self.known_bad:
+            return
+        self.known_bad, step, allowed = bad, int(self.guard.last), self.config.train.bad_steps
+        if self.accelerator.is_main_process:
+            self._keep_evidence(step)
+        if allowed is not None and bad > allowed:
+            raise BadGradientError(
+                f"Step {step}: the gradient is not finite or spikes, and {allowed} such steps may pass; "
+                f"training stopped (see {self.out}/bad-steps.jsonl) and the last good checkpoint stands. "
+                "Lower --train.lr, set --train.grad-clip 1, or leave such steps out with --train.bad-steps."
             )
+        log.warning("Step %d was left out: its gradient is not finite or spikes (%d so far).", step, bad)
+
+    def _keep_evidence(self, step: int) -> None:
+        """The images of a bad step, which the seed gives back, and what the blocks make of them now."""
+        batch = next(batches(self.images, self.config, step - 1, 0, 1, self.device))
+        row = {
+            "step": step,
+            "images": [self.images.file_name(index) for index in batch.indices.tolist()],
+            "typical_grad_norm": float(self.guard.typical),
+            **block_statistics(self.objective.flow, batch.noised, batch.labels),
+        }
+        with (self.out / "bad-steps.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def due(self, every: int) -> bool:
         """Whether something that happens ``every`` so many steps, and at the end, happens now."""
@@ -270,7 +293,7 @@ class _Run:
 
     # --- looking and keeping ---
 
-    def measure(self, losses: Losses, gradient: Tensor) -> dict[str, Any]:
+    def measure(self, batch: Batch, losses: Losses, gradient: Tensor) -> dict[str, Any]:
         """A row of metrics about the last step."""
         config, images = self.config, self.step * self.config.train.batch_size
         steps, seconds = self.step - self.shown[0], self.seconds - self.shown[1]
@@ -283,6 +306,10 @@ class _Run:
             "grad_norm": float(gradient),
             "images_per_second": steps * config.train.batch_size / seconds if seconds else 0.0,
             "seconds": self.seconds,
+        }
+        row |= {
+            "bad_steps": self.known_bad,
+            **block_statistics(self.objective.flow, batch.noised, batch.labels),
         }
         if losses.alignment is not None:
             row["alignment"] = self._mean(losses.alignment)
@@ -329,6 +356,7 @@ class _Run:
                 "objective": self.objective.state_dict(),
                 "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "guard": self.guard.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
             }
