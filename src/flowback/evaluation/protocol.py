@@ -77,7 +77,7 @@ class InceptionStatistics:
         return torch.cat(self._rows) if self._rows else torch.zeros(0, 2048)
 
 
-def batches(images: ImageSet, size: int = 64) -> Iterator[UInt8[Tensor, "b c h w"]]:
+def batches(images: ImageSet, size: int = 64) -> Iterator[UInt8[Tensor, "_ c h w"]]:
     """All images of a set, in order."""
     for indices in torch.arange(len(images)).split(size):
         yield images.read(indices)
@@ -110,8 +110,8 @@ def adm_figures(samples: InceptionStatistics, reference: InceptionStatistics) ->
 
 
 def tarflow_reference(
-    images: Iterable[UInt8[Tensor, "b c h w"]], seed: int = 0
-) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    images: Iterable[UInt8[Tensor, "_ c h w"]], seed: int = 0
+) -> Iterator[UInt8[Tensor, "_ c h w"]]:
     """The training images as TARFlow's statistics see them: half mirrored, and cut down to 8 bits again."""
     generator = torch.Generator().manual_seed(seed)
     for batch in images:

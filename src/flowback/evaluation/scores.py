@@ -84,12 +84,8 @@ def precision_recall(
     A set's manifold is the union of balls around its points, each out to its k-th nearest neighbour.
 
     Raises:
-        InputError: too few images for k neighbours, or features of different networks.
+        InputError: too few images for k neighbours.
     """
-    if samples.shape[1] != references.shape[1]:
-        raise InputError(
-            f"Features of {samples.shape[1]} and {references.shape[1]} numbers cannot be compared."
-        )
     if min(len(samples), len(references)) <= k:
         raise InputError(f"Precision and recall with {k} neighbours need more than {k} images on both sides.")
     # Centred, since the expansion |u|² - 2uv + |v|² loses digits to a common offset.
