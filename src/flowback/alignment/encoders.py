@@ -155,7 +155,7 @@ class Encoder(nn.Module):
         except AssertionError as error:  # timm's way to refuse sizes and options
             hint = f"; try {self.name}?norm=off" if self.recipe.norm and "norm" in str(error) else ""
             raise InputError(
-                f"Encoder {self.name} refuses images of {size} x {size} pixels: {error}{hint}."
+                f"Encoder {self.name} refuses images of {size} x {size} pixels: {_first_line(error)}{hint}."
             ) from None
         if isinstance(fc_norm := getattr(self.model, "fc_norm", None), nn.LayerNorm) and self.recipe.norm:
             # Models trained with average pooling keep their final norm behind the pooling.
