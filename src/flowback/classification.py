@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from flowback.data.images import ImageSet
+from flowback.data.subset import evenly
 from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.flow.likelihood import to_unit_range
@@ -196,9 +197,7 @@ def topk_accuracy(
     classes = flow.config.num_classes or 0
     if classes and classes != len(images.classes):
         raise InputError(f"{images.name} has {len(images.classes)} classes, the model {classes}.")
-    chosen = torch.arange(len(images))
-    if limit is not None and limit < len(images):
-        chosen = torch.arange(limit) * len(images) // limit
+    chosen = evenly(len(images), limit)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     right1 = right5 = nonfinite = 0
     batches = chosen.split(batch_size)
