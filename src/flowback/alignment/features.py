@@ -1,0 +1,130 @@
+"""Encoder features of a whole data set, computed once and kept on disk.
+
+A table is one .npy file, (mirrors, images, patches, width) in fp32, read through the memory map; beside it a
+.json says what it holds. The file's name carries the hash of everything the features depend on: the
+encoder's weights and way of feeding, the images, the grid and whether mirror images are in it. Other
+weights, another size or another data set hence look for another file, and never find this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor
+
+from flowback.alignment.encoders import Encoder
+from flowback.data.images import ImageSet
+from flowback.errors import InputError
+from flowback.flow.likelihood import to_unit_range
+from flowback.progress import track
+from flowback.record import write_json
+
+__all__ = ["FeatureTable", "cached_features"]
+
+_VERSION = 1
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Patch features of every image of a set, and of its mirror image if there are two planes."""
+
+    path: Path
+    array: Float32[np.ndarray, "f n m c"]
+    """(mirrors, images, patches, width); plane 1 holds the features of the mirrored images."""
+
+    def rows(self, indices: Int[Tensor, " b"], flipped: Bool[Tensor, " b"]) -> Float[Tensor, "b m c"]:
+        """Features of the images at ``indices``, of the mirror image where ``flipped``; on the CPU.
+
+        Raises:
+            ValueError: a mirror image is asked for, and the table has none.
+        """
+        planes = flipped.long()
+        if len(self.array) == 1 and bool(flipped.any()):
+            raise ValueError(f"{self.path} holds no features of mirror images.")
+        return torch.from_numpy(self.array[planes.cpu().numpy(), indices.cpu().numpy()])
+
+
+def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, folder: Path) -> FeatureTable:
+    """The features of ``images``, read from ``folder``, or computed and written there first.
+
+    A file that is damaged is made anew.
+
+    Args:
+        encoder: on the device that is to compute.
+        images: the data set.
+        grid: patches along one side.
+        flip: mirror images, too.
+        folder: of all tables.
+
+    Raises:
+        InputError: the disk has no room, or the encoder fails on the images.
+    """
+    shape = [2 if flip else 1, len(images), grid**2, encoder.dim]
+    content = {
+        "version": _VERSION,
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "images": images.name,
+        "images_fingerprint": images.fingerprint,
+        "shape": shape,
+    }
+    key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+    path = folder / (re.sub(r"[^\w.-]+", "-", f"{images.name}-{encoder.name}-{grid}x{grid}-{key}") + ".npy")
+    array = _open(path, shape)
+    if array is None:
+        _write(path, encoder, images, grid, shape)
+        write_json(path.with_suffix(".json"), content)
+        array = _open(path, shape)
+        assert array is not None
+    return FeatureTable(path, array)
+
+
+def _open(path: Path, shape: list[int]) -> np.ndarray | None:
+    """The table in a file; None if there is none, or not a whole one."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError):
+        return None
+    return array if list(array.shape) == shape and array.dtype == np.float32 else None
+
+
+def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: list[int]) -> None:
+    """Compute a table into a temporary file, which takes its place when it is complete and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed = 4 * np.prod(shape, dtype=np.int64)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise InputError(
+            f"The features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} "
+            "free; make room, or choose a smaller --alignment.grid."
+        )
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=tuple(shape))
+        batches = torch.arange(len(images)).split(_BATCH)
+        for batch in track(batches, len(images), f"Features of {encoder.name}", step=_BATCH):
+            clean = to_unit_range(images.read(batch)).to(encoder.mean.device)
+            for plane in range(shape[0]):
+                features = encoder(clean.flip(-1) if plane else clean, grid)
+                array[plane, batch[0] : batch[-1] + 1] = features.cpu().numpy()
+        array.flush()
+        del array
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
