@@ -89,9 +89,7 @@ def test_cknna_of_equal_turned_and_unrelated_features():
     turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     assert cknna(rows, 3 * rows @ turn) == pytest.approx(1, abs=1e-12)
     assert cknna(rows, torch.randn(200, 8)) < 0.2
-    assert cknna(rows, rows + torch.randn_like(rows)) == pytest.approx(
-        cknna(rows + 0, rows + 0) * 0.5, abs=0.4
-    )
+    assert 0.3 < cknna(rows, rows + 0.3 * torch.randn_like(rows)) < 0.95
 
 
 def test_cknna_by_loops():

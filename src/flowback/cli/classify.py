@@ -1,0 +1,141 @@
+"""``flowback classify``: classify images with the flow's own likelihood, without a trained classifier."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from flowback import checkpoint as checkpoints
+from flowback.classification import Accuracy, Method, topk_accuracy
+from flowback.cli.output import say, show_table
+from flowback.cli.subject import held_out, out_folder, parse, pick_device
+from flowback.config import DataConfig, to_dict
+from flowback.errors import InputError
+from flowback.evaluation.plots import plot_confusion
+from flowback.evaluation.record import make_record, weights_of
+from flowback.record import write_json
+
+__all__ = ["run"]
+
+FEW_CLASSES = 20
+"""Up to so many classes the exhaustive rule, one pass for each class, is run unasked."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Classify labelled images and count: top-1, top-5, each class, confusion matrix."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's folder (its newest checkpoint)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images; those of the checkpoint unless given. `--data NAME` or `--data FOLDER` for short."""
+    split: Literal["test", "train"] = "test"
+    """Part of the data."""
+    method: Literal["auto", "gradient", "exhaustive", "both"] = "auto"
+    """The rule: one forward and one backward pass, or a pass for every class; auto: both up to 20 classes."""
+    noise: bool = True
+    """Add the noise of training to the images; the flow never saw images without."""
+    draws: int = 1
+    """Draws of the noise to average over."""
+    steps: int = 1
+    """Steps of gradient ascent on the class logits; 1 is Algorithm 1 of the paper."""
+    step_size: float = 1.0
+    """Of each step, in logits per nat."""
+    seed: int = 0
+    """Seed of the noise."""
+    limit: int | None = None
+    """Classify only so many images, spread evenly over the set."""
+    batch_size: int = 64
+    """Images at once."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+    out: Path | None = None
+    """Folder of the record and the pictures; by default `evaluation` in the checkpoint's folder."""
+    json: Path | None = None
+    """Also write the record to this file."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
+            raise InputError("--batch-size and --limit must be at least 1.")
+
+
+def run(argv: list[str]) -> None:
+    """Classify, show, write."""
+    options = parse(Options, argv, "classify")
+    flow = checkpoints.load(options.checkpoint, pick_device(options.device))
+    if not flow.config.num_classes:
+        raise InputError(f"{options.checkpoint} is an unconditional model: it has no classes to tell apart.")
+    images = held_out(options.data, flow.config, options.split)
+    found = [
+        topk_accuracy(
+            flow, images, method, options.limit, options.batch_size, options.noise, options.draws,
+            options.seed, options.steps, options.step_size, progress=True,
+        )
+        for method in _methods(options, flow.config.num_classes)
+    ]  # fmt: skip
+    settings = {
+        **weights_of(options.checkpoint),
+        "data": to_dict(options.data),
+        "images": images.name,
+        "images_hash": images.fingerprint,
+        "count": found[0].images,
+        **{
+            name: getattr(options, name)
+            for name in ("noise", "draws", "steps", "step_size", "seed", "batch_size")
+        },
+    }
+    warnings = [
+        f"{result.nonfinite} images have {result.method} scores that are not finite; they count as wrong."
+        for result in found
+        if result.nonfinite
+    ]
+    figures: dict[str, Any] = {result.method: _figures(result, images.classes) for result in found}
+    record = make_record("classify", figures, settings, warnings, flow.device)
+    folder = out_folder(options.out, options.checkpoint)
+    for result in found:
+        title = f"{images.name}, {result.method} rule: {result.top1:.1%} of {result.images}"
+        plot_confusion(result.confusion, images.classes, title, folder / f"confusion-{result.method}.png")
+    for path in (folder / "classify.json", options.json):
+        if path is not None:
+            write_json(path, record)
+    _show(found, images.name, images.classes)
+    for warning in warnings:
+        say(f"Warning: {warning}")
+    say(f"Record and confusion matrices: {folder}")
+
+
+def _methods(options: Options, classes: int) -> list[Method]:
+    if options.method == "gradient" or (options.method == "auto" and classes > FEW_CLASSES):
+        return ["gradient"]
+    return ["exhaustive"] if options.method == "exhaustive" else ["gradient", "exhaustive"]
+
+
+def _figures(result: Accuracy, classes: tuple[str, ...]) -> dict[str, Any]:
+    kept = asdict(result)
+    return {
+        **{name: kept[name] for name in ("top1", "top5", "nonfinite", "seconds")},
+        "images_per_second": result.images_per_second,
+        "per_class": dict(zip(classes, result.per_class.tolist(), strict=True)),
+        "confusion": result.confusion.tolist(),
+    }
+
+
+def _show(found: list[Accuracy], name: str, classes: tuple[str, ...]) -> None:
+    rows = [
+        [result.method, result.images, 100 * result.top1, 100 * result.top5, result.images_per_second]
+        for result in found
+    ]
+    show_table(name, ["rule", "images", "top-1 (%)", "top-5 (%)", "images/s"], rows)
+    shares = [100 * result.per_class for result in found]
+    counts = found[0].confusion.sum(dim=1)
+    order = sorted(range(len(classes)), key=lambda k: float(shares[0][k]))[:FEW_CLASSES]
+    title = (
+        "By class" if len(classes) <= FEW_CLASSES else f"The {FEW_CLASSES} hardest of {len(classes)} classes"
+    )
+    if len(classes) <= FEW_CLASSES:
+        order = list(range(len(classes)))
+    columns = ["class", "images", *(f"{result.method} (%)" for result in found)]
+    show_table(title, columns, [[classes[k], int(counts[k]), *(float(s[k]) for s in shares)] for k in order])

@@ -1,0 +1,60 @@
+"""``flowback compare``: two records side by side, and what differs in their settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from flowback.cli.output import say, show_table
+from flowback.evaluation.record import compare, read_record
+from flowback.record import write_json
+
+__all__ = ["run"]
+
+MANY = 60
+"""Figures in one table, at most; the JSON file has all."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show the figures of two records, and in which settings, versions and device they differ."""
+
+    a: tyro.conf.Positional[Path]
+    """A record written by `flowback evaluate`, `classify` or `probe`."""
+    b: tyro.conf.Positional[Path]
+    """Another one."""
+    json: Path | None = None
+    """Write the comparison to this file."""
+
+
+def run(argv: list[str]) -> None:
+    """Read both, compare, show."""
+    options = tyro.cli(Options, args=argv, prog="flowback compare")
+    records = [read_record(path) for path in (options.a, options.b)]
+    found = compare(*records)
+    names = [str(options.a), str(options.b)]
+    rows = [[name, a, b, _difference(a, b)] for name, a, b in found.figures]
+    show_table("Figures", ["figure", *names, "B − A"], rows[:MANY])
+    if len(rows) > MANY:
+        say(f"{len(rows) - MANY} more figures: --json FILE has all.")
+    for title, differing in (("Settings that differ", found.settings), ("Environment", found.environment)):
+        if differing:
+            show_table(title, ["", *names], [[name, _text(a), _text(b)] for name, a, b in differing])
+    if not found.settings:
+        say("The settings are the same.")
+    for name, record in zip(names, records, strict=True):
+        for warning in record.get("warnings", []):
+            say(f"Warning ({name}): {warning}")
+    if options.json is not None:
+        write_json(options.json, {"records": names, **found._asdict()})
+
+
+def _difference(a: Any, b: Any) -> float | None:
+    return float(b - a) if isinstance(a, (int, float)) and isinstance(b, (int, float)) else None
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else str(value)

@@ -1,0 +1,126 @@
+"""Judge sets of samples against one reference, whose statistics are made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from flowback.alignment.encoders import Encoder
+from flowback.errors import InputError
+from flowback.evaluation.frechet import Moments, frechet_distance, pooled_moments
+from flowback.evaluation.inception import Inception
+from flowback.evaluation.protocol import (
+    COMPARABLE,
+    InceptionStatistics,
+    Protocol,
+    adm_figures,
+    batches,
+    reference_statistics,
+    tarflow_reference,
+)
+from flowback.evaluation.references import Reference
+from flowback.flow.likelihood import to_unit_range
+
+__all__ = ["Judge", "guidance_scales"]
+
+
+class Judge:
+    """Figures of samples against a reference: those of the protocol, and a distance that needs no download.
+
+    Args:
+        reference: what the samples are compared with.
+        encoder: for ``fd_efficientnet_lite0``; skipped where the reference has statistics only.
+        protocol: of the Inception figures.
+        inception: the network, unless the protocol is ``none``.
+        batch_size: images in one pass.
+
+    Raises:
+        InputError: a protocol that the reference cannot serve.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        encoder: Encoder,
+        protocol: Protocol = "none",
+        inception: Inception | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.reference, self.encoder, self.protocol, self.inception = reference, encoder, protocol, inception
+        images = reference.images
+        self.encoded: Moments | None = None
+        if images is not None:
+            self.encoded = pooled_moments(encoder, batches(images, batch_size))
+        self.statistics: InceptionStatistics | None = None
+        if protocol == "tarflow" and inception is not None:
+            if images is None:
+                raise InputError(
+                    f"--protocol tarflow computes its statistics from training images, and {reference.name} "
+                    "has none; give a data set or a folder."
+                )
+            self.statistics = InceptionStatistics(inception, len(images))
+            for batch in tarflow_reference(batches(images, batch_size)):
+                self.statistics.add(batch)
+        elif protocol == "adm" and inception is not None:
+            self.statistics = reference_statistics(reference, inception, batch_size)
+
+    def figures(self, samples: Iterable[UInt8[Tensor, "_ c h w"]], total: int) -> dict[str, float]:
+        """Judge samples that come in batches, ``total`` in all."""
+        encoded, found = Moments(self.encoder.dim), None
+        if self.statistics is not None and self.inception is not None:
+            adm = self.protocol == "adm"
+            found = InceptionStatistics(self.inception, total, scores=adm, rows=total if adm else 0)
+        for batch in samples:
+            encoded.add(self.encoder.pooled(to_unit_range(batch.to(self.encoder.mean.device))).cpu())
+            if found is not None:
+                found.add(batch)
+        figures = {}
+        if self.encoded is not None:
+            figures["fd_efficientnet_lite0"] = frechet_distance(encoded, self.encoded)
+        if found is not None and self.statistics is not None:
+            if self.protocol == "adm":
+                figures |= adm_figures(found, self.statistics)
+            else:
+                figures["fid_tarflow"] = frechet_distance(found.pool, self.statistics.pool)
+        return figures
+
+    def warnings(self, total: int) -> list[str]:
+        """What belongs beside the figures of ``total`` samples."""
+        if self.protocol == "none":
+            return []
+        found = []
+        if total < COMPARABLE:
+            found.append(
+                f"FID from {total:,} samples: it is larger than from {COMPARABLE:,}, "
+                f"and comparable only with figures from {total:,} samples."
+            )
+        if total <= 2048:
+            found.append(
+                f"{total:,} samples do not fill a covariance of 2048 features; FID and sFID are crude."
+            )
+        return found
+
+
+def guidance_scales(text: str) -> list[float]:
+    """Guidance scales from ``2.0`` or from ``FIRST:LAST:STEP``, both ends included.
+
+    Raises:
+        InputError: neither of the two.
+
+    Example:
+        >>> guidance_scales("1.0:2.0:0.5")
+        [1.0, 1.5, 2.0]
+    """
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if len(parts) == 1:
+        return parts
+    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
+        raise InputError(f"--guidance {text} is neither a number nor FIRST:LAST:STEP, such as 1.0:4.0:0.5.")
+    first, last, step = parts
+    count = int((last - first) / step + 1e-9) + 1  # 1e-9: the last one is included despite rounding
+    return [round(first + index * step, 10) for index in range(count)]
