@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,11 @@ from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.progress import bar
 from flowback.record import environment, write_json
-from flowback.sampling import Guidance, sample, trajectory
+from flowback.sampling import BlockPlan, Guidance, sample, trajectory
 from flowback.sampling.denoise import denoises
 from flowback.sampling.folder import Drawn, SampleFolder
 from flowback.sampling.output import read_png, save_grid, save_npz, save_trajectory
+from flowback.sampling.plan import load_plan, plan_file, wanted
 
 __all__ = ["Options", "run"]
 
@@ -62,6 +63,14 @@ class Options:
     """End with one denoising step."""
     batch_size: int = 64
     """Images drawn at once by a process."""
+    sampler: Literal["auto", "sequential", "jacobi"] = "sequential"
+    """`auto`: the plan of `flowback plan` where it fits, else sequential; `jacobi`: windows in all blocks."""
+    tolerance: float = 1e-3
+    """Largest difference from the sequential images that `auto` may make; for `jacobi`, the last sweep's."""
+    window: int = 16
+    """Tokens in a window of `--sampler jacobi`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and caches while decoding."""
     redraws: int = 3
     """How often an image with non-finite values is drawn again."""
     grid: Path | None = None
@@ -76,9 +85,11 @@ class Options:
     """Write settings, counts and images/s to this file."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "batch_size"):
+        for name in ("count", "batch_size", "window"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
+        if not self.tolerance > 0:
+            raise InputError(f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
         if self.redraws < 0:
             raise InputError("--redraws must not be negative.")
         if self.labels and self.unconditional:
@@ -96,17 +107,25 @@ def run(argv: list[str]) -> None:
     guidance = Guidance(
         options.guidance, options.ramp, options.formula, options.attention_temperature, options.guided_blocks
     )
-    folder = SampleFolder(options.out, _settings(options, labels), options.count, options.batch_size)
+    plans, notice = _plans(flow, options)
+    settings = _settings(options, labels, plans)
+    folder = SampleFolder(options.out, settings, options.count, options.batch_size)
     state.wait_for_everyone()  # all have looked at the folder before the first one changes it
     if state.is_main_process:
         folder.begin()
     state.wait_for_everyone()
 
     def draw(numbers: list[int], redraw: int) -> Tensor:
-        own = [labels[n % len(labels)] for n in numbers] if labels else None
-        seeds = [options.seed + n for n in numbers]
         return sample(
-            flow, own, seeds, guidance, options.denoise, batch_size=options.batch_size, redraw=redraw
+            flow,
+            [labels[n % len(labels)] for n in numbers] if labels else None,
+            [options.seed + n for n in numbers],
+            guidance,
+            options.denoise,
+            batch_size=options.batch_size,
+            precision=options.precision,
+            plans=plans,
+            redraw=redraw,
         )
 
     def notes(number: int) -> dict[str, object]:
@@ -124,30 +143,59 @@ def run(argv: list[str]) -> None:
     parts: list[Drawn] = gather_object(done) if state.num_processes > 1 else done
     seconds = time.perf_counter() - started
     if state.is_main_process:
-        _extras(flow, options, labels, guidance, folder)
-        _report(flow, options, labels, parts, missing, seconds)
+        _extras(flow, options, labels, guidance, plans, folder)
+        if notice:
+            say(notice)
+        _report(flow, options, settings, parts, missing, seconds)
+
+
+def _plans(flow: Flow, options: Options) -> tuple[tuple[BlockPlan, ...] | None, str | None]:
+    """How each block is inverted, None for sequential, and what to tell the user about it."""
+    if options.sampler == "jacobi":
+        every = BlockPlan(min(options.window, flow.config.tokens), "z", options.tolerance)
+        return (every,) * flow.config.blocks, None
+    if options.sampler == "sequential":
+        return None, None
+    folder = checkpoints.resolve(options.checkpoint)
+    if not plan_file(folder).is_file():
+        return None, f"Sequential: {options.checkpoint} has no plan; `flowback plan` makes one."
+    plan = load_plan(plan_file(folder))
+    asked = (options.batch_size, options.precision, options.guidance, options.tolerance)
+    misfit = plan.misfit(wanted(folder, flow, *asked))
+    if misfit:
+        return None, f"Sequential: the plan does not fit, {misfit}; `flowback plan` makes one that does."
+    swept = sum(block.window > 1 for block in plan.blocks)
+    return plan.blocks, f"Planned: {swept} of {len(plan.blocks)} blocks by Jacobi sweeps."
 
 
 def _labels(flow: Flow, options: Options) -> list[int]:
-    classes = flow.config.num_classes or 0
+    """Classes to draw in turn; none for unconditional."""
     if options.labels:
         flow.labels(list(options.labels), len(options.labels))
         return list(options.labels)
-    return [] if options.unconditional else list(range(classes))
+    return [] if options.unconditional else list(range(flow.config.num_classes or 0))
 
 
-def _settings(options: Options, labels: Sequence[int]) -> dict[str, Any]:
+def _settings(options: Options, labels: Sequence[int], plans: tuple[BlockPlan, ...] | None) -> dict[str, Any]:
     """All that decides how an image looks."""
     keep = ("seed", "guidance", "ramp", "formula", "attention_temperature", "guided_blocks", "denoise")
+    swept = any(plan.window > 1 for plan in plans or ())
     return {
         "checkpoint": str(checkpoints.resolve(options.checkpoint).resolve()),
         "labels": list(labels),
         **{name: getattr(options, name) for name in keep},
+        "precision": options.precision,
+        "plans": [asdict(plan) for plan in plans or ()] if swept else None,
     }
 
 
 def _extras(
-    flow: Flow, options: Options, labels: Sequence[int], guidance: Guidance, folder: SampleFolder
+    flow: Flow,
+    options: Options,
+    labels: Sequence[int],
+    guidance: Guidance,
+    plans: Sequence[BlockPlan] | None,
+    folder: SampleFolder,
 ) -> None:
     """The grid, the .npz and the trajectory."""
     there = [n for n in range(options.count) if folder.file(n).is_file()]
@@ -164,11 +212,19 @@ def _extras(
         numbers = range(min(8, options.count))
         own = [labels[n % len(labels)] for n in numbers] if labels else None
         seeds = [options.seed + n for n in numbers]
-        save_trajectory(trajectory(flow, own, seeds, guidance, options.denoise), options.trajectory)
+        states = trajectory(
+            flow, own, seeds, guidance, options.denoise, precision=options.precision, plans=plans
+        )
+        save_trajectory(states, options.trajectory)
 
 
 def _report(
-    flow: Flow, options: Options, labels: Sequence[int], parts: Sequence[Drawn], missing: int, seconds: float
+    flow: Flow,
+    options: Options,
+    settings: dict[str, Any],
+    parts: Sequence[Drawn],
+    missing: int,
+    seconds: float,
 ) -> None:
     failed = sorted(number for part in parts for number in part.failed)
     drawn, redrawn = sum(part.images for part in parts), sum(part.redrawn for part in parts)
@@ -192,7 +248,7 @@ def _report(
             {
                 "environment": environment(flow.device),
                 "settings": {
-                    **_settings(options, labels),
+                    **settings,
                     "count": options.count,
                     "batch_size": options.batch_size,
                 },

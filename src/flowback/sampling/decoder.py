@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowback.flow import Flow
-from flowback.flow.block import Block, Guide
+from flowback.flow.block import Block
 from flowback.nn.attention import KVCache
+from flowback.sampling.guidance import ImageGuide
 from flowback.sampling.native import NativeCache, NativeStep, NativeWeights
 
 __all__ = ["Decoder", "Engine", "Precision"]
@@ -34,7 +35,9 @@ class Decoder:
         guide: joins the predictions of 2B rows; without one there are B.
     """
 
-    def __init__(self, block: Block, images: int, step: NativeStep | _TorchStep, guide: Guide | None) -> None:
+    def __init__(
+        self, block: Block, images: int, step: NativeStep | _TorchStep, guide: ImageGuide | None
+    ) -> None:
         self.block, self.images, self._step, self._guide = block, images, step, guide
         self._every = self._rows(torch.arange(images))
 
@@ -58,7 +61,7 @@ class Decoder:
         shift, log_scale = self._step(torch.cat([x, x]) if self._guide else x, start, rows)
         if self._guide is None:
             return shift, log_scale
-        return self._guide(shift, log_scale, start + 1)
+        return self._guide(shift, log_scale, start + 1, images)
 
 
 class _TorchStep:
@@ -117,7 +120,7 @@ class Engine:
         index: int,
         images: int,
         context: Float[Tensor, "#r w"] | None,
-        guide: Guide | None = None,
+        guide: ImageGuide | None = None,
         temperature: Float[Tensor, " r"] | None = None,
         new: int = 1,
     ) -> Decoder:

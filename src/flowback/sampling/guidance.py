@@ -16,19 +16,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowback.errors import InputError
-from flowback.flow.block import Guide
 
-__all__ = ["Guidance", "Prediction", "starflow", "tarflow"]
+__all__ = ["Guidance", "ImageGuide", "Prediction", "starflow", "tarflow"]
 
 Prediction = tuple[Tensor, Tensor]
 """Shift and log-scale, (b, n, d) each."""
+
+
+@runtime_checkable
+class ImageGuide(Protocol):
+    """A block's :class:`~flowback.flow.block.Guide` that can be asked about some images of the batch."""
+
+    def __call__(
+        self,
+        shift: Float[Tensor, "b2 n d"],
+        log_scale: Float[Tensor, "b2 n d"],
+        start: int,
+        images: Int[Tensor, " b"] | None = None,
+    ) -> Prediction:
+        """``images``: which ones the predictions are of; None is all."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,14 +90,18 @@ class Guidance:
         """Whether this block, counted from 1 at the data, is guided."""
         return self.active and block > total - (total if self.blocks is None else self.blocks)
 
-    def guide(self, scales: Float[Tensor, " b"], tokens: int) -> Guide:
+    def guide(self, scales: Float[Tensor, " b"], tokens: int) -> ImageGuide:
         """The function that joins stacked predictions of a block with this many tokens."""
         join = starflow if self.formula == "starflow" else tarflow
         ramp = torch.arange(tokens, dtype=scales.dtype, device=scales.device) / max(tokens - 1, 1)
         weights = scales[:, None, None] * (ramp if self.ramp else torch.ones_like(ramp))[None, :, None]
 
-        def guide(shift: Tensor, log_scale: Tensor, start: int) -> Prediction:
+        def guide(
+            shift: Tensor, log_scale: Tensor, start: int, images: Int[Tensor, " b"] | None = None
+        ) -> Prediction:
             w = weights[:, start : start + shift.shape[1]]
+            if images is not None:
+                w = w[images]
             (shift_c, shift_u), (log_c, log_u) = shift.chunk(2), log_scale.chunk(2)
             return join((shift_c, log_c), (shift_u, log_u), w)
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from flowback.errors import InputError
 from flowback.flow import Flow
-from flowback.flow.block import Block, Labels
+from flowback.flow.block import Labels
+from flowback.sampling.batch import Batch, BlockPlan
 from flowback.sampling.decoder import Engine, Precision
 from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
-from flowback.sampling.sequential import sequential
 
 __all__ = ["noise", "sample", "trajectory"]
 
@@ -56,6 +56,7 @@ def sample(
     *,
     batch_size: int = 64,
     precision: Precision = "fp32",
+    plans: Sequence[BlockPlan] | None = None,
     redraw: int = 0,
 ) -> Float[Tensor, "b c h w"]:
     """Images of the flow on [-1, 1], not clamped; non-finite values are returned as they are.
@@ -69,6 +70,8 @@ def sample(
             have none: theirs are returned as sampled.
         batch_size: images decoded at once.
         precision: of the Transformers' weights and caches while decoding.
+        plans: how each block is inverted, from block 1 (see ``flowback plan``); None is sequential, which
+            is exact.
         redraw: see :func:`noise`.
 
     Raises:
@@ -89,6 +92,7 @@ def sample(
         denoise,
         batch_size=batch_size,
         precision=precision,
+        plans=plans,
         redraw=redraw,
         every_block=False,
     )[-1]
@@ -104,6 +108,7 @@ def trajectory(
     *,
     batch_size: int = 64,
     precision: Precision = "fp32",
+    plans: Sequence[BlockPlan] | None = None,
     redraw: int = 0,
     every_block: bool = True,
 ) -> list[Float[Tensor, "b c h w"]]:
@@ -117,7 +122,8 @@ def trajectory(
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
         own = None if checked is None else checked[part]
-        states = _invert(engine, noise(flow, seeds[part], redraw), own, guidance, scales[part])
+        z = noise(flow, seeds[part], redraw)
+        states = [z, *Batch(engine, own, guidance, scales[part]).invert(z, plans)]
         states = [flow.images(x) for x in (states if every_block else states[-1:])]
         if denoise:
             states.append(denoise_step(flow, states[-1], own))
@@ -145,37 +151,3 @@ def _check(flow: Flow, labels: Labels, guidance: Guidance) -> None:
         )
     if guidance.blocks is not None and guidance.blocks > flow.config.blocks:
         raise InputError(f"{guidance.blocks} guided blocks, but the model has {flow.config.blocks}.")
-
-
-def _invert(
-    engine: Engine,
-    z: Float[Tensor, "b n d"],
-    labels: Labels,
-    guidance: Guidance,
-    scales: Float[Tensor, " b"],
-) -> list[Float[Tensor, "b n d"]]:
-    """Noise and the output of each block, from block T down to block 1."""
-    states, config = [z], engine.flow.config
-    for index in range(config.blocks, 0, -1):
-        block = engine.flow.blocks[index - 1]
-        if guidance.covers(index, config.blocks):
-            context, temperature = _streams(block, labels, len(z), guidance.temperature)
-            guide = guidance.guide(scales, config.tokens)
-            decoder = engine.decoder(index, len(z), context, guide, temperature)
-        else:
-            decoder = engine.decoder(index, len(z), block.context(labels))
-        states.append(block.reorder(sequential(decoder, block.reorder(states[-1]))))
-    return states
-
-
-def _streams(
-    block: Block, labels: Labels, batch: int, temperature: float
-) -> tuple[Float[Tensor, "r w"] | None, Float[Tensor, " r"]]:
-    """Context and attention temperature of the streams with and without label, one batch of 2B rows."""
-    like = block.proj_in.weight
-    temperatures = torch.tensor([1.0, temperature], dtype=like.dtype, device=like.device)
-    with_label, without = block.context(labels), block.context(None)
-    context = None
-    if with_label is not None and without is not None:
-        context = torch.cat([with_label.expand(batch, -1), without.expand(batch, -1)])
-    return context, temperatures.repeat_interleave(batch)

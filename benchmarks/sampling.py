@@ -1,0 +1,206 @@
+"""Images a second of flowback's samplers, and of apple/ml-tarflow's on the same weights and noise.
+
+    python benchmarks/sampling.py --reference PATH_TO_ML_TARFLOW --json sampling.json
+
+The flow (64×64, patch 4, width 256, 4 blocks of 4 layers, two classes) is first trained for 400 steps on
+random crops of scikit-learn's two photographs, since random weights hide how hard the blocks are; it is
+kept in runs/ and used again. Times are from seeds or noise to images, without denoising. ``ratio`` is
+ml-tarflow's time over ours, ``to_forward`` our time over that of one forward pass of the same batch, and
+``to_peak`` our time over that of the same FLOPs at the speed of a large matrix product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowback import Flow, Guidance, ModelConfig, RunConfig, TrainConfig, load, sample
+from flowback.checkpoint import save
+from flowback.flow.cost import flops_per_image
+from flowback.progress import track
+from flowback.sampling.sample import noise
+from harness import interleave, write_rows
+
+MODEL = ModelConfig(image_size=64, patch_size=4, width=256, blocks=4, layers=4, num_classes=2)
+CLASSES = ("china", "flower")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time the samplers."""
+
+    json: Path
+    """The file to write."""
+    reference: Path | None = None
+    """A checkout of apple/ml-tarflow to compare with."""
+    batches: tuple[int, ...] = (1, 16, 64)
+    """Images decoded at once."""
+    guidance: float = 1.0
+    """Guidance scale, ramped over the tokens, of the guided rows."""
+    guided: bool = True
+    """Time the guided rows too."""
+    bf16: bool = True
+    """Time bf16 too."""
+    repeats: int = 3
+    """Times that each call is timed, after one that is not; the median is kept."""
+    steps: int = 400
+    """Training steps before."""
+    device: str = "cpu"
+    """Where all of it runs."""
+
+
+def photographs(batch: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random square crops of the photographs, scaled to 64×64 on [-1, 1], and which photograph each is of."""
+    pictures, labels, crops = load_sample_images().images, [], []
+    for _ in range(batch):
+        label, side = int(generator.integers(2)), int(generator.integers(64, 257))
+        picture = pictures[label]
+        top, left = (int(generator.integers(edge - side + 1)) for edge in picture.shape[:2])
+        crop = torch.from_numpy(picture[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None]
+        crop = F.interpolate(crop.float(), size=(64, 64), mode="bilinear", antialias=True)
+        crops.append(crop.flip(-1) if generator.integers(2) else crop)
+        labels.append(label)
+    return torch.cat(crops) / 127.5 - 1, torch.tensor(labels)
+
+
+def trained_flow(steps: int, device: str) -> Flow:
+    """The flow after some steps of training; kept in runs/."""
+    folder = Path("runs") / f"benchmark-sampling-{steps}"
+    if not folder.exists():
+        torch.manual_seed(0)
+        flow, generator = Flow(MODEL), np.random.default_rng(0)
+        optimiser = torch.optim.AdamW(flow.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=1e-4)
+        for step in track(range(steps), steps, "training", "steps"):
+            images, labels = photographs(4, generator)
+            images = images + MODEL.noise_std * torch.randn_like(images)
+            loss = -flow(images, labels, drop=torch.rand(len(images)) < 0.1).log_prob.mean() / MODEL.dims
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+            for group in optimiser.param_groups:
+                group["lr"] = 5e-4 * min(1, (step + 1) / 50, (steps - step) / (0.3 * steps))
+            optimiser.step()
+        print(f"trained {steps} steps: nll {loss.item():.3f} nats a dimension")
+        save(folder, RunConfig(model=MODEL, train=TrainConfig(steps=steps, batch_size=4)), flow.state_dict())
+    return load(folder, device)
+
+
+def reference_model(checkout: Path, flow: Flow) -> Any:
+    """ml-tarflow's model with the weights of ``flow``."""
+    file = checkout / "transformer_flow.py"
+    spec = importlib.util.spec_from_file_location("transformer_flow", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = flow.config
+    model = module.Model(
+        c.channels, c.image_size, c.patch_size, c.width, c.blocks, c.layers, num_classes=c.num_classes
+    )
+    names = [
+        ("body.layers.", "attn_blocks."),
+        (".mlp.up.", ".mlp.main.0."),
+        (".mlp.down.", ".mlp.main.2."),
+        (".position", ".pos_embed"),
+        (".class_table", ".class_embed"),
+    ]
+    weights = model.state_dict()
+    for name, value in flow.state_dict().items():
+        for ours, theirs in names:
+            name = name.replace(ours, theirs)
+        weights[name] = value.reshape(weights[name].shape)
+    model.load_state_dict(weights)
+    return model.to(flow.device).eval()
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two matrices of 1536 rows and columns."""
+    a = torch.randn(1536, 1536, device=device, dtype=dtype)
+    seconds = interleave({"product": lambda: a @ a}, device, repeats=8)["product"]
+    return 2 * 1536**3 / min(seconds)
+
+
+@torch.no_grad()
+def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: float) -> list[dict[str, Any]]:
+    """Rows for one batch size."""
+    seeds, labels = range(batch), torch.arange(batch, device=flow.device) % 2
+    z = noise(flow, seeds)
+    images = flow.images(z).clamp(-1, 1)
+    guided = Guidance(options.guidance, ramp=True)
+    kept: dict[str, Tensor] = {}
+    calls: dict[str, Callable[[], object]] = {f"forward-b{batch}": lambda: flow(images, labels)}
+
+    def ours(name: str, guidance: Guidance, precision: Literal["fp32", "bf16"]) -> None:
+        def call() -> None:
+            kept[name] = sample(flow, labels, seeds, guidance, False, batch_size=batch, precision=precision)
+
+        calls[name] = call
+
+    def theirs(name: str, w: float) -> None:
+        def call() -> None:
+            # Their sampler writes into its argument.
+            kept[name] = reference.reverse(z.clone(), labels, guidance=w, annealed_guidance=True)
+
+        calls[name] = call
+
+    for suffix, guidance in (("", Guidance()), ("-guided", guided))[: 2 if options.guided else 1]:
+        ours(f"ours-sequential-b{batch}{suffix}", guidance, "fp32")
+        if options.bf16:
+            ours(f"ours-sequential-bf16-b{batch}{suffix}", guidance, "bf16")
+        if reference is not None:
+            theirs(f"ml-tarflow-b{batch}{suffix}", float(guidance.scale) if suffix else 0.0)
+    started = time.perf_counter()
+    seconds = interleave(calls, flow.device, options.repeats)
+    print(f"batch {batch}: {time.perf_counter() - started:.0f} s")
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = []
+    for name, value in median.items():
+        row: dict[str, Any] = {"name": name, "seconds": value, "all_seconds": seconds[name]}
+        row["images_per_second"] = batch / value
+        if not name.startswith("forward"):
+            streams = 2 if name.endswith("-guided") else 1
+            row["to_forward"] = value / median[f"forward-b{batch}"]
+            row["to_peak"] = value / (streams * batch * flops_per_image(flow.config) / peak)
+        rival = f"ml-tarflow-b{batch}{'-guided' if name.endswith('-guided') else ''}"
+        if name.startswith("ours") and rival in median:
+            row["ratio"] = median[rival] / value
+            row["largest_pixel_difference"] = float((kept[name] - kept[rival]).abs().max())
+            row["largest_pixel"] = float(kept[rival].abs().max())
+        rows.append(row)
+        print(
+            "  ".join(
+                f"{key} {item:.4g}" if key != "name" else f"{item:32}"
+                for key, item in row.items()
+                if key != "all_seconds"
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    """Train or load the weights, time, write."""
+    options = tyro.cli(Options)
+    flow = trained_flow(options.steps, options.device)
+    reference = None if options.reference is None else reference_model(options.reference, flow)
+    peak = matmul_peak(flow.device, torch.float32)
+    print(f"{flow.device}, {torch.get_num_threads()} threads, matrix product {peak / 1e9:.0f} GFLOP/s")
+    rows = [row for batch in options.batches for row in time_batch(flow, reference, options, batch, peak)]
+    settings = {**dataclasses.asdict(options), "model": dataclasses.asdict(MODEL)}
+    write_rows(options.json, flow.device, rows, settings=settings, peak_flops=peak)
+
+
+if __name__ == "__main__":
+    main()
