@@ -274,59 +274,86 @@ void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row,
     }
 }
 
+// One thread's part of a step. ``threads`` of them share the rows and meet after each operation.
+template <typename S, typename T>
+void part(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,
+          T* out, int64_t columns, int64_t before, T* score, int64_t thread, int64_t threads) {
+    const int64_t w = model.width, m = rows * n, hidden = model.hidden, up = model.gated ? 2 * hidden : hidden;
+    const int64_t row_size = std::max(3 * w, up), tasks = rows * model.heads;
+    T *x = model.x + before * w, *norm = model.norm + before * w, *mixed = model.mixed + before * w;
+    T* wide = model.wide + before * row_size;
+    const int64_t first = m * thread / threads, last = m * (thread + 1) / threads;
+    const auto meet = [threads] {
+        if (threads > 1) {
+#pragma omp barrier
+        }
+    };
+    for (int64_t i = first; i < last; ++i) {
+        const T* place = model.place + (start + i % n) * w;
+        const T* context = model.context ? model.context + which[i / n] * w : nullptr;
+        for (int64_t c = 0; c < w; ++c) x[i * w + c] = place[c] + (context ? context[c] : 0);
+    }
+    meet();
+    const int64_t d = model.token_dim;
+    product(tokens, d, m, d, model.in, w, static_cast<const T*>(nullptr), x, w, ADD, thread, threads);
+    meet();
+    for (int64_t l = 0; l < model.layers; ++l) {
+        const LayerOf<S, T>& layer = model.layer[l];
+        normalise(x, norm, m, w, model.eps, thread, threads);
+        meet();
+        product(norm, w, m, w, layer.qkv, 3 * w, layer.qkv_bias, wide, 3 * w, SET, thread, threads);
+        meet();
+        for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
+            const int64_t row = task / model.heads, head = task % model.heads;
+            attend(model, layer, which[row], head, n, start, wide + row * n * 3 * w, mixed + row * n * w, 3 * w,
+                   score, model.scale[which[row]]);
+        }
+        meet();
+        product(mixed, w, m, w, layer.proj, w, layer.proj_bias, x, w, ADD, thread, threads);
+        meet();
+        normalise(x, norm, m, w, model.eps, thread, threads);
+        meet();
+        const Finish finish = model.gated ? SET : GELU;
+        product(norm, w, m, w, layer.up, up, layer.up_bias, wide, up, finish, thread, threads);
+        meet();
+        if (model.gated) {
+            for (int64_t i = first; i < last; ++i) {
+                T *gate = wide + i * up, *value = gate + hidden;
+                for (int64_t c = 0; c < hidden; ++c) gate[c] = silu(gate[c]) * value[c];
+            }
+            meet();
+        }
+        product(wide, up, m, hidden, layer.down, w, layer.down_bias, x, w, ADD, thread, threads);
+        meet();
+    }
+    product(x, w, m, w, model.out, columns, model.out_bias, out, columns, SET, thread, threads);
+}
+
 // tokens (rows, n, token_dim) at places start ... start + n - 1 -> out (rows, n, columns): log-scale and shift
 // of the next tokens. Row r uses cache, context and scale of image which[r].
+//
+// With enough rows each thread takes some through the whole step and waits for nobody; with fewer, all share
+// every operation, so that each reads a part of the weights; with next to nothing to do, one thread does it.
 template <typename S, typename T>
 void step(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,
           T* out, int64_t columns) {
-    const int64_t w = model.width, m = rows * n, hidden = model.hidden;
-    const int64_t up = model.gated ? 2 * hidden : hidden, padded = (model.tokens + 63) / 64 * 64;
-#pragma omp parallel num_threads(model.threads)
+    const int64_t least = 1 << 18;  // multiply-adds of a layer that are worth more than one thread
+    const int64_t wanted = rows * n * 12 * model.width * model.width < least ? 1 : model.threads;
+#pragma omp parallel num_threads(wanted)
     {
 #ifdef _OPENMP
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #else
         const int64_t thread = 0, threads = 1;
 #endif
-        T* score = model.score + thread * padded;
-        for (int64_t i = m * thread / threads; i < m * (thread + 1) / threads; ++i) {
-            const T* place = model.place + (start + i % n) * w;
-            const T* context = model.context ? model.context + which[i / n] * w : nullptr;
-            for (int64_t c = 0; c < w; ++c) model.x[i * w + c] = place[c] + (context ? context[c] : 0);
+        T* score = model.score + thread * ((model.tokens + 63) / 64 * 64);
+        if (rows / threads * n >= 6) {
+            const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
+            part(model, tokens + first * n * model.token_dim, which + first, last - first, n, start,
+                 out + first * n * columns, columns, first * n, score, 0, 1);
+        } else {
+            part(model, tokens, which, rows, n, start, out, columns, 0, score, thread, threads);
         }
-#pragma omp barrier
-        product(tokens, model.token_dim, m, model.token_dim, model.in, w, (const T*)nullptr, model.x, w, ADD, thread, threads);
-#pragma omp barrier
-        for (int64_t l = 0; l < model.layers; ++l) {
-            const LayerOf<S, T>& layer = model.layer[l];
-            normalise(model.x, model.norm, m, w, model.eps, thread, threads);
-#pragma omp barrier
-            product(model.norm, w, m, w, layer.qkv, 3 * w, layer.qkv_bias, model.wide, 3 * w, SET, thread, threads);
-#pragma omp barrier
-            const int64_t tasks = rows * model.heads;
-            for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-                const int64_t row = task / model.heads;
-                attend(model, layer, which[row], task % model.heads, n, start, model.wide + row * n * 3 * w,
-                       model.mixed + row * n * w, 3 * w, score, model.scale[which[row]]);
-            }
-#pragma omp barrier
-            product(model.mixed, w, m, w, layer.proj, w, layer.proj_bias, model.x, w, ADD, thread, threads);
-#pragma omp barrier
-            normalise(model.x, model.norm, m, w, model.eps, thread, threads);
-#pragma omp barrier
-            product(model.norm, w, m, w, layer.up, up, layer.up_bias, model.wide, up, model.gated ? SET : GELU, thread, threads);
-#pragma omp barrier
-            if (model.gated) {
-                for (int64_t i = m * thread / threads; i < m * (thread + 1) / threads; ++i) {
-                    T *gate = model.wide + i * up, *value = gate + hidden;
-                    for (int64_t c = 0; c < hidden; ++c) gate[c] = silu(gate[c]) * value[c];
-                }
-#pragma omp barrier
-            }
-            product(model.wide, up, m, hidden, layer.down, w, layer.down_bias, model.x, w, ADD, thread, threads);
-#pragma omp barrier
-        }
-        product(model.x, w, m, w, model.out, columns, model.out_bias, out, columns, SET, thread, threads);
     }
 }
 
