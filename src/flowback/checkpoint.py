@@ -1,8 +1,9 @@
 """Checkpoints: one folder with the config, the weights people use, and apart from them the training state.
 
-    config.json          format, model, data, alignment and training settings
-    model.safetensors    the flow's weights; from training, their moving average
-    training.pt          raw weights, optimiser and position; only needed to go on training
+    config.json            format, model, data, alignment and training settings
+    model.safetensors      the flow's weights; from training, their moving average
+    ema-DECAY.safetensors  further averages, if the run keeps any
+    training.pt            raw weights, optimiser and position; only needed to go on training
 
 A folder appears whole or not at all: it is written under a temporary name, flushed to disk and renamed.
 config.json holds the SHA-256 of the other files, which is compared whenever they are read.
@@ -16,8 +17,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -69,7 +71,11 @@ def resolve(path: str | Path) -> Path:
 
 
 def save(
-    folder: Path, config: RunConfig, weights: dict[str, Tensor], training: dict[str, Any] | None = None
+    folder: Path,
+    config: RunConfig,
+    weights: dict[str, Tensor],
+    training: dict[str, Any] | None = None,
+    averages: Mapping[float, dict[str, Tensor]] | None = None,
 ) -> None:
     """Write a checkpoint folder atomically; an existing one is replaced.
 
@@ -78,6 +84,7 @@ def save(
         config: the complete settings.
         weights: the flow's state dict.
         training: state that only further training needs: tensors and plain values.
+        averages: state dicts of further averages, by decay.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +92,11 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
+        files = {"model.safetensors": weights}
+        files |= {_average_file(decay): average for decay, average in (averages or {}).items()}
+        for name, tensors in files.items():
+            contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(contiguous, temporary / name, metadata={"format": "pt"})
         if training is not None:
             torch.save(training, temporary / "training.pt")
         sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
@@ -98,6 +108,10 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush(folder.parent)
+
+
+def _average_file(decay: float) -> str:
+    return f"ema-{decay:g}.safetensors"
 
 
 def _swap(new: Path, folder: Path) -> None:
@@ -173,18 +187,23 @@ def load_config(path: str | Path) -> RunConfig:
     return read_config(resolve(path))
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Flow:
+def load(path: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Flow:
     """The flow of a checkpoint or a run, in eval mode, with the averaged weights.
 
     Args:
         path: a checkpoint folder, or a run's folder (its newest checkpoint).
         device: where the weights go.
+        ema: decay of the average, of those the run kept; None is the one it was trained for.
 
     Raises:
         InputError: no checkpoint, damaged, or written by a newer flowback.
     """
-    config = load_config(path)
-    file = resolve(path) / "model.safetensors"
+    folder = resolve(path)
+    config = read_config(folder)
+    decays = config.train.averages
+    if ema is not None and ema not in decays:
+        raise InputError(f"{folder} keeps no average of decay {ema:g}; it has {', '.join(map(str, decays))}.")
+    file = folder / ("model.safetensors" if ema in (None, decays[0]) else _average_file(cast(float, ema)))
     _verify(file)
     try:
         weights = load_file(file, device=str(device))

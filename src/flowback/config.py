@@ -207,6 +207,8 @@ class TrainConfig:
     """AdamW's decoupled weight decay."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights that people use."""
+    ema_more: tuple[float, ...] = ()
+    """Decays of further averages, kept beside it to choose from afterwards."""
     label_drop: float = 0.1
     """Share of labels replaced by the unconditional embedding."""
     grad_clip: float | None = None
@@ -234,7 +236,9 @@ class TrainConfig:
     eval_images: int = 1024
     """Test images of an evaluation."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Also keep every checkpoint whose step is a multiple of this; 0 for none."""
     tensorboard: bool = False
     """Write TensorBoard files too (extra `flowback-nf[tensorboard]`)."""
 
@@ -249,11 +253,18 @@ class TrainConfig:
             self.lr > 0 and self.min_lr >= 0, "--train.lr must be above 0 and --train.min-lr not negative."
         )
         _require(self.warmup_steps >= 0, "--train.warmup-steps must not be negative.")
-        _require(0 <= self.ema_decay < 1, "--train.ema-decay must be in [0, 1).")
+        _require(all(0 <= decay < 1 for decay in self.averages), "--train.ema-decay must be in [0, 1).")
+        _require(len(set(self.averages)) == len(self.averages), "--train.ema-more repeats a decay.")
+        _require(self.keep_every >= 0, "--train.keep-every must not be negative; 0 keeps the newest alone.")
         _require(0 <= self.label_drop <= 1, "--train.label-drop must be in [0, 1].")
         _require(self.bad_steps is None or self.bad_steps >= 0, "--train.bad-steps must not be negative.")
         _require(self.spike is None or self.spike > 1, "--train.spike must be above 1.")
         _require(self.grad_clip is None or self.grad_clip > 0, "--train.grad-clip must be above 0.")
+
+    @property
+    def averages(self) -> tuple[float, ...]:
+        """Decays of all moving averages, the one that people use first."""
+        return (self.ema_decay, *self.ema_more)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ def weights(run):
 def assert_same_run(one, two):
     """Bit for bit: averaged weights, raw weights and the optimiser's state."""
     first, second = (checkpoint.load_training_state(checkpoint.resolve(run)) for run in (one, two))
-    for part in ("objective", "average"):
-        assert first[part].keys() == second[part].keys()
-        for name in first[part]:
-            assert torch.equal(first[part][name], second[part][name]), name
+    for before, after in ((first["objective"], second["objective"]), (weights(one), weights(two))):
+        assert before.keys() == after.keys()
+        for name in before:
+            assert torch.equal(before[name], after[name]), name
     for index, state in first["optimizer"]["state"].items():
         for name, value in state.items():
             assert torch.equal(value, second["optimizer"]["state"][index][name]), (index, name)
@@ -89,7 +89,7 @@ def test_average_is_what_load_gives(config, digits, tmp_path):
     train(config, digits, tmp_path)
     state = checkpoint.load_training_state(checkpoint.resolve(tmp_path))
     loaded = checkpoint.load(tmp_path).state_dict()
-    for name, value in state["average"].items():
+    for name, value in weights(tmp_path).items():
         assert torch.equal(value, loaded[name])
         assert not torch.equal(value, state["objective"][f"flow.{name}"]), name
 
@@ -228,3 +228,23 @@ def test_tensorboard_gets_the_rows(config, digits, tmp_path):
     train(replaced(config, tensorboard=True), digits, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("nll")] == [4, 8, 12]
+
+
+def test_several_averages_and_kept_checkpoints(config, digits, tmp_path):
+    config = replaced(config, ema_more=(0.5, 0.99), keep_last=1, keep_every=8, steps=16)
+    train(config, digits, tmp_path / "whole")
+    assert [folder.name[-2:] for folder in checkpoint.step_folders(tmp_path / "whole")] == ["08", "16"]
+    flows = {decay: checkpoint.load(tmp_path / "whole", ema=decay).state_dict() for decay in (0.5, 0.9, 0.99)}
+    raw = checkpoint.load_training_state(checkpoint.resolve(tmp_path / "whole"))["objective"]
+    name = "blocks.0.proj_in.weight"
+    distance = {decay: float((state[name] - raw[f"flow.{name}"]).norm()) for decay, state in flows.items()}
+    assert distance[0.5] < distance[0.9]
+    assert torch.equal(flows[0.9][name], checkpoint.load(tmp_path / "whole").state_dict()[name])
+    with pytest.raises(InputError, match=r"no average of decay 0\.7; it has 0\.9, 0\.5, 0\.99"):
+        checkpoint.load(tmp_path / "whole", ema=0.7)
+    with pytest.raises(Kill):
+        train(config, digits, tmp_path / "killed", evaluators=[killer(9)])
+    train(config, digits, tmp_path / "killed")
+    for decay, state in flows.items():
+        again = checkpoint.load(tmp_path / "killed", ema=decay).state_dict()
+        assert all(torch.equal(state[name], again[name]) for name in state), decay

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flowback.config import TrainConfig
-from flowback.training.schedule import ema_decay, learning_rate, update_average
+from flowback.training.schedule import average_decay, learning_rate, update_average
 
 
 def test_warm_up_is_linear_and_the_cosine_ends_at_min_lr():
@@ -19,9 +19,8 @@ def test_warm_up_longer_than_the_run_still_ends():
 
 
 def test_average_starts_short_and_is_a_convex_combination():
-    config = TrainConfig(ema_decay=0.9)
-    assert ema_decay(config, 0) == pytest.approx(0.1)
-    assert ema_decay(config, 10_000) == 0.9
+    assert average_decay(0.9, 0) == pytest.approx(0.1)
+    assert average_decay(0.9, 10_000) == 0.9
     average, weights = [torch.zeros(3)], [torch.ones(3)]
     update_average(average, weights, 0.75)
     assert torch.equal(average[0], torch.full((3,), 0.25))

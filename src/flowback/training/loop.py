@@ -30,7 +30,7 @@ from flowback.progress import bar
 from flowback.record import environment, replacing, write_json
 from flowback.training.health import Guard, block_statistics
 from flowback.training.objective import Losses, Objective, Targets
-from flowback.training.schedule import ema_decay, learning_rate, update_average
+from flowback.training.schedule import average_decay, learning_rate, update_average
 from flowback.training.stream import Batch, batches
 
 __all__ = ["BadGradientError", "Evaluator", "Interrupted", "train"]
@@ -39,7 +39,7 @@ log = logging.getLogger("flowback")
 
 MAY_CHANGE = {
     "train": {"steps", "micro_batch", "device", "log_every", "eval_every", "save_every", "sample_every"}
-    | {"diagnose_every", "eval_images", "keep_last", "tensorboard"},
+    | {"diagnose_every", "eval_images", "keep_last", "keep_every", "tensorboard"},
     "data": {"path", "workers", "download", "bad_images"},
     "alignment": {"weights"},
 }
@@ -137,7 +137,9 @@ class _Run:
         _check(config, images, targets, self.processes)
         torch.manual_seed(config.train.seed)
         self.objective = Objective(config, targets.dim if targets and config.alignment.active else None)
-        self.average = copy.deepcopy(self.objective.flow).eval().requires_grad_(False)
+        average = copy.deepcopy(self.objective.flow).eval().requires_grad_(False)
+        self.averages = {decay: copy.deepcopy(average).to(self.device) for decay in config.train.averages}
+        self.average = self.averages[config.train.ema_decay]
         self.guard, self.known_bad = Guard(config.train.spike, self.device), 0
         self.step, self.seconds = 0, 0.0
         self.last: dict[str, Any] = {}
@@ -149,7 +151,6 @@ class _Run:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
-        self.average.to(self.device)
         model, self.optimizer = self.accelerator.prepare(self.objective, self.adamw)
         self.model: nn.Module = model
         state = self._resume()
@@ -193,6 +194,8 @@ class _Run:
                 log.warning("%s Going back to the checkpoint before it.", error)
                 continue
             _compare(stored, self.config, self.out)
+            for decay, average in self.averages.items():
+                average.load_state_dict(checkpoint.load(folder, ema=decay).state_dict())
             return state
         if folders:
             raise InputError(
@@ -202,7 +205,6 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.objective.load_state_dict(state["objective"])
-        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
         self.known_bad = int(self.guard.bad)
@@ -240,9 +242,10 @@ class _Run:
         self.adamw.found_inf = self.guard.judge(gradient, self.step + 1)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        update_average(
-            self.average.parameters(), self.objective.flow.parameters(), ema_decay(train, self.step)
-        )
+        for decay, average in self.averages.items():
+            update_average(
+                average.parameters(), self.objective.flow.parameters(), average_decay(decay, self.step)
+            )
         self.step += 1
         # Reading the tally waits for the device: every step on a CPU, elsewhere when somebody looks anyway.
         train = self.config.train
@@ -354,17 +357,24 @@ class _Run:
         if self.accelerator.is_main_process:
             state = {
                 "objective": self.objective.state_dict(),
-                "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "guard": self.guard.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
             }
             folder = self.out / "checkpoints" / f"step-{self.step:08d}"
-            checkpoint.save(folder, self.config, self.average.state_dict(), state)
-            for old in checkpoint.step_folders(self.out)[: -self.config.train.keep_last]:
-                shutil.rmtree(old)
+            weights, *more = (average.state_dict() for average in self.averages.values())
+            further = dict(zip(self.config.train.ema_more, more, strict=True))
+            checkpoint.save(folder, self.config, weights, state, further)
+            self._remove_old()
         self.accelerator.wait_for_everyone()
+
+    def _remove_old(self) -> None:
+        train = self.config.train
+        for folder in checkpoint.step_folders(self.out)[: -train.keep_last]:
+            step = int(folder.name.removeprefix("step-"))
+            if not train.keep_every or step % train.keep_every:
+                shutil.rmtree(folder)
 
     def finish(self) -> None:
         """Leave nothing behind that a second run in this process would trip over."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowback.config import TrainConfig
 
-__all__ = ["ema_decay", "learning_rate", "update_average"]
+__all__ = ["average_decay", "learning_rate", "update_average"]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -27,9 +27,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * done))
 
 
-def ema_decay(config: TrainConfig, step: int) -> float:
-    """Decay of the moving average; it starts short, so that early averages forget the initial weights."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
+def average_decay(decay: float, step: int) -> float:
+    """Decay of a moving average at a step; short at first, so that the initial weights are forgotten."""
+    return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
