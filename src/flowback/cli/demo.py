@@ -23,7 +23,7 @@ from flowback.evaluation.frechet import fd_efficientnet_lite0
 from flowback.flow import Flow
 from flowback.record import environment, replacing, write_json
 from flowback.sampling import sample
-from flowback.sampling.output import grid, to_uint8
+from flowback.sampling.output import grid, to_bytes
 from flowback.training import train
 
 matplotlib.use("Agg")
@@ -110,7 +110,7 @@ def _figures(
     labels = [index % classes for index in range(options.samples)]
     drawn = sample(flow, labels, seeds=range(options.samples), guidance=options.guidance)
     real = images.read(torch.arange(len(images)))
-    figures["fd_efficientnet_lite0"] = fd_efficientnet_lite0(to_uint8(drawn), real)
+    figures["fd_efficientnet_lite0"] = fd_efficientnet_lite0(to_bytes(drawn), real)
     seen = row["step"] * config.train.batch_size
     return figures | {"seconds": row["seconds"], "images_per_second": seen / row["seconds"]}
 
@@ -121,7 +121,7 @@ def _draw_samples(flows: dict[str, Flow], options: Options) -> None:
     for axis, (name, flow) in zip(axes, flows.items(), strict=True):
         labels = [k for k in range(10) for _ in range(10)]
         drawn = sample(flow, labels, seeds=range(100), guidance=options.guidance)
-        axis.imshow(grid(to_uint8(drawn), columns=10), cmap="gray", interpolation="nearest")
+        axis.imshow(grid(drawn, columns=10)[0], cmap="gray", interpolation="nearest")
         axis.set_title(RUNS[name][1])
         axis.set_axis_off()
     figure.suptitle(f"Samples, one class in each row, guidance {options.guidance:g}")

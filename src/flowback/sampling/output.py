@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowback.record import replacing
 
-__all__ = ["read_png", "save_grid", "save_npz", "save_png", "save_trajectory", "to_bytes"]
+__all__ = ["grid", "read_png", "save_grid", "save_npz", "save_png", "save_trajectory", "to_bytes"]
 
 
 def to_bytes(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
@@ -44,11 +44,17 @@ def read_png(path: Path) -> tuple[UInt8[Tensor, "c h w"], dict[str, str]]:
 def save_grid(
     images: Float[Tensor, "b c h w"], path: Path, columns: int, gap: int = 2, scale: int = 0
 ) -> None:
-    """Write the images as one picture, row after row.
+    """Write the images as one picture; arguments as in :func:`grid`."""
+    save_png(grid(images, columns, gap, scale), path)
+
+
+def grid(
+    images: Float[Tensor, "b c h w"], columns: int, gap: int = 2, scale: int = 0
+) -> UInt8[Tensor, "c height width"]:
+    """The images as one picture, row after row, on white.
 
     Args:
         images: on [-1, 1].
-        path: the PNG file.
         columns: images in a row.
         gap: pixels between images.
         scale: how often each pixel is repeated; 0 enlarges small images to 64 pixels.
@@ -64,7 +70,7 @@ def save_grid(
     for index, image in enumerate(pixels):
         top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         sheet[:, top : top + height, left : left + width] = image
-    save_png(sheet, path)
+    return sheet
 
 
 def save_trajectory(states: Sequence[Float[Tensor, "b c h w"]], path: Path) -> None:
