@@ -1,0 +1,62 @@
+"""``flowback import-tarflow``: a checkpoint folder from a file of the original TARFlow code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from flowback import checkpoint
+from flowback.cli.output import say
+from flowback.config import RunConfig
+from flowback.errors import InputError
+from flowback.flow.cost import parameters
+from flowback.interop import read_tarflow
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Read weights of the original TARFlow code into a checkpoint folder, for all other verbs.
+
+    The file has no record of sizes and noise, so give those that the model was trained with.
+    """
+
+    weights: tyro.conf.Positional[Path]
+    """The .pth file with the model's state dict."""
+    out: tyro.conf.Positional[Path]
+    """The checkpoint folder to write; must not exist yet."""
+    image_size: int
+    """Height and width of the images."""
+    patch_size: int
+    """Side of the patches."""
+    noise: Literal["gaussian", "uniform"] = "gaussian"
+    """Noise that the model was trained with."""
+    noise_std: float = 0.05
+    """Standard deviation of the Gaussian noise, on the [-1, 1] scale."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.patch_size < 1:
+            raise InputError("--image-size and --patch-size must be at least 1.")
+        if self.noise_std < 0:
+            raise InputError("--noise-std must not be negative.")
+
+
+def run(argv: list[str]) -> None:
+    """Read, convert, write."""
+    options = tyro.cli(Options, args=argv, prog="flowback import-tarflow")
+    if options.out.exists():
+        raise InputError(f"{options.out} exists already; give a new folder, or remove it first.")
+    model, weights = read_tarflow(
+        options.weights, options.image_size, options.patch_size, options.noise, options.noise_std
+    )
+    checkpoint.save(options.out, RunConfig(model=model), weights)
+    classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
+    say(
+        f"{options.out}: {model.blocks} blocks of {model.layers} layers, width {model.width}, "
+        f"{model.channels}x{model.image_size}x{model.image_size} images, {model.tokens} tokens, {classes}, "
+        f"{parameters(model) / 1e6:.1f} M parameters."
+    )
