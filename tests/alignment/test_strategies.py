@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowback import AlignmentConfig, InputError
 from flowback.alignment.loss import Projector, alignment_loss
-from flowback.alignment.strategies import encode, neumann_series
+from flowback.alignment.strategies import complete_series, encode, truncated_series
 from reference import (
     decode_to_the_letter,
     decode_with_autograd,
@@ -226,22 +226,65 @@ def test_exact_stops_at_its_tolerance():
         assert_same(found, expected, relative=1e-7)
 
 
-@pytest.mark.parametrize(("order", "calls"), [(0, 0), (2, 2), (50, 6), ("exact", 6)])
-def test_series_has_at_most_length_minus_one_terms(order, calls):
-    """A shift matrix of length 7: every term has the norm of the one before, but for its end."""
-    seen = []
+class Shift:
+    """N^T of a shift register: no term is smaller than the one before, but that after the last token."""
 
-    def shift(r):
-        seen.append(r)
-        return torch.cat([r[1:], r.new_zeros(1)])
+    def __init__(self, factor=1.0):
+        self.calls, self.factor = 0, factor
 
-    total = neumann_series(torch.eye(7)[6], shift, order, 1e-9, length=7)
-    assert len(seen) == calls
-    assert total.tolist() == [float(6 - i <= calls) for i in range(7)]
+    def __call__(self, r):
+        self.calls += 1
+        return self.factor * torch.cat([r[:, 1:], r.new_zeros(2, 1, 1)], dim=1)
 
 
-def test_series_of_nothing_is_nothing():
-    assert not neumann_series(torch.zeros(3), lambda r: r / 2, "exact", 1e-4, length=100).any()
+LAST = torch.eye(7, dtype=torch.float64)[6].repeat(2, 1)[..., None]
+
+
+@pytest.mark.parametrize(("order", "calls"), [(0, 0), (2, 2), (6, 6), (50, 6)])
+def test_truncated_series_has_at_most_length_minus_one_terms(order, calls):
+    shift = Shift()
+    total = truncated_series(LAST, shift, order, length=7)
+    assert shift.calls == calls
+    assert total[0, :, 0].tolist() == [float(6 - i <= calls) for i in range(7)]
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0, 0.1])
+def test_complete_series_ends_after_length_passes(factor):
+    """Terms that stay, grow to 30^6 or fade; 30^6 * eps = 2e-7 is what rounding leaves."""
+    shift = Shift(factor)
+    total = complete_series(LAST, shift, 1e-12, length=7)
+    assert shift.calls <= 7
+    expected = factor ** torch.arange(6, -1, -1, dtype=torch.float64)
+    assert torch.allclose(total[1, :, 0], expected, rtol=1e-6)
+
+
+def test_complete_series_of_nothing_and_of_images_that_end_early():
+    assert not complete_series(0 * LAST, Shift(), 1e-4, length=7).any()
+    start = LAST.clone()
+    start[0], start[1, :, 0] = 0, torch.eye(7)[1]  # nothing; two terms; beside the seven of LAST
+    start = torch.cat([start, LAST[:1]])
+    total = complete_series(start, lambda r: torch.cat([r[:, 1:], r.new_zeros(3, 1, 1)], 1), 1e-12, length=7)
+    assert torch.allclose(total[..., 0], torch.tensor([[0.0] * 7, [1.0] * 2 + [0.0] * 5, [1.0] * 7]).double())
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-6])
+def test_complete_series_takes_no_more_passes_than_the_plain_sum(tolerance):
+    dense = torch.randn(3, 12, 12, dtype=torch.float64).triu(1) / 2
+    g = torch.randn(3, 12, 1, dtype=torch.float64)
+    calls = []
+
+    def apply(r):
+        calls.append(r)
+        return dense @ r
+
+    def remainder(u):
+        return (g + dense @ u - u).norm() / u.norm()
+
+    found = remainder(complete_series(g, apply, tolerance, length=12))
+    assert found <= tolerance * (1 + 1e-9)
+    plain = [remainder(truncated_series(g, lambda r: dense @ r, k, length=12)) for k in range(12)]
+    assert len(calls) <= next(k for k in range(12) if plain[k] <= tolerance) + 1
+    assert found <= plain[len(calls) - 1]
 
 
 class Sentinel:

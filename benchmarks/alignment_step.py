@@ -1,0 +1,257 @@
+"""Time and memory of one training step under every alignment strategy, and the error of every order.
+
+    python benchmarks/alignment_step.py --json out.json --plot docs/figures/error_by_order.svg
+
+A flow of 8 blocks of 4 layers, width 256, on 64 x 64 images in 256 tokens; the last two blocks aligned at
+layer 3; targets of 384 dimensions, made before. Each row is a whole step, forward and backward of both
+losses, and `ratio` is to the plain step `none` of the same run. `sequential` is the paper's naive form:
+decoding under autograd, the prefix anew for each token; `sequential-cached` keeps keys and values.
+
+The flow is trained for a moment first, on crops of scikit-learn's two photographs: the terms that `exact`
+takes, and the error of a truncated series, depend on the flow. Errors are relative, in the 2-norm, over
+the parameters of each aligned block, of the alignment's gradient alone, against the complete series.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from flowback import AlignmentConfig, Flow, FlowOutput, ModelConfig
+from flowback.alignment.loss import Projector, alignment_loss
+from flowback.alignment.strategies import encode
+from flowback.flow.likelihood import nll_per_dim
+from flowback.nn.patch import patchify
+from flowback.record import environment
+from harness import interleave, peak_bytes, peak_in_fresh_process, write_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from reference import decode_with_autograd, decode_with_autograd_and_cache
+
+MODEL = ModelConfig(image_size=64, patch_size=4, width=256, blocks=8, layers=4, num_classes=2)
+LOCATIONS = ((7, 3), (8, 3))
+DIM = 384
+STEPS: dict[str, dict] = {
+    "none": {"strategy": "none"},
+    "forward": {"strategy": "forward"},
+    "detach": {"strategy": "detach"},
+    "reverse-0": {"strategy": "reverse", "order": 0},
+    "reverse-2": {"strategy": "reverse", "order": 2},
+    "reverse-exact": {"strategy": "reverse", "order": "exact"},
+}
+SEQUENTIAL: dict[str, Callable] = {
+    "sequential": decode_with_autograd,
+    "sequential-cached": decode_with_autograd_and_cache,
+}
+ORDERS = (0, 1, 2, 4, 8, 16, 32, "exact")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Setting:
+    """The flow, the projector and a batch, all from one seed."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.flow = Flow(MODEL).to(device)
+        self.projector = Projector(MODEL.width, 256, DIM).to(device)
+        self.features = torch.randn(MODEL.token_dim, DIM, device=device)
+        photographs = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+        self.photographs = [image.to(device) / 127.5 - 1 for image in photographs]
+        self.device = device
+        self.draw(batch)
+
+    def draw(self, batch: int) -> None:
+        """Crops with TARFlow's noise; the label is the photograph, the targets look at clean patches."""
+        self.labels = torch.arange(batch, device=self.device) % 2
+        crops = []
+        for label in self.labels.tolist():
+            image = self.photographs[label]
+            top, left = (int(torch.randint(n - 64, ())) for n in image.shape[1:])
+            crops.append(image[:, top : top + 64, left : left + 64])
+        clean = torch.stack(crops)
+        self.images = clean + MODEL.noise_std * torch.randn_like(clean)
+        self.targets = torch.tanh(patchify(clean, MODEL.patch_size) @ self.features)
+
+    def parameters(self) -> list[Tensor]:
+        """Of the flow and of the projector."""
+        return [*self.flow.parameters(), *self.projector.parameters()]
+
+    def likelihood(self, out: FlowOutput) -> Tensor:
+        """Nats per dimension."""
+        return nll_per_dim(out.log_prob.mean(), MODEL.dims)
+
+    def alignment(self, hidden: dict) -> Tensor:
+        """With its weight."""
+        return 0.1 * alignment_loss(hidden, self.targets, self.projector).loss
+
+    def encode(self, **options) -> FlowOutput:
+        """The encode pass under a strategy."""
+        config = AlignmentConfig(locations=LOCATIONS, **options)
+        return encode(self.flow, self.images, self.labels, None, config)
+
+    def hidden(self, name: str) -> tuple[FlowOutput, dict]:
+        """The encode pass, and hidden states in the graph of the named row."""
+        if name in STEPS:
+            out = self.encode(**STEPS[name])
+            return out, out.hidden
+        out = self.flow(self.images, self.labels)
+        return out, SEQUENTIAL[name](self.flow, out.z.detach(), self.labels, None, LOCATIONS)
+
+    def step(self, name: str) -> None:
+        """One training step, short of the optimiser."""
+        for parameter in self.parameters():
+            parameter.grad = None
+        out, hidden = self.hidden(name)
+        loss = self.likelihood(out)
+        (loss + self.alignment(hidden) if hidden else loss).backward()
+
+    def train(self, steps: int, batch: int) -> None:
+        """A moment of training, so that blocks predict and features align."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1, (step + 1) / 20)
+            self.draw(batch)
+            self.step("detach")
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+            optimizer.step()
+            if step % 20 == 0:
+                with torch.no_grad():
+                    nll = self.likelihood(self.flow(self.images, self.labels))
+                print(f"  step {step}: {float(nll):.3f} nats per dimension", flush=True)
+
+    def block_gradients(self, hidden: dict) -> dict[int, Tensor]:
+        """The alignment's gradient in the aligned blocks, one vector each."""
+        blocks = {t: list(self.flow.blocks[t - 1].parameters()) for t, _ in LOCATIONS}
+        flat = [parameter for own in blocks.values() for parameter in own]
+        found = torch.autograd.grad(self.alignment(hidden), flat, allow_unused=True, materialize_grads=True)
+        rest = iter(found)
+        return {t: torch.cat([next(rest).flatten() for _ in own]) for t, own in blocks.items()}
+
+    def errors(self) -> list[dict]:
+        """Relative error of every order's gradient, against the series run to its end."""
+        truth = self.block_gradients(self.encode(strategy="reverse", order="exact", tolerance=1e-6).hidden)
+
+        def row(order: object, hidden: dict) -> dict:
+            found = self.block_gradients(hidden)
+            error = {f"block_{t}": float((found[t] - truth[t]).norm() / truth[t].norm()) for t in truth}
+            return {"order": order, **error}
+
+        return [
+            row("detach", self.encode(strategy="detach").hidden),
+            *(row(order, self.encode(strategy="reverse", order=order).hidden) for order in ORDERS),
+            row("sequential", self.hidden("sequential-cached")[1]),
+        ]
+
+
+def show(rows: list[dict], columns: dict[str, str]) -> None:
+    """Print the chosen columns, numbers in their format."""
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(
+            *(str(row[name]) if form == "" else format(row[name], form) for name, form in columns.items())
+        )
+    Console().print(table)
+
+
+def plot(path: Path, errors: list[dict], environment: dict) -> None:
+    """Error by order, one line a block; detach as a level."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    numbered = [row for row in errors if isinstance(row["order"], int)]
+    for color, name in zip(("C0", "C1"), (f"block_{t}" for t, _ in LOCATIONS), strict=True):
+        label = name.replace("_", " ")
+        axes.plot(
+            [row["order"] for row in numbered],
+            [row[name] for row in numbered],
+            "o-",
+            color=color,
+            label=label,
+        )
+        axes.axhline(errors[0][name], color=color, linestyle=":", label=f"{label}, detach")
+    axes.set(
+        xscale="symlog", yscale="log", xlabel="order", ylabel="relative error of the alignment's gradient"
+    )
+    axes.set_xticks([row["order"] for row in numbered], [str(row["order"]) for row in numbered])
+    axes.minorticks_off()
+    axes.set_title(environment["device"], fontsize=7)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> None:
+    """Train, measure errors, memory and time, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--plot", type=Path, help="draw error by order here; with --from, only that")
+    parser.add_argument("--from", type=Path, dest="source", help="take the numbers from this JSON")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=2, help="images in a step")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of the timing")
+    parser.add_argument("--train-steps", type=int, default=100)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time of the process")
+    parser.add_argument("--peak-of", choices=[*STEPS, *SEQUENTIAL], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.source:
+        measured = json.loads(options.source.read_text())
+        plot(options.plot, measured["errors"], measured["environment"])
+        return
+    setting = Setting(options.batch, device)
+    if options.peak_of:
+        print(peak_bytes(lambda: setting.step(options.peak_of), device))
+        return
+
+    print(f"device: {environment(device)['device']}, batch {options.batch}, clock: {options.clock}")
+    setting.train(options.train_steps, options.batch)
+    setting.draw(options.batch)
+    errors = setting.errors()
+    show(errors, {"order": "", "block_7": ".1e", "block_8": ".1e"})
+    peaks = {
+        name: peak_in_fresh_process(
+            ["--peak-of", name, "--device", options.device, "--batch", str(options.batch)]
+        )
+        for name in [*STEPS, *SEQUENTIAL]
+    }
+    print("timing", flush=True)
+    calls = {name: partial(setting.step, name) for name in [*STEPS, *SEQUENTIAL]}
+    seconds = interleave(calls, device, options.repeats, once=SEQUENTIAL, clock=CLOCKS[options.clock])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = [
+        {
+            "name": name,
+            "seconds": medians[name],
+            "ratio": medians[name] / medians["none"],
+            "peak_bytes": peaks[name],
+            "turns": len(seconds[name]),
+            "fastest": min(seconds[name]),
+            "slowest": max(seconds[name]),
+        }
+        for name in calls
+    ]
+    show(rows, {"name": "", "seconds": ".3f", "ratio": ".2f", "peak_bytes": ",", "turns": ""})
+    if options.json:
+        settings = {"batch": options.batch, "train_steps": options.train_steps, "clock": options.clock}
+        write_rows(options.json, device, rows, settings=settings, errors=errors)
+    if options.plot:
+        plot(options.plot, errors, environment(device))
+
+
+if __name__ == "__main__":
+    main()
