@@ -38,16 +38,14 @@ class Options:
     noise_std: float = 0.05
     """Standard deviation of the Gaussian noise, on the [-1, 1] scale."""
 
-    def __post_init__(self) -> None:
-        if self.image_size < 1 or self.patch_size < 1:
-            raise InputError("--image-size and --patch-size must be at least 1.")
-        if self.noise_std < 0:
-            raise InputError("--noise-std must not be negative.")
-
 
 def run(argv: list[str]) -> None:
     """Read, convert, write."""
     options = tyro.cli(Options, args=argv, prog="flowback import-tarflow")
+    if options.image_size < 1 or options.patch_size < 1:
+        raise InputError("--image-size and --patch-size must be at least 1.")
+    if options.noise_std < 0:
+        raise InputError("--noise-std must not be negative.")
     if options.out.exists():
         raise InputError(f"{options.out} exists already; give a new folder, or remove it first.")
     model, weights = read_tarflow(
