@@ -10,9 +10,11 @@
 // Letters: m rows of a product, k its inner size, p columns of a panel, e head width, t known tokens.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <type_traits>
 
 #ifdef _OPENMP
@@ -108,6 +110,22 @@ template <typename S, typename T> struct ModelOf {
     const T *scale;                               // (rows): factor of the attention scores
     const LayerOf<S, T>* layer;
     T *x, *norm, *wide, *mixed, *score;           // scratch
+};
+
+// Where the threads of a step wait for each other. The waits are shorter than waking a thread takes, so they
+// spin; but where other processes want the processor, the thread that is waited for may need it.
+struct Meeting {
+    std::atomic<int64_t> arrived{0}, round{0};
+    void wait(int64_t threads) {
+        const int64_t now = round.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; ++spins)
+            if (spins >= 4096) std::this_thread::yield();
+    }
 };
 
 enum Finish { SET, ADD, GELU };
@@ -277,16 +295,14 @@ void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row,
 // One thread's part of a step. ``threads`` of them share the rows and meet after each operation.
 template <typename S, typename T>
 void part(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,
-          T* out, int64_t columns, int64_t before, T* score, int64_t thread, int64_t threads) {
+          T* out, int64_t columns, int64_t before, T* score, Meeting& meeting, int64_t thread, int64_t threads) {
     const int64_t w = model.width, m = rows * n, hidden = model.hidden, up = model.gated ? 2 * hidden : hidden;
     const int64_t row_size = std::max(3 * w, up), tasks = rows * model.heads;
     T *x = model.x + before * w, *norm = model.norm + before * w, *mixed = model.mixed + before * w;
     T* wide = model.wide + before * row_size;
     const int64_t first = m * thread / threads, last = m * (thread + 1) / threads;
-    const auto meet = [threads] {
-        if (threads > 1) {
-#pragma omp barrier
-        }
+    const auto meet = [&meeting, threads] {
+        if (threads > 1) meeting.wait(threads);
     };
     for (int64_t i = first; i < last; ++i) {
         const T* place = model.place + (start + i % n) * w;
@@ -339,6 +355,7 @@ void step(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int
           T* out, int64_t columns) {
     const int64_t least = 1 << 18;  // multiply-adds of a layer that are worth more than one thread
     const int64_t wanted = rows * n * 12 * model.width * model.width < least ? 1 : model.threads;
+    Meeting meeting;
 #pragma omp parallel num_threads(wanted)
     {
 #ifdef _OPENMP
@@ -350,9 +367,9 @@ void step(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int
         if (rows / threads * n >= 6) {
             const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
             part(model, tokens + first * n * model.token_dim, which + first, last - first, n, start,
-                 out + first * n * columns, columns, first * n, score, 0, 1);
+                 out + first * n * columns, columns, first * n, score, meeting, 0, 1);
         } else {
-            part(model, tokens, which, rows, n, start, out, columns, 0, score, thread, threads);
+            part(model, tokens, which, rows, n, start, out, columns, 0, score, meeting, thread, threads);
         }
     }
 }

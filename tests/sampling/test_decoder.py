@@ -1,0 +1,153 @@
+"""Fast steps against the block's own inverse, in float64, for every kind of Transformer."""
+
+import pytest
+import torch
+
+from flowback.flow import affine
+from flowback.sampling import native
+from flowback.sampling.decoder import Engine
+from flowback.sampling.guidance import Guidance
+from flowback.sampling.sequential import sequential
+from reference import ReferenceFlow, random_flow
+from sampling.flows import labels_of, noise_of, tame_flow
+
+KINDS = {
+    "gelu": {},
+    "rope-swiglu": {"position": "rope", "mlp": "swiglu", "qk_norm": True},
+    "wide": {"width": 128, "head_dim": 64, "layers": 1, "image_size": 16},
+    "unconditional": {"num_classes": 0},
+}
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequential_is_the_inverse(kind, compiled):
+    """To 1e-12: the same sums in another order, over 16 or 64 tokens."""
+    flow = tame_flow(**KINDS[kind])
+    engine = Engine(flow, native=compiled)
+    assert engine.native is compiled
+    for batch in (1, 3, 20):  # shared by the threads; not divisible; each thread its own images
+        z = noise_of(flow, batch)
+        for index, block in enumerate(flow.blocks, start=1):
+            context = block.context(labels_of(flow, batch))
+            found = sequential(engine.decoder(index, batch, context), block.reorder(z))
+            torch.testing.assert_close(
+                block.reorder(found), block.inverse(z, context), atol=1e-12, rtol=1e-12
+            )
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 3, 13])
+def test_threads_share_a_step(batch):
+    """One or three images shared by three threads, and thirteen split among them."""
+    torch.set_num_threads(3)
+    flow = tame_flow(width=256, layers=1)
+    z, block = noise_of(flow, batch), flow.blocks[0]
+    context = block.context(labels_of(flow, batch))
+    found, _ = Engine(flow).decoder(1, batch, context, new=2).step(z[:, :2], 0)
+    torch.testing.assert_close(found, block.predict(z, context).shift[:, 1:3], atol=1e-12, rtol=1e-12)
+
+
+def test_sequential_decodes_what_the_reference_encodes():
+    flow = tame_flow()
+    image = 2 * torch.rand(1, 8, 8, dtype=torch.float64) - 1
+    z, _, _ = ReferenceFlow(flow).encode(image, 3)
+    x, engine = z[None], Engine(flow)
+    for index in (2, 1):
+        block = flow.blocks[index - 1]
+        decoder = engine.decoder(index, 1, block.context(torch.tensor([3])))
+        x = block.reorder(sequential(decoder, block.reorder(x)))
+    torch.testing.assert_close(flow.images(x)[0], image, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+def test_guided_streams_with_temperature(compiled):
+    """Two streams in one batch, scales and temperatures of their own, as the block's inverse has them."""
+    flow, batch = tame_flow(), 4
+    engine, block, z = Engine(flow, native=compiled), flow.blocks[0], noise_of(flow, 4)
+    guidance = Guidance([0.0, 0.5, 1.0, 2.0], ramp=True)
+    guide = guidance.guide(guidance.scales(batch, z), flow.config.tokens)
+    context = torch.cat([block.context(labels_of(flow, batch)), block.context(None).expand(batch, -1)])
+    temperature = torch.tensor([1.0] * batch + [1.5] * batch, dtype=torch.float64)
+    found = sequential(engine.decoder(1, batch, context, guide, temperature), z)
+    expected = block.inverse(z, context, guide, temperature.view(-1, 1, 1, 1))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    assert (
+        found[0] - block.inverse(z, block.context(labels_of(flow, batch)))[0]
+    ).abs().max() < 1e-12  # w = 0
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_many_tokens_and_some_images(kind, compiled):
+    """Tokens may come in pieces, and images alone: the predictions are those of one parallel pass."""
+    flow, batch = tame_flow(**KINDS[kind]), 3
+    engine, block = Engine(flow, native=compiled), flow.blocks[0]
+    x, context = noise_of(flow, batch), block.context(labels_of(flow, batch))
+    whole = block.predict(x, context)
+    decoder = engine.decoder(1, batch, context, new=9)
+    pieces = []
+    for start, end in ((0, 9), (9, 10), (10, 15)):
+        shift, log_scale = decoder.step(x[:, start:end], start)
+        assert torch.isfinite(affine.inverse(x[:, start:end], shift, log_scale)).all()
+        if start == 9:  # once more for two of the images: the last values count
+            decoder.step(x[[0, 2], 9:10] + 1, 9, torch.tensor([0, 2]))
+            again, _ = decoder.step(x[[0, 2], 9:10], 9, torch.tensor([0, 2]))
+            torch.testing.assert_close(again, whole.shift[[0, 2], 10:11])
+            shift, log_scale = decoder.step(x[:, start:end], start)
+        pieces.append((shift.clone(), log_scale.clone()))
+    shift, log_scale = (torch.cat(part, 1) for part in zip(*pieces, strict=True))
+    torch.testing.assert_close(shift, whole.shift[:, 1:16], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(log_scale, whole.log_scale[:, 1:16], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+def test_bf16_is_near_and_shift_stays_fp32(compiled):
+    """bfloat16 keeps 8 bits: predictions within 5 % of their size."""
+    flow = tame_flow(torch.float32)
+    z, block = noise_of(flow, 4), flow.blocks[0]
+    context = block.context(labels_of(flow, 4))
+    shift, log_scale = Engine(flow, "bf16", compiled).decoder(1, 4, context, new=16).step(z, 0)
+    exact = block.predict(z, context)
+    assert shift.dtype == log_scale.dtype == torch.float32
+    for found, known in ((shift, exact.shift), (log_scale, exact.log_scale)):
+        error = (found[:, :-1] - known[:, 1:]).abs().max()
+        assert 0 < error < 0.05 * known.abs().max()
+
+
+@needs_compiler
+def test_fp32_is_exact_to_rounding():
+    """The float kernel has its own exp and erf: within 1e-5 of float64."""
+    flow = tame_flow(torch.float32, **KINDS["wide"])
+    z, block = noise_of(flow, 5), flow.blocks[0]
+    found = sequential(Engine(flow).decoder(1, 5, block.context(None)), z)
+    exact = tame_flow(torch.float64, **KINDS["wide"]).blocks[0]
+    exact.load_state_dict(block.state_dict())
+    expected = exact.inverse(z.double(), exact.context(None))
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pytorch_decodes_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("FLOWBACK_NATIVE", "0")
+    native.library.cache_clear()
+    try:
+        assert not Engine(tame_flow()).native
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_failing_compiler_is_a_warning(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert "could not be compiled" in caplog.text
+    finally:
+        native.library.cache_clear()
+
+
+def test_odd_widths_fall_back():
+    """A width that is no multiple of the panels goes to PyTorch."""
+    assert not Engine(random_flow(torch.float32, width=24, head_dim=8)).native
