@@ -139,7 +139,8 @@ def _checkpoint(options: Options) -> dict[str, Any]:
             faults = Faults()
             drawn = _draw(options, flow, scale, faults)
             found.append({"guidance": scale, **judge.figures(drawn, options.samples)})
-            warnings += faults.sentences()
+            note = f"At guidance {scale:g}, " if len(scales) > 1 else ""
+            warnings += [note + sentence for sentence in faults.sentences()]
         best = _best(found)
         figures |= {name: value for name, value in best.items() if name != "guidance"}
         figures |= {"guidance": found, "best_guidance": best["guidance"]} if len(found) > 1 else {}

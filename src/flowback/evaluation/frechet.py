@@ -59,6 +59,18 @@ class Moments:
         made.mean, made.scatter = mean.double(), covariance.double() * (count - 1)
         return made
 
+    def arrays(self) -> dict[str, Tensor]:
+        """All that there is, for keeping; :meth:`from_arrays` takes it back."""
+        return {"count": torch.tensor(self.count), "mean": self.mean.cpu(), "scatter": self.scatter.cpu()}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Tensor]) -> Moments:
+        """Statistics from :meth:`arrays`."""
+        made = cls(len(arrays["mean"]))
+        made.count = int(arrays["count"])
+        made.mean, made.scatter = arrays["mean"], arrays["scatter"]
+        return made
+
     def add(self, rows: Float[Tensor, "n d"]) -> None:
         """Take in a batch of rows."""
         if not len(rows):

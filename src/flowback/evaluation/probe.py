@@ -40,7 +40,7 @@ __all__ = [
     "probe",
 ]
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Inverse strengths C of the L2 penalty that the validation images choose from."""
 
 VALIDATION = 0.2

@@ -17,8 +17,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowback.data.images import ImageSet
+from flowback.errors import InputError
 from flowback.evaluation.frechet import Moments, frechet_distance
 from flowback.evaluation.inception import Inception
+from flowback.evaluation.kept import kept
 from flowback.evaluation.references import Reference
 from flowback.evaluation.samples import Faults, quantise
 from flowback.evaluation.scores import InceptionScore, precision_recall
@@ -60,6 +62,20 @@ class InceptionStatistics:
         self._stride = max(1, -(-total // rows)) if rows else 0
         self._rows: list[Tensor] = []
 
+    def arrays(self) -> dict[str, Tensor]:
+        """All but the score, for keeping."""
+        parts = {"pool": self.pool.arrays(), "spatial": self.spatial.arrays()}
+        found = {f"{part}.{name}": array for part, made in parts.items() for name, array in made.items()}
+        return {**found, "rows": self.rows}
+
+    def restore(self, arrays: dict[str, Tensor]) -> None:
+        """Take back what :meth:`arrays` gave."""
+        pool, spatial = (
+            Moments.from_arrays({name: arrays[f"{part}.{name}"] for name in ("count", "mean", "scatter")})
+            for part in ("pool", "spatial")
+        )
+        self.pool, self.spatial, self._rows = pool, spatial, [arrays["rows"]]
+
     def add(self, images: UInt8[Tensor, "b c h w"]) -> None:
         """Take in the next images."""
         features = self.inception(images)
@@ -83,14 +99,35 @@ def batches(images: ImageSet, size: int = 64) -> Iterator[UInt8[Tensor, "_ c h w
         yield images.read(indices)
 
 
-def reference_statistics(reference: Reference, inception: Inception, size: int = 64) -> InceptionStatistics:
-    """Statistics of a reference: its own where it carries them, otherwise of its images."""
-    total = len(reference.images) if reference.images is not None else 0
-    made = InceptionStatistics(inception, max(1, total), rows=REFERENCES)
-    for batch in batches(reference.images, size) if reference.images is not None else ():
-        made.add(batch)
-    made.pool = reference.pool or made.pool
-    made.spatial = reference.spatial or made.spatial
+def reference_statistics(
+    reference: Reference, inception: Inception, protocol: Protocol, size: int = 64
+) -> InceptionStatistics:
+    """Statistics of a reference under a protocol: its own where it carries them, otherwise of its images.
+
+    Those of images are kept on disk.
+
+    Raises:
+        InputError: TARFlow's protocol, and a reference without images.
+    """
+    images, adm = reference.images, protocol == "adm"
+    if images is None and not adm:
+        raise InputError(
+            f"--protocol tarflow computes its statistics from images, and {reference.name} has none; "
+            "give a data set or a folder."
+        )
+    total = len(images) if images is not None else 0
+    made = InceptionStatistics(inception, max(1, total), rows=REFERENCES if adm else 0)
+
+    def compute() -> dict[str, Tensor]:
+        if images is not None:
+            for batch in batches(images, size) if adm else tarflow_reference(batches(images, size)):
+                made.add(batch)
+        return made.arrays()
+
+    if images is not None:
+        made.restore(kept((images.fingerprint, inception.fingerprint, protocol), compute))
+    if adm:
+        made.pool, made.spatial = reference.pool or made.pool, reference.spatial or made.spatial
     return made
 
 

@@ -11,6 +11,7 @@ from flowback.alignment.encoders import Encoder
 from flowback.errors import InputError
 from flowback.evaluation.frechet import Moments, frechet_distance, pooled_moments
 from flowback.evaluation.inception import Inception
+from flowback.evaluation.kept import kept
 from flowback.evaluation.protocol import (
     COMPARABLE,
     InceptionStatistics,
@@ -18,7 +19,6 @@ from flowback.evaluation.protocol import (
     adm_figures,
     batches,
     reference_statistics,
-    tarflow_reference,
 )
 from flowback.evaluation.references import Reference
 from flowback.flow.likelihood import to_unit_range
@@ -52,19 +52,12 @@ class Judge:
         images = reference.images
         self.encoded: Moments | None = None
         if images is not None:
-            self.encoded = pooled_moments(encoder, batches(images, batch_size))
+            key = (images.fingerprint, encoder.fingerprint, "pooled")
+            arrays = kept(key, lambda: pooled_moments(encoder, batches(images, batch_size)).arrays())
+            self.encoded = Moments.from_arrays(arrays)
         self.statistics: InceptionStatistics | None = None
-        if protocol == "tarflow" and inception is not None:
-            if images is None:
-                raise InputError(
-                    f"--protocol tarflow computes its statistics from training images, and {reference.name} "
-                    "has none; give a data set or a folder."
-                )
-            self.statistics = InceptionStatistics(inception, len(images))
-            for batch in tarflow_reference(batches(images, batch_size)):
-                self.statistics.add(batch)
-        elif protocol == "adm" and inception is not None:
-            self.statistics = reference_statistics(reference, inception, batch_size)
+        if inception is not None and protocol != "none":
+            self.statistics = reference_statistics(reference, inception, protocol, batch_size)
 
     def figures(self, samples: Iterable[UInt8[Tensor, "_ c h w"]], total: int) -> dict[str, float]:
         """Judge samples that come in batches, ``total`` in all."""
