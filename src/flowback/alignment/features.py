@@ -106,8 +106,8 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise InputError(
-            f"The features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} "
-            "free; make room, or choose a smaller --alignment.grid."
+            f"The features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f}: "
+            "make room, or choose a smaller --alignment.grid."
         )
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

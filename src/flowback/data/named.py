@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from flowback.cache import cache_folder
 from flowback.config import DataConfig
 from flowback.data.decode import fit
 from flowback.data.memory import MemoryImages
@@ -32,6 +29,9 @@ def digits(image_size: int, channels: int, split: Literal["train", "test"]) -> M
     The split is fixed: 80 % for training, 20 % for the test, with the same share of each class. At another
     size than 8 the images are resized.
     """
+    from sklearn.datasets import load_digits  # slow to import: only where the set is wanted
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     parts = train_test_split(
         np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=DIGITS_SEED
@@ -54,7 +54,7 @@ def torchvision_images(
     Raises:
         InputError: the files are not there, or cannot be downloaded.
     """
-    import torchvision.datasets as sets  # slow to import, and only needed here
+    import torchvision.datasets as sets
 
     found: Any
     if data.name == "fake":
@@ -69,7 +69,7 @@ def torchvision_images(
         classes = tuple(map(str, range(10)))
     else:
         kind = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[data.name]
-        root = data.path or _cache_folder()
+        root = data.path or cache_folder()
         try:
             found = kind(str(root), train=split == "train", download=data.download)
         except (RuntimeError, OSError) as error:
@@ -92,7 +92,3 @@ def torchvision_images(
 
 def _fit_all(images: list[Image.Image] | tuple[Image.Image, ...], size: int, channels: int) -> Tensor:
     return torch.from_numpy(np.stack([fit(image, size, channels) for image in images]))
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowback"
