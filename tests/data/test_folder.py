@@ -127,9 +127,10 @@ def test_bad_images_are_refused_by_name_and_number(tmp_path):
     assert text.endswith(" and 1 more; repair or remove them, or leave them out with --data.bad-images skip.")
 
 
-def test_bad_images_are_skipped(tmp_path):
+def test_bad_images_are_skipped(tmp_path, caplog):
     bad_folder(tmp_path)
     images = load(tmp_path, holdout=0.0, bad_images="skip")
+    assert f"Skipped 4 of the 7 images in {tmp_path}: cat/1.png (empty file), cat/2.png (" in caplog.text
     assert values(images) == [0, 5, 9]
     assert images.labels.tolist() == [0, 0, 1]
     assert files(images) == ["cat/0.png", "cat/5.png", "dog/9.png"]

@@ -41,9 +41,6 @@ __all__ = ["MEMORY_LIMIT", "FolderImages", "load_folder"]
 MEMORY_LIMIT = 512 * 2**20
 """Bytes of decoded images up to which a folder is read into memory (43,690 images of 64x64)."""
 
-_NAMED = 3
-"""Bad files that a message names; the others are counted."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -133,6 +130,10 @@ def load_folder(
     files, pixels, bad = _read_all(folder, listing.files, image_size, channels)
     if bad and (data.bad_images == "refuse" or not files):
         raise _refusal(folder, bad, len(listing.files))
+    if bad:
+        logger.warning(
+            "Skipped %d of the %d images in %s: %s", len(bad), len(listing.files), folder, _name(bad, 20)
+        )
     return MemoryImages(name, listing.classes, _labels(listing.classes, files), pixels, files, tuple(bad))
 
 
@@ -243,8 +244,12 @@ def _read_all(
 
 
 def _refusal(folder: Path, bad: list[str], total: int) -> InputError:
-    named = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
     return InputError(
-        f"{len(bad)} of the {total} images in {folder} cannot be read: {named}; "
+        f"{len(bad)} of the {total} images in {folder} cannot be read: {_name(bad, 3)}; "
         "repair or remove them, or leave them out with --data.bad-images skip."
     )
+
+
+def _name(bad: list[str], most: int) -> str:
+    """The first ``most`` of the bad files, and the number of the others."""
+    return ", ".join(bad[:most]) + (f" and {len(bad) - most} more" if len(bad) > most else "")
