@@ -1,6 +1,6 @@
 """How the two losses pull on each block: size and angle of their gradients.
 
-The paper blames the forward strategy's results on a tension between them (arXiv 2511.22345, Sec. 3).
+The paper blames the forward strategy's results on a tension between them (arXiv 2511.22345).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ __all__ = ["AlignmentLoss", "Projector", "alignment_loss", "resample"]
 
 
 class Projector(nn.Module):
-    """Flow features to the encoder's space: three linear layers with SiLU between (arXiv 2511.22345, Sec. 4).
+    """Flow features to the encoder's space: three linear layers with SiLU between.
 
     One projector serves every location.
 
@@ -79,7 +79,7 @@ def resample(features: Float[Tensor, "b m f"], grid: int) -> Float[Tensor, "b n 
 def alignment_loss(
     hidden: Mapping[Location, Float[Tensor, "b n w"]], targets: Float[Tensor, "b m f"], projector: nn.Module
 ) -> AlignmentLoss:
-    """-mean over locations and tokens of cos(v, projector(h)) (arXiv 2511.22345, Eq. 6).
+    """-mean over locations and tokens of cos(v, projector(h)) (arXiv 2511.22345).
 
     The cosine is computed in fp32 at least, whatever the autocast dtype.
 
