@@ -5,10 +5,11 @@ from flowback.classification import classify
 from flowback.config import AlignmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.errors import InputError
 from flowback.flow import Flow, FlowOutput
-from flowback.sampling import Guidance, sample
+from flowback.sampling import BlockPlan, Guidance, sample
 
 __all__ = [
     "AlignmentConfig",
+    "BlockPlan",
     "DataConfig",
     "Flow",
     "FlowOutput",
