@@ -50,15 +50,13 @@ class Options:
     json: Path | None = None
     """Also write the plan and what was measured to this file."""
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError("--batch-size must be at least 1.")
-
 
 @torch.no_grad()
 def run(argv: list[str]) -> None:
     """Measure, store, report."""
     options = tyro.cli(Options, args=argv, prog="flowback plan")
+    if options.batch_size < 1:
+        raise InputError("--batch-size must be at least 1.")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

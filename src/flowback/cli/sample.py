@@ -25,6 +25,7 @@ from flowback.sampling.denoise import denoises
 from flowback.sampling.folder import Drawn, SampleFolder
 from flowback.sampling.output import read_png, save_grid, save_npz, save_trajectory
 from flowback.sampling.plan import load_plan, plan_file, wanted
+from flowback.sampling.sample import check_guidance
 
 __all__ = ["Options", "run"]
 
@@ -84,29 +85,18 @@ class Options:
     json: Path | None = None
     """Write settings, counts and images/s to this file."""
 
-    def __post_init__(self) -> None:
-        for name in ("count", "batch_size", "window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
-        if not self.tolerance > 0:
-            raise InputError(f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
-        if self.redraws < 0:
-            raise InputError("--redraws must not be negative.")
-        if self.labels and self.unconditional:
-            raise InputError("--labels and --unconditional exclude each other; give one of them.")
-        if len(self.labels) > self.count:
-            raise InputError(f"{len(self.labels)} labels for {self.count} images; raise --count.")
-
 
 def run(argv: list[str]) -> None:
     """Draw, write, report."""
     options = tyro.cli(Options, args=argv, prog="flowback sample")
+    _check(options)
     state = PartialState(cpu=options.device == "cpu")
     flow = checkpoints.load(options.checkpoint, state.device if options.device == "auto" else options.device)
     labels = _labels(flow, options)
     guidance = Guidance(
         options.guidance, options.ramp, options.formula, options.attention_temperature, options.guided_blocks
     )
+    check_guidance(flow, bool(labels), guidance)
     plans, notice = _plans(flow, options)
     settings = _settings(options, labels, plans)
     folder = SampleFolder(options.out, settings, options.count, options.batch_size)
@@ -132,12 +122,14 @@ def run(argv: list[str]) -> None:
         own = {"label": labels[number % len(labels)]} if labels else {}
         return {"seed": options.seed + number, **own}
 
-    missing = len(folder.missing())
+    missing = folder.missing()
     state.wait_for_everyone()
     started, done = time.perf_counter(), []
     with bar() as progress:
-        task = progress.add_task("sampling", total=-(-missing // state.num_processes), note="")
-        for drawn in folder.fill(draw, notes, state.process_index, state.num_processes, options.redraws):
+        task = progress.add_task("sampling", total=-(-len(missing) // state.num_processes), note="")
+        for drawn in folder.fill(
+            draw, notes, missing, state.process_index, state.num_processes, options.redraws
+        ):
             done.append(drawn)
             progress.advance(task, drawn.images)
     parts: list[Drawn] = gather_object(done) if state.num_processes > 1 else done
@@ -146,7 +138,22 @@ def run(argv: list[str]) -> None:
         _extras(flow, options, labels, guidance, plans, folder)
         if notice:
             say(notice)
-        _report(flow, options, settings, parts, missing, seconds)
+        _report(flow, options, settings, parts, len(missing), seconds)
+
+
+def _check(options: Options) -> None:
+    """Refuse options that no model can satisfy."""
+    for name in ("count", "batch_size", "window"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
+    if not options.tolerance > 0:
+        raise InputError(f"--tolerance {options.tolerance:g} must be above 0 (1e-3, say).")
+    if options.redraws < 0:
+        raise InputError("--redraws must not be negative.")
+    if options.labels and options.unconditional:
+        raise InputError("--labels and --unconditional exclude each other; give one of them.")
+    if len(options.labels) > options.count:
+        raise InputError(f"{len(options.labels)} labels for {options.count} images; raise --count.")
 
 
 def _plans(flow: Flow, options: Options) -> tuple[tuple[BlockPlan, ...] | None, str | None]:

@@ -8,7 +8,7 @@ that compute with the same number of threads.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,21 +93,23 @@ class SampleFolder:
         self,
         draw: Draw,
         notes: Callable[[int], dict[str, object]],
+        missing: Sequence[int],
         rank: int = 0,
         world: int = 1,
         redraws: int = 3,
     ) -> Iterator[Drawn]:
-        """Draw this process's share of the missing images; yields after each batch.
+        """Draw this process's share of the ``missing`` images; yields after each batch.
 
         Args:
             draw: makes the images.
             notes: text stored in an image's file.
+            missing: from :meth:`missing`, before any process began: all must share out the same batches.
             rank: number of this process.
             world: number of processes.
             redraws: how often an image with non-finite values is drawn again.
         """
-        missing = set(self.missing())
-        batches = sorted({index // self.batch_size for index in missing})
+        wanted = set(missing)
+        batches = sorted({index // self.batch_size for index in wanted})
         for batch in batches[rank::world]:
             first = batch * self.batch_size
             numbers = list(range(first, min(first + self.batch_size, self.count)))
@@ -118,11 +120,11 @@ class SampleFolder:
             ):
                 if not image.isfinite().all():
                     failed.append(number)
-                elif number in missing:
+                elif number in wanted:
                     text = {**notes(number), **({"redraw": attempt} if attempt else {})}
                     save_png(pixels, self.file(number), text)
             redrawn = sum(attempt > 0 for attempt in attempts)
-            yield Drawn(len(missing & set(numbers)) - len(failed), redrawn, tuple(failed))
+            yield Drawn(len(wanted & set(numbers)) - len(failed), redrawn, tuple(failed))
 
 
 def _finite_draw(draw: Draw, numbers: list[int], redraws: int) -> tuple[Float[Tensor, "b c h w"], list[int]]:

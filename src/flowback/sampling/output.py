@@ -76,12 +76,12 @@ def grid(
 def save_trajectory(states: Sequence[Float[Tensor, "b c h w"]], path: Path) -> None:
     """Write the way from noise to image, one row an image: z, after each block, denoised.
 
-    Noise and intermediate values leave [-1, 1]; each picture but the last two is scaled by its own largest
-    deviation so that it can be seen.
+    Noise and intermediate values leave [-1, 1]; each picture but the last two is divided by its own
+    largest value so that it can be seen.
     """
     last = len(states) - 2
     shown = [
-        s if k >= last else s / s.abs().amax((1, 2, 3), keepdim=True).clamp(min=1)
+        s if k >= last else s / s.flatten(1).abs().amax(1).clamp(min=1)[:, None, None, None]
         for k, s in enumerate(states)
     ]
     save_grid(torch.stack(shown, 1).flatten(0, 1), path, columns=len(states))

@@ -21,7 +21,7 @@ from flowback.sampling.decoder import Engine, Precision
 from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
 
-__all__ = ["noise", "sample", "trajectory"]
+__all__ = ["check_guidance", "noise", "sample", "trajectory"]
 
 _SEEDS = 2**32
 
@@ -116,7 +116,7 @@ def trajectory(
     seeds = _seeds(labels, seeds)
     checked = flow.labels(labels, len(seeds))
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    _check(flow, checked, guidance)
+    check_guidance(flow, checked is not None, guidance)
     scales = guidance.scales(len(seeds), noise(flow, seeds[:1]))
     engine, parts = Engine(flow, precision), []
     for start in range(0, len(seeds), batch_size):
@@ -143,8 +143,13 @@ def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
     return made
 
 
-def _check(flow: Flow, labels: Labels, guidance: Guidance) -> None:
-    if guidance.active and labels is None and guidance.temperature == 1:
+def check_guidance(flow: Flow, labelled: bool, guidance: Guidance) -> None:
+    """Refuse guidance that cannot do anything, before work starts.
+
+    Raises:
+        InputError: no labels and no attention temperature, or more guided blocks than there are.
+    """
+    if guidance.active and not labelled and guidance.temperature == 1:
         raise InputError(
             "Guidance without labels does nothing: give labels, or an attention temperature other than 1 "
             "(--attention-temperature 1.5, say)."

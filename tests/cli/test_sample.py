@@ -1,0 +1,147 @@
+"""``flowback sample`` and ``flowback plan`` on a small checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from flowback import sample
+from flowback.checkpoint import save
+from flowback.config import RunConfig
+from flowback.sampling.output import read_png, to_bytes
+from sampling.flows import tame_flow
+
+CPU = ("--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    flow = tame_flow(torch.float32)
+    folder = tmp_path_factory.mktemp("sample") / "checkpoint"
+    save(folder, RunConfig(model=flow.config), flow.state_dict())
+    return folder, flow
+
+
+def test_writes_images_grid_npz_trajectory(flowback, checkpoint, tmp_path):
+    folder, flow = checkpoint
+    code, out, err = flowback(
+        *("sample", folder, "--out", tmp_path / "s", "--count", 5, "--labels", 1, 3, "--seed", 7),
+        *("--guidance", 1.5, "--grid", tmp_path / "g.png", "--npz", tmp_path / "s.npz"),
+        *("--trajectory", tmp_path / "t.png", "--json", tmp_path / "s.json"),
+    )
+    assert code == 0, err
+    expected = to_bytes(sample(flow, [1, 3, 1, 3, 1], range(7, 12), 1.5))
+    for index in range(5):
+        pixels, notes = read_png(tmp_path / "s" / f"{index:06d}.png")
+        assert (pixels.int() - expected[index].int()).abs().max() <= 1
+        assert notes == {"seed": str(7 + index), "label": str([1, 3][index % 2])}
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [1, 3, 1, 3, 1]
+    assert read_png(tmp_path / "g.png")[0].shape[1:] == (2 + 2 * 66, 2 + 3 * 66)
+    assert read_png(tmp_path / "t.png")[0].shape[1:] == (2 + 5 * 66, 2 + 4 * 66)
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["result"]["drawn"] == 5
+    assert record["settings"]["guidance"] == 1.5
+    assert "images/s" in out
+
+
+def test_plan_then_auto(flowback, checkpoint, tmp_path):
+    folder, _ = checkpoint
+    code, out, _ = flowback("sample", folder, "--out", tmp_path / "a", "--count", 4, "--sampler", "auto")
+    assert code == 0
+    assert "Sequential" in out
+    code, out, err = flowback(
+        "plan", folder, "--batch-size", 4, "--device", "cpu", "--json", tmp_path / "p.json"
+    )
+    assert code == 0, err
+    assert len(json.loads((tmp_path / "p.json").read_text())["plan"]["blocks"]) == 2
+    auto = ("--sampler", "auto", "--device", "cpu")
+    code, out, _ = flowback("sample", folder, "--out", tmp_path / "b", "--count", 4, "--batch-size", 4, *auto)
+    assert code == 0
+    assert "Planned" in out
+    code, out, _ = flowback("sample", folder, "--out", tmp_path / "c", "--count", 4, "--batch-size", 2, *auto)
+    assert "batch size 4, not 2" in out
+    for name in ("b", "c"):  # the planned images are the sequential ones to 1e-3: one level of 255
+        for index in range(4):
+            a, b = (read_png(tmp_path / s / f"{index:06d}.png")[0].int() for s in ("a", name))
+            assert (a - b).abs().max() <= 1
+
+
+def test_models_of_uniform_noise_say_that_nothing_is_denoised(flowback, tmp_path):
+    flow = tame_flow(torch.float32, noise="uniform", num_classes=0)
+    save(tmp_path / "c", RunConfig(model=flow.config), flow.state_dict())
+    code, out, _ = flowback("sample", tmp_path / "c", "--out", tmp_path / "s", "--count", 2)
+    assert code == 0
+    assert "Not denoised" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tolerance", 0), "--tolerance"),
+        (("--count", 0), "--count"),
+        (("--labels", 0, 1, 2, "--count", 2), "3 labels for 2 images"),
+        (("--labels", 9), "out of range"),
+        (("--labels", 1, "--unconditional"), "exclude"),
+        (("--unconditional", "--guidance", 1), "attention temperature"),
+        (("--guided-blocks", 5, "--guidance", 1), "guided blocks"),
+    ],
+)
+def test_bad_options(flowback, checkpoint, tmp_path, words, message):
+    code, _, err = flowback("sample", checkpoint[0], "--out", tmp_path / "s", *words)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_other_images_in_the_folder(flowback, checkpoint, tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"")
+    code, _, err = flowback("sample", checkpoint[0], "--out", tmp_path)
+    assert code == 2
+    assert "other images" in err
+
+
+def test_two_processes_killed_and_finished(flowback, checkpoint, tmp_path):
+    """Both processes are killed half-way; two more finish, to the bytes of one undisturbed process."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29517",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def words(name, count):
+        return ["sample", checkpoint[0], "--out", tmp_path / name, "--count", count, "--batch-size", 2, *CPU]
+
+    def start(count):
+        arguments = [*command, "-m", "flowback", *map(str, words("cut", count))]
+        return subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+
+    run, deadline = start(200), time.monotonic() + 120
+    while (
+        len(list((tmp_path / "cut").glob("*.png"))) < 4 and time.monotonic() < deadline and run.poll() is None
+    ):
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    there = len(list((tmp_path / "cut").glob("*.png")))
+    assert 4 <= there < 200
+    assert start(there + 3).wait(timeout=200) == 0
+    assert flowback(*words("whole", there + 3))[0] == 0
+    found, whole = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.png")}
+        for name in ("cut", "whole")
+    )
+    assert len(whole) == there + 3
+    assert {name: found[name] for name in whole} == whole
