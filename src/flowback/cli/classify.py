@@ -57,7 +57,8 @@ class Options:
     json: Path | None = None
     """Also write the record to this file."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
         if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
             raise InputError("--batch-size and --limit must be at least 1.")
 
@@ -65,6 +66,7 @@ class Options:
 def run(argv: list[str]) -> None:
     """Classify, show, write."""
     options = parse(Options, argv, "classify")
+    options.check()
     flow = checkpoints.load(options.checkpoint, pick_device(options.device))
     if not flow.config.num_classes:
         raise InputError(f"{options.checkpoint} is an unconditional model: it has no classes to tell apart.")

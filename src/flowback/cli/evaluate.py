@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from flowback.errors import InputError
 from flowback.evaluation.inception import load_inception
 from flowback.evaluation.likelihood import likelihood
 from flowback.evaluation.plots import plot_guidance
-from flowback.evaluation.protocol import batches
+from flowback.evaluation.protocol import COMPARABLE, batches
 from flowback.evaluation.quality import Judge, guidance_scales
 from flowback.evaluation.record import make_record, weights_of
 from flowback.evaluation.references import Reference, load_reference, open_images
@@ -86,7 +86,8 @@ class Options:
     json: Path | None = None
     """Also write the record to this file."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
         if self.batch_size < 1 or (self.limit is not None and self.limit < 1) or self.draws < 1:
             raise InputError("--batch-size, --limit and --draws must be at least 1.")
         if self.samples < 0 or self.samples == 1:
@@ -96,6 +97,7 @@ class Options:
 def run(argv: list[str]) -> None:
     """Evaluate, show, write."""
     options = parse(Options, argv, "evaluate")
+    options.check()
     record = _checkpoint(options) if is_checkpoint(options.subject) else _images(options)
     folder = out_folder(options.out, options.subject)
     for path in (folder / "evaluate.json", options.json):
@@ -130,7 +132,9 @@ def _checkpoint(options: Options) -> dict[str, Any]:
         settings["held_out"] = {
             "images": images.name,
             "images_hash": images.fingerprint,
+            "limit": options.limit,
             "draws": options.draws,
+            "labels": "each image's own" if flow.config.num_classes and images.labels is not None else None,
         }
         figures |= _held_out_figures(options, flow, images)
     if judge is not None:
@@ -176,8 +180,7 @@ def _held_out_figures(options: Options, flow: Flow, images: ImageSet) -> dict[st
         )  # fmt: skip
         for name, estimate in (("nll", found.nll), ("bits_per_dim", found.bits_per_dim)):
             figures[name] = estimate.mean
-            figures[f"{name}_error"] = estimate.error
-        figures["likelihood"] = asdict(found)
+            figures[f"{name}_error"], figures[f"{name}_draw_error"] = estimate.error, estimate.draw_error
     if options.classification and flow.config.num_classes and images.labels is not None:
         for method in ("gradient", "exhaustive") if flow.config.num_classes <= FEW_CLASSES else ("gradient",):
             accuracy = topk_accuracy(
@@ -258,12 +261,15 @@ def _best(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _show(record: dict[str, Any], title: str) -> None:
-    rows = [
-        [name, value, record["figures"].get(f"{name}_error")]
-        for name, value in record["figures"].items()
-        if isinstance(value, float) and not name.endswith("_error")
-    ]
-    show_table(title, ["figure", "value", "standard error"], rows)
+    figures, samples = record["figures"], record["settings"].get("samples", 0)
+    rows = []
+    for name, value in figures.items():
+        if isinstance(value, float) and not name.endswith("_error"):
+            few = "fid" in name and samples < COMPARABLE
+            rows.append(
+                [name, value, figures.get(f"{name}_error"), f"from {samples:,} samples only" if few else ""]
+            )
+    show_table(title, ["figure", "value", "standard error", ""], rows)
 
 
 def _show_search(found: list[dict[str, float]], best: float, folder: Path) -> None:

@@ -54,14 +54,16 @@ class Options:
     json: Path | None = None
     """Also write the record to this file."""
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or min(self.train_limit or 1, self.test_limit or 1) < 1:
+    def check(self) -> None:
+        """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
+        if min(self.batch_size, *(n for n in (self.train_limit, self.test_limit) if n is not None)) < 1:
             raise InputError("--batch-size, --train-limit and --test-limit must be at least 1.")
 
 
 def run(argv: list[str]) -> None:
     """Probe, show, plot, write."""
     options = parse(Options, argv, "probe")
+    options.check()
     flow = checkpoints.load(options.checkpoint, pick_device(options.device))
     train, test = (held_out(options.data, flow.config, split) for split in ("train", "test"))
     locations = list(options.locations) or all_locations(flow)

@@ -38,18 +38,18 @@ def parse(kind: type[Options], argv: Sequence[str], verb: str) -> Options:
     words: list[str] = []
     for word in argv:
         if words and words[-1] == "--data":
-            words[-1:] = (
-                ["--data.name", word] if word in _NAMES else ["--data.name", "folder", "--data.path", word]
-            )
+            words[-1:] = _shorthand(word)
         elif word.startswith("--data="):
-            value = word.removeprefix("--data=")
-            words += (
-                ["--data.name", value] if value in _NAMES else ["--data.name", "folder", "--data.path", value]
-            )
+            words += _shorthand(word.removeprefix("--data="))
         else:
             words.append(word)
     default = kind(named if named is not None else tyro.MISSING, **defaults)  # type: ignore[call-arg]
     return tyro.cli(kind, args=words, default=default, prog=f"flowback {verb}")
+
+
+def _shorthand(value: str) -> list[str]:
+    name, path = (value, "None") if value in _NAMES else ("folder", value)
+    return ["--data.name", name, "--data.path", path]
 
 
 def held_out(data: DataConfig, model: ModelConfig, split: str = "test") -> ImageSet:

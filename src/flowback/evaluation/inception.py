@@ -36,9 +36,9 @@ _REMEDY = (
 class InceptionFeatures:
     """Features of a batch."""
 
-    pool: Float[Tensor, "b 2048"]
-    spatial: Float[Tensor, "b 2023"]
-    logits: Float[Tensor, "b 1008"]
+    pool: Float[Tensor, "b p"]
+    spatial: Float[Tensor, "b s"]
+    logits: Float[Tensor, "b k"]
 
 
 def spatial_features(branch: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
@@ -47,12 +47,14 @@ def spatial_features(branch: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
 
 
 class Inception(nn.Module):
-    """The network with its three outputs.
+    """The network with its three outputs, 2048, 2023 and 1008 numbers wide.
 
     Args:
         network: torch-fidelity's extractor, asked for `2048` and `logits_unbiased`.
         fingerprint: hash of the weights.
     """
+
+    pool_dim, spatial_dim = 2048, 2023
 
     def __init__(self, network: nn.Module, fingerprint: str) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def kept(key: Sequence[str], make: Callable[[], dict[str, Tensor]]) -> dict[str,
     name = hashlib.blake2b("\0".join((str(_LAYOUT), *key)).encode(), digest_size=16).hexdigest()
     path = cache_folder() / "statistics" / f"{name}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {array: torch.from_numpy(file[array]) for array in file.files}
     except (OSError, ValueError, zipfile.BadZipFile):
         pass  # not there, or damaged: made anew

@@ -25,7 +25,7 @@ NUMBERED_CLASSES = 20
 
 def plot_confusion(confusion: Int[Tensor, "k k"], classes: Sequence[str], title: str, path: Path) -> None:
     """Confusion matrix: colour is the share of the true class, numbers count images."""
-    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    share = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side = 4.5 + 0.18 * min(len(classes), NAMED_CLASSES)
     figure, axes = _figure(side + 0.8, side)
     shades = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
@@ -47,7 +47,7 @@ def plot_confusion(confusion: Int[Tensor, "k k"], classes: Sequence[str], title:
 
 def plot_probe(probes: Sequence[Probe], training_free: float | None, path: Path) -> None:
     """Accuracy by location, the training-free score dashed (arXiv 2511.22345, Fig. 4)."""
-    figure, axes = _figure(max(6.0, 1.5 + 0.28 * len(probes)), 4)
+    figure, axes = _figure(max(6.0, 1.5 + 0.28 * len(probes)), 4.0)
     places = range(len(probes))
     axes.plot(places, [probe.linear for probe in probes], "o-", label="linear probe", markersize=4)
     axes.plot(

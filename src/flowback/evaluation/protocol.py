@@ -57,7 +57,7 @@ class InceptionStatistics:
 
     def __init__(self, inception: Inception, total: int, scores: bool = False, rows: int = 0) -> None:
         self.inception = inception
-        self.pool, self.spatial = Moments(2048), Moments(2023)
+        self.pool, self.spatial = Moments(inception.pool_dim), Moments(inception.spatial_dim)
         self.score = InceptionScore(total) if scores else None
         self._stride = max(1, -(-total // rows)) if rows else 0
         self._rows: list[Tensor] = []
@@ -88,9 +88,9 @@ class InceptionStatistics:
             self.score.add(features.logits)
 
     @property
-    def rows(self) -> Float[Tensor, "n 2048"]:
+    def rows(self) -> Float[Tensor, "n p"]:
         """The pool_3 features that were kept."""
-        return torch.cat(self._rows) if self._rows else torch.zeros(0, 2048)
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.inception.pool_dim)
 
 
 def batches(images: ImageSet, size: int = 64) -> Iterator[UInt8[Tensor, "_ c h w"]]:

@@ -145,7 +145,7 @@ def open_images(path: Path) -> ImageSet:
 def _folder(path: Path, image_size: int, channels: int) -> ImageSet:
     if not path.is_dir():
         raise InputError(f"{path} is neither a .npz file nor a folder of images.")
-    return load_images(DataConfig("folder", path, holdout=0), image_size, channels, "train")
+    return load_images(DataConfig("folder", path, holdout=0.0), image_size, channels, "train")
 
 
 def _moments(path: Path, statistics: dict[str, Tensor], mean: str, covariance: str) -> Moments | None:
@@ -167,7 +167,11 @@ def _moments(path: Path, statistics: dict[str, Tensor], mean: str, covariance: s
 def _open_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file, mapped where they are not compressed. Pickled objects are refused."""
     try:
-        with np.load(path, allow_pickle=False) as file, zipfile.ZipFile(path) as archive:
+        with (
+            path.open("rb") as raw,
+            np.load(raw, allow_pickle=False) as file,
+            zipfile.ZipFile(raw) as archive,
+        ):
             return {name: _array(path, file, archive, name) for name in file.files}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from flowback import Flow, ModelConfig, RunConfig, checkpoint
+
+TINY = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 16, "blocks": 2, "layers": 1, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint of a flow for the digits, with random class tables."""
+    config = RunConfig(
+        ModelConfig(
+            image_size=8, channels=1, patch_size=4, width=16, blocks=2, layers=1, head_dim=8, num_classes=10
+        )
+    )
+    torch.manual_seed(0)
+    flow = Flow(config.model)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    checkpoint.save(folder, config, flow.state_dict())
+    return folder
+
+
+def test_both_rules_on_the_checkpoints_own_data(flowback, model, tmp_path):
+    out = tmp_path / "figures.json"
+    code, text, _ = flowback("classify", model, "--json", out, "--out", tmp_path)
+    assert code == 0
+    record = json.loads(out.read_text())
+    for rule in ("gradient", "exhaustive"):
+        figures = record["figures"][rule]
+        assert 0 <= figures["top1"] <= figures["top5"] <= 1
+        assert sum(map(sum, figures["confusion"])) == 360
+        assert len(figures["per_class"]) == 10
+        with Image.open(tmp_path / f"confusion-{rule}.png") as picture:
+            assert min(picture.size) > 300
+        assert rule in text
+    assert record["settings"]["images"] == "digits-test"
+    assert record["settings"]["noise"] is True
+
+
+def test_options_reach_the_rule(flowback, model, tmp_path):
+    arguments = ("--method", "gradient", "--limit", 50, "--draws", 2, "--no-noise", "--split", "train")
+    code, _, _ = flowback("classify", model, *arguments, "--out", tmp_path)
+    assert code == 0
+    record = json.loads((tmp_path / "classify.json").read_text())
+    assert list(record["figures"]) == ["gradient"]
+    assert record["settings"]["count"] == 50
+    assert record["settings"]["images"] == "digits-train"
+    assert record["settings"]["draws"] == 2
+
+
+def test_by_default_the_record_lies_beside_the_checkpoint(flowback, model):
+    assert flowback("classify", model, "--limit", 10)[0] == 0
+    assert (model / "evaluation" / "classify.json").is_file()
+    assert checkpoint.load(model).config.num_classes == 10  # and the checkpoint stays one
+
+
+def test_bad_input(flowback, model, photos, tmp_path):
+    config = ModelConfig(
+        image_size=8, channels=1, patch_size=4, width=16, blocks=1, layers=1, head_dim=8, num_classes=0
+    )
+    bare = tmp_path / "bare"
+    checkpoint.save(bare, RunConfig(config), Flow(config).state_dict())
+    cases = [
+        ((bare,), "is an unconditional model"),
+        ((model, "--data", photos), "2 classes, the model 10"),
+        ((model, "--data", tmp_path / "nowhere"), "nowhere"),
+        ((model, "--draws", 0), "at least 1"),
+        ((model, "--limit", 0), "at least 1"),
+        ((tmp_path / "nowhere",), "does not exist"),
+    ]
+    for arguments, sentence in cases:
+        code, _, error = flowback("classify", *arguments)
+        assert code == 2, arguments
+        assert sentence in error
+        assert error.count("\n") == 1
