@@ -35,21 +35,24 @@ def parse(kind: type[Options], argv: Sequence[str], verb: str) -> Options:
     defaults = {}
     if named is not None and is_checkpoint(named):
         defaults["data"] = checkpoint.load_config(named).data
+    path_given = any(word.split("=")[0] == "--data.path" for word in argv)
     words: list[str] = []
     for word in argv:
         if words and words[-1] == "--data":
-            words[-1:] = _shorthand(word)
+            words[-1:] = _shorthand(word, path_given)
         elif word.startswith("--data="):
-            words += _shorthand(word.removeprefix("--data="))
+            words += _shorthand(word.removeprefix("--data="), path_given)
         else:
             words.append(word)
     default = kind(named if named is not None else tyro.MISSING, **defaults)  # type: ignore[call-arg]
     return tyro.cli(kind, args=words, default=default, prog=f"flowback {verb}")
 
 
-def _shorthand(value: str) -> list[str]:
-    name, path = (value, "None") if value in _NAMES else ("folder", value)
-    return ["--data.name", name, "--data.path", path]
+def _shorthand(value: str, path_given: bool) -> list[str]:
+    """A set by name does without the checkpoint's path, unless one is given."""
+    if value not in _NAMES:
+        return ["--data.name", "folder", "--data.path", value]
+    return ["--data.name", value, *(() if path_given else ("--data.path", "None"))]
 
 
 def held_out(data: DataConfig, model: ModelConfig, split: str = "test") -> ImageSet:
