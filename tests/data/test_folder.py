@@ -142,6 +142,7 @@ def test_bad_images_on_read(tmp_path, monkeypatch, caplog):
     bad_folder(tmp_path)
     monkeypatch.setattr(module, "MEMORY_LIMIT", 0)
     images = load(tmp_path, holdout=0.0)
+    assert len(images.fingerprint) == 32
     with pytest.raises(InputError, match=r"1 of the 7 images in .*cat/1.png \(empty file\)"):
         images.read(torch.tensor([0, 1]))
     with caplog.at_level(logging.WARNING):

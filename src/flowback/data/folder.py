@@ -14,6 +14,7 @@ of its class, and logged by name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -84,8 +85,10 @@ class FolderImages:
         """Hash of the names, sizes and times of the files, and of the size they are brought to."""
         digest = hashlib.blake2b(f"{self.image_size} {self.channels}".encode(), digest_size=16)
         for file in self.files:
-            state = (self.folder / file).stat()
-            digest.update(f"\0{file}\0{state.st_size}\0{state.st_mtime_ns}".encode())
+            digest.update(f"\0{file}".encode())
+            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+                state = (self.folder / file).stat()
+                digest.update(f"\0{state.st_size}\0{state.st_mtime_ns}".encode())
         return digest.hexdigest()
 
     def _read(self, index: int) -> UInt8[np.ndarray, "c s s"]:
