@@ -2,7 +2,7 @@
 
     python benchmarks/sampling.py --reference PATH_TO_ML_TARFLOW --json sampling.json
 
-The flow (64×64, patch 4, width 256, 4 blocks of 4 layers, two classes) is first trained for 300 steps on
+The flow (64×64, patch 4, width 256, 4 blocks of 4 layers, two classes) is first trained for 300 steps of two
 random crops of scikit-learn's two photographs, since random weights hide how hard the blocks are; it is
 kept in runs/ and used again. Times are from seeds or noise to images, without denoising. ``ratio`` is
 ml-tarflow's time over ours, ``to_forward`` our time over that of one forward pass of the same batch, and
@@ -15,7 +15,7 @@ import dataclasses
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,13 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowback import Flow, Guidance, ModelConfig, RunConfig, TrainConfig, load, sample
+from flowback import BlockPlan, Flow, Guidance, ModelConfig, RunConfig, TrainConfig, load, sample
 from flowback.checkpoint import save
 from flowback.flow.cost import flops_per_image
 from flowback.progress import track
+from flowback.sampling.batch import Batch
+from flowback.sampling.decoder import Engine
+from flowback.sampling.plan import Plan, device_name, make_plan
 from flowback.sampling.sample import noise
 from harness import interleave, write_rows
 
@@ -54,8 +57,12 @@ class Options:
     """Time the guided rows too."""
     bf16: bool = True
     """Time bf16 too."""
+    jacobi: bool = True
+    """Time a plan made on the spot (``auto``), and Jacobi sweeps in windows of 16 (``jacobi``), too."""
+    warm_up: int = 1
+    """Calls of each that are not timed."""
     repeats: int = 3
-    """Times that each call is timed, after one that is not; the median is kept."""
+    """Times that each call is timed; the median is kept."""
     steps: int = 300
     """Training steps before."""
     device: str = "cpu"
@@ -84,7 +91,7 @@ def trained_flow(steps: int, device: str) -> Flow:
         flow, generator = Flow(MODEL), np.random.default_rng(0)
         optimiser = torch.optim.AdamW(flow.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=1e-4)
         for step in track(range(steps), steps, "training", "steps"):
-            images, labels = photographs(4, generator)
+            images, labels = photographs(2, generator)
             images = images + MODEL.noise_std * torch.randn_like(images)
             loss = -flow(images, labels, drop=torch.rand(len(images)) < 0.1).log_prob.mean() / MODEL.dims
             optimiser.zero_grad()
@@ -95,7 +102,7 @@ def trained_flow(steps: int, device: str) -> Flow:
             optimiser.step()
             if (step + 1) % 50 == 0:
                 print(f"step {step + 1}: nll {loss.item():.3f} nats a dimension", flush=True)
-        save(folder, RunConfig(model=MODEL, train=TrainConfig(steps=steps, batch_size=4)), flow.state_dict())
+        save(folder, RunConfig(model=MODEL, train=TrainConfig(steps=steps, batch_size=2)), flow.state_dict())
     return load(folder, device)
 
 
@@ -134,6 +141,17 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * 1536**3 / min(seconds)
 
 
+def planned(flow: Flow, labels: Tensor, guidance: Guidance) -> tuple[BlockPlan, ...]:
+    """The blocks' plans for such a batch, measured on other noise."""
+    z = noise(flow, range(2**31, 2**31 + len(labels)))
+    batch = Batch(Engine(flow), labels, guidance, guidance.scales(len(labels), z))
+    scale = float(guidance.scale)
+    asked = Plan("", device_name(flow.device), len(labels), "fp32", scale, 1e-3, 0.0, 0.0, 0.0, ())
+    plan, _ = make_plan(batch, z, asked)
+    print("plan:", ", ".join(f"block {i} window {p.window}" for i, p in enumerate(plan.blocks, start=1)))
+    return plan.blocks
+
+
 @torch.no_grad()
 def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: float) -> list[dict[str, Any]]:
     """Rows for one batch size."""
@@ -144,9 +162,16 @@ def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: f
     kept: dict[str, Tensor] = {}
     calls: dict[str, Callable[[], object]] = {f"forward-b{batch}": lambda: flow(images, labels)}
 
-    def ours(name: str, guidance: Guidance, precision: Literal["fp32", "bf16"]) -> None:
+    def ours(
+        name: str,
+        guidance: Guidance,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        plans: Sequence[BlockPlan] | None = None,
+    ) -> None:
         def call() -> None:
-            kept[name] = sample(flow, labels, seeds, guidance, False, batch_size=batch, precision=precision)
+            kept[name] = sample(
+                flow, labels, seeds, guidance, False, batch_size=batch, precision=precision, plans=plans
+            )
 
         calls[name] = call
 
@@ -158,13 +183,18 @@ def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: f
         calls[name] = call
 
     for suffix, guidance in (("", Guidance()), ("-guided", guided))[: 2 if options.guided else 1]:
-        ours(f"ours-sequential-b{batch}{suffix}", guidance, "fp32")
+        ours(f"ours-sequential-b{batch}{suffix}", guidance)
         if options.bf16:
             ours(f"ours-sequential-bf16-b{batch}{suffix}", guidance, "bf16")
+        if options.jacobi:
+            ours(f"ours-auto-b{batch}{suffix}", guidance, plans=planned(flow, labels, guidance))
+            if not suffix:
+                every = [BlockPlan(window=16, tolerance=1e-4)] * flow.config.blocks
+                ours(f"ours-jacobi-b{batch}", guidance, plans=every)
         if reference is not None:
             theirs(f"ml-tarflow-b{batch}{suffix}", float(guidance.scale) if suffix else 0.0)
     started = time.perf_counter()
-    seconds = interleave(calls, flow.device, options.repeats)
+    seconds = interleave(calls, flow.device, options.repeats, options.warm_up)
     print(f"batch {batch}: {time.perf_counter() - started:.0f} s")
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = []
