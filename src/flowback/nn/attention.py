@@ -91,7 +91,7 @@ class CausalAttention(nn.Module):
         """
         b, n, width = x.shape
         qkv = self.qkv(self.norm(x)).view(b, n, 3, -1, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (b, h, n, e) each
+        q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))  # (b, h, n, e) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = _rotate(q, rotary), _rotate(k, rotary)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,40 @@ class MLP(nn.Module):
         self.down = nn.Linear(ratio * width, width)
 
     def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
-        return self.down(F.gelu(self.up(self.norm(x))))
+        inside = self.up(self.norm(x))
+        if torch.is_grad_enabled():
+            output: Tensor = _GeluLinear.apply(inside, self.down.weight, self.down.bias)
+            return output
+        return self.down(F.gelu(inside))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) that keeps x alone for the gradient, and computes the GELU again there.
+
+    The GELU's output is a quarter of all that a layer would keep, and 2 % of its time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:  # what no loss reaches stays without a gradient
+            return None, None, None
+        x, weight = ctx.saved_tensors
+        dtype = gradient.dtype  # under autocast not that of the weight
+        rows = gradient.flatten(0, -2)
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (rows.T @ F.gelu(x).to(dtype).flatten(0, -2)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.sum(0, dtype=weight.dtype)
+        if ctx.needs_input_grad[0]:
+            d_x = torch.ops.aten.gelu_backward((gradient @ weight.to(dtype)).to(x.dtype), x)
+        return d_x, d_weight, d_bias
 
 
 class SwiGLU(nn.Module):
