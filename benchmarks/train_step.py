@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,10 +147,12 @@ def make(name: str, options: Options, device: torch.device) -> Callable[[], Tens
     return lambda: step(images, labels)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
     """FLOP/s of a product of two matrices of 2048 rows and columns."""
     a = torch.randn(2048, 2048, device=device).to(dtype)
-    return 2 * 2048**3 / min(interleave({"product": lambda: a @ a}, device, repeats=5)["product"])
+    return (
+        2 * 2048**3 / min(interleave({"product": lambda: a @ a}, device, repeats=5, clock=clock)["product"])
+    )
 
 
 def peak_of(name: str, options: Options) -> int:
@@ -173,7 +175,7 @@ def print_memory(name: str, options: Options, device: torch.device) -> None:
 
 
 def measure(
-    options: Options, width: int, peaks: dict[str, float], device: torch.device
+    options: Options, width: int, peaks: Mapping[Precision, float], device: torch.device
 ) -> list[dict[str, Any]]:
     """Rows of one width."""
     suffix = "" if width == 256 else f"-width{width}"
@@ -188,7 +190,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     for name in names:
         median = statistics.median(seconds[name])
-        precision = "bf16" if "bf16" in name else "fp32"
+        precision: Precision = "bf16" if "bf16" in name else "fp32"
         rows.append(
             {
                 "name": name,
@@ -221,7 +223,8 @@ def main() -> None:
     console = Console()
     console.print(f"{environment(device)['device']}; batch {options.batch}, {options.clock} clock")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    peaks = {precision: matmul_peak(device, dtypes[precision]) for precision in options.precisions}
+    clock = CLOCKS[options.clock]
+    peaks = {precision: matmul_peak(device, dtypes[precision], clock) for precision in options.precisions}
     console.print("matrix product: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in peaks.items()))
     rows = [row for width in options.widths for row in measure(options, width, peaks, device)]
     table = Table("step", "seconds", "ratio", "peak MB", "memory ratio", "to peak")
