@@ -13,7 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -133,7 +133,7 @@ def classification(device: torch.device, repeats: int) -> list[dict[str, Any]]:
 
 
 def timed(
-    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int
+    calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
     """Seconds of each call, by the clock that was asked for."""
     clock = time.process_time if "--process-time" in sys.argv else time.perf_counter

@@ -52,6 +52,13 @@ def test_nll_is_that_of_the_noised_images_given_their_labels():
     assert without.nll.mean != pytest.approx(found.nll.mean, rel=1e-6)
 
 
+def test_bits_per_dim_dequantises_whatever_the_model_was_trained_on():
+    flow, images = random_flow(noise="gaussian"), image_set()
+    other = random_flow(noise="uniform")  # same weights
+    found = [likelihood(side, images).bits_per_dim.mean for side in (flow, other)]
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 def test_for_a_model_of_dequantised_images_both_are_one_figure():
     flow = random_flow(noise="uniform")
     found = likelihood(flow, image_set())

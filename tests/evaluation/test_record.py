@@ -27,7 +27,7 @@ def test_a_record_says_what_it_takes_to_repeat_it(tmp_path):
 
 def test_comparison_pairs_figures_and_shows_what_differs():
     a, b = record(), record(samples=20, data={"name": "folder", "path": None}, seed=1)
-    b["environment"]["device"] = "another"
+    b["environment"] |= {"device": "another", "date": "later", "command": "other"}
     found = compare(a, b)
     assert found.figures == [("fid", 13.5, 23.5), ("per_class.a", 0.5, 0.5), ("guidance.1.scale", 1.0, 1.0)]
     assert found.settings == [("samples", 10, 20), ("data.name", "digits", "folder"), ("seed", None, 1)]
