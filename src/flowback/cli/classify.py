@@ -18,7 +18,7 @@ from flowback.evaluation.plots import plot_confusion
 from flowback.evaluation.record import make_record, weights_of
 from flowback.record import write_json
 
-__all__ = ["run"]
+__all__ = ["Options", "run"]
 
 FEW_CLASSES = 20
 """Up to so many classes the exhaustive rule, one pass for each class, is run unasked."""

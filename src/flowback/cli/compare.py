@@ -12,7 +12,7 @@ from flowback.cli.output import say, show_table
 from flowback.evaluation.record import compare, read_record
 from flowback.record import write_json
 
-__all__ = ["run"]
+__all__ = ["Options", "run"]
 
 MANY = 60
 """Figures in one table, at most; the JSON file has all."""

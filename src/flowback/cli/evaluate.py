@@ -33,7 +33,7 @@ from flowback.record import write_json
 from flowback.sampling import Guidance, sample
 from flowback.sampling.denoise import denoises
 
-__all__ = ["run"]
+__all__ = ["Options", "run"]
 
 FEW_CLASSES = 20
 """Up to so many classes the exhaustive rule of classification is run too."""

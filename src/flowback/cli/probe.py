@@ -22,7 +22,7 @@ from flowback.evaluation.probe import Probe, all_locations, encoder_features, fe
 from flowback.evaluation.record import make_record, weights_of
 from flowback.record import write_json
 
-__all__ = ["run"]
+__all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from flowback.flow.cost import flops_per_image, parameters, training_bytes
 from flowback.record import environment, write_json
 from flowback.training import Interrupted, train
 
-__all__ = ["resolve_classes", "run"]
+__all__ = ["Options", "resolve_classes", "run"]
 
 
 @dataclass(frozen=True)
