@@ -22,6 +22,7 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.fidelity import calculate_metrics
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
@@ -82,9 +83,14 @@ def random_flow(classes: int, **changes: Any) -> Flow:
     return flow
 
 
-def extraction(inception: Inception, device: torch.device, count: int, repeats: int) -> list[dict[str, Any]]:
+def extraction(
+    inception: Inception, weights: Path, device: torch.device, count: int, repeats: int
+) -> list[dict[str, Any]]:
     """Our pass over images, with all that ADM's protocol gathers, and torch-fidelity's loop."""
     pixels = crops(count, seed=0)
+    original = FeatureExtractorInceptionV3(
+        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    ).to(device)
 
     def ours() -> None:
         made = InceptionStatistics(inception, count, scores=True, rows=count)
@@ -93,7 +99,7 @@ def extraction(inception: Inception, device: torch.device, count: int, repeats: 
 
     def theirs() -> None:
         cuda = device.type == "cuda"
-        get_featuresdict_from_dataset(Pictures(pixels), inception.network, 32, cuda, cuda is False, False)
+        get_featuresdict_from_dataset(Pictures(pixels), original, 32, cuda, cuda is False, False)
 
     seconds = timed({"features, flowback": ours, "features, torch-fidelity": theirs}, device, repeats)
     return rows_of(seconds, "features, torch-fidelity", images=count)
@@ -211,7 +217,7 @@ def main() -> None:
             more["agreement"] = agreement(inception, weights, device, options.agreement)
             for name, pair in more["agreement"].items():
                 print(name, pair)
-        rows += extraction(inception, device, options.images, options.repeats)
+        rows += extraction(inception, weights, device, options.images, options.repeats)
     rows += probing(device, options.repeats) + classification(device, options.repeats)
     peak = peak_in_fresh_process(["--peak"])
     rows.append({"name": f"statistics of {ROWS} x {DIM}", "peak_bytes": peak})
