@@ -79,6 +79,9 @@ def test_figures_are_torch_fidelitys_on_real_and_distorted_images(weights):
     ours = adm_figures(*sets)
     # Their FID takes ten seconds for eigenvalues of a general 2048 × 2048 matrix: see test_scores.
     assert ours["fid"] == pytest.approx(frechet_of_few(*(made.rows.numpy() for made in sets)), rel=1e-4)
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-4)
+    assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-4)
     branches = []
     for x in (torch.cat(inputs[:2]), torch.cat(inputs[2:])):
         block = inception.network.Mixed_6d.branch1x1
