@@ -27,18 +27,19 @@ _DIGITS = RunConfig(
         image_size=8, channels=1, patch_size=2, width=64, blocks=4, layers=2, head_dim=32, noise_std=0.1
     ),
     data=DataConfig(name="digits"),
-    alignment=AlignmentConfig(locations=((3, 2), (4, 2)), hidden=128),
+    alignment=AlignmentConfig(locations=((3, 2), (4, 2)), hidden=128, tolerance=0.01),
     train=TrainConfig(
-        steps=1500,
-        batch_size=128,
+        steps=1200,
+        batch_size=64,
+        label_drop=0.02,
         lr=2e-3,
         min_lr=1e-5,
         warmup_steps=50,
         ema_decay=0.99,
         grad_clip=1.0,
         log_every=50,
-        eval_every=250,
-        save_every=250,
+        eval_every=100,
+        save_every=200,
         eval_images=360,
     ),
 )
@@ -83,9 +84,7 @@ PRESETS: dict[str, Preset] = {
             _DIGITS,
             model=replace(_DIGITS.model, width=32, blocks=2, layers=1),
             alignment=replace(_DIGITS.alignment, locations=((2, 1),)),
-            train=replace(
-                _DIGITS.train, steps=1500, batch_size=64, log_every=25, save_every=100, eval_every=500
-            ),
+            train=replace(_DIGITS.train, steps=1500, log_every=25, save_every=100, eval_every=500),
         ),
         "a flow that trains in about 30 s on one core and saves every few seconds; for fault tests",
     ),

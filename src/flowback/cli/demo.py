@@ -97,7 +97,7 @@ def run(argv: list[str]) -> None:
     with replacing(options.out / "report.md") as file:
         file.write(_markdown(report))
     rows = [[name, *(report["runs"][name][column] for column in COLUMNS)] for name in RUNS]
-    show_table("Digits, test images", ["run", *COLUMNS], rows)
+    show_table("Digits, test images", ["run", *(column.replace("_", " ") for column in COLUMNS)], rows)
     say(f"Look at {options.out}/samples.png, curves.png and report.md")
 
 
