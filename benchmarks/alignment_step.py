@@ -38,11 +38,12 @@ from flowback.record import environment
 from harness import interleave, peak_bytes, peak_in_fresh_process, write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from reference import decode_with_autograd, decode_with_autograd_and_cache
+from reference import decode_with_autograd, decode_with_autograd_and_cache  # type: ignore[import-not-found]
 
 MODEL = ModelConfig(image_size=64, patch_size=4, width=256, blocks=8, layers=4, num_classes=2)
 LOCATIONS = ((7, 3), (8, 3))
 DIM = 384
+LR = 2e-4
 STEPS: dict[str, dict] = {
     "none": {"strategy": "none"},
     "forward": {"strategy": "forward"},
@@ -119,10 +120,10 @@ class Setting:
 
     def train(self, steps: int, batch: int) -> None:
         """A moment of training, so that blocks predict and features align."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=1e-4)
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * min(1, (step + 1) / 20)
+                group["lr"] = LR * min(1, (step + 1) / 20)
             self.draw(batch)
             self.step("detach")
             torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
@@ -204,7 +205,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=2, help="images in a step")
     parser.add_argument("--repeats", type=int, default=5, help="turns of the timing")
-    parser.add_argument("--train-steps", type=int, default=100)
+    parser.add_argument("--train-steps", type=int, default=60, help="of 8 images each")
+    parser.add_argument("--state", type=Path, help="the trained weights: read if there, else written")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time of the process")
     parser.add_argument("--peak-of", choices=[*STEPS, *SEQUENTIAL], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -219,7 +221,18 @@ def main() -> None:
         return
 
     print(f"device: {environment(device)['device']}, batch {options.batch}, clock: {options.clock}")
-    setting.train(options.train_steps, options.batch)
+    if options.state and options.state.exists():
+        state = torch.load(options.state, map_location=device)
+        setting.flow.load_state_dict(state["flow"])
+        setting.projector.load_state_dict(state["projector"])
+    else:
+        setting.train(options.train_steps, batch=8)
+        if options.state:
+            torch.save(
+                {"flow": setting.flow.state_dict(), "projector": setting.projector.state_dict()},
+                options.state,
+            )
+    torch.manual_seed(1)
     setting.draw(options.batch)
     errors = setting.errors()
     show(errors, {"order": "", "block_7": ".1e", "block_8": ".1e"})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowback import AlignmentConfig, InputError
 from flowback.alignment.loss import Projector, alignment_loss
@@ -357,6 +358,25 @@ def test_autocast_keeps_the_gradient_near_that_of_fp32():
     found = case.gradients(loss)
     assert all(g is None or g.dtype == torch.float32 for g in found.values())
     assert_same({k: g for k, g in found.items() if expected[k] is not None}, expected, relative=0.1)
+
+
+def matrix_products(call):
+    """Floating point operations of ``call`` in matrix products, without attention."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return sum(
+        counter.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm)
+    )
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_each_order_costs_one_forward_pass_and_no_weight_gradients(mlp):
+    case = Case(dtype=torch.float32, mlp=mlp)
+    block = case.flow.blocks[3]
+    x = case.flow.tokens(case.images)
+    forward = matrix_products(lambda: block(x, block.context(case.labels)))
+    costs = [matrix_products(lambda: case.both(config("reverse", ONE, order))) for order in (0, 1, 2)]  # noqa: B023
+    assert costs[1] - costs[0] == costs[2] - costs[1] == forward
 
 
 def test_locations_outside_the_flow_are_refused():
