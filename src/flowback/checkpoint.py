@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -203,7 +203,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", ema: float | None
     decays = config.train.averages
     if ema is not None and ema not in decays:
         raise InputError(f"{folder} keeps no average of decay {ema:g}; it has {', '.join(map(str, decays))}.")
-    file = folder / ("model.safetensors" if ema in (None, decays[0]) else _average_file(cast(float, ema)))
+    file = folder / ("model.safetensors" if ema in (None, decays[0]) else _average_file(ema))
     _verify(file)
     try:
         weights = load_file(file, device=str(device))

@@ -4,7 +4,12 @@ from sklearn.datasets import load_sample_image
 
 from flowback.cli import main
 
-SMALL = ["--model.width", "16", "--model.head-dim", "8", "--model.blocks", "2", "--model.layers", "1", "--train.batch-size", "8", "--train.steps", "4", "--train.warmup-steps", "1", "--train.log-every", "2", "--train.save-every", "2", "--train.eval-every", "4", "--train.eval-images", "8", "--train.device", "cpu", "--alignment.locations", "2", "1", "--alignment.hidden", "8"]
+SMALL = """
+    --model.width 16 --model.head-dim 8 --model.blocks 2 --model.layers 1
+    --train.batch-size 8 --train.steps 4 --train.warmup-steps 1 --train.device cpu
+    --train.log-every 2 --train.save-every 2 --train.eval-every 4 --train.eval-images 8
+    --alignment.locations 2 1 --alignment.hidden 8
+""".split()  # noqa: SIM905 - options as they are typed
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def held_out_figures(flow: Flow, images: ImageSet, limit: int, exhaustive: bool 
         found = {"nll": float(nll_per_dim(log_prob, flow.config.dims).sum())}
         if labels is not None:
             for method in ("gradient", "exhaustive") if exhaustive else ("gradient",):
-                scores = classify(flow, pixels, method=method, seeds=seeds)  # type: ignore[arg-type]
+                scores = classify(flow, pixels, method=method, seeds=seeds)
                 found[f"top1_{method}"] = float((scores.argmax(1) == labels).sum())
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value
