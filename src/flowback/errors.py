@@ -12,8 +12,11 @@ from collections.abc import Iterable
 __all__ = ["InputError", "nearest"]
 
 
-class InputError(ValueError):
-    """Bad input. The message names the file or option and says what to do about it."""
+class InputError(Exception):
+    """Bad input. The message names the file or option and says what to do about it.
+
+    Not a ValueError: the option parser would catch that and frame it in text of its own.
+    """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

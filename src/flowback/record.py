@@ -21,7 +21,16 @@ import torch
 
 __all__ = ["environment", "replacing", "write_json"]
 
-_PACKAGES = ("flowback-nf", "torch", "torchvision", "timm", "numpy", "scikit-learn", "accelerate")
+_PACKAGES = (
+    "flowback-nf",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scikit-learn",
+    "accelerate",
+    "torch-fidelity",
+)
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:

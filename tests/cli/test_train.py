@@ -81,7 +81,7 @@ BAD = {
     ),
     "weight": (["digits", "--alignment.weight", "-1"], "must not be negative"),
     "twice": (["digits-reverse", "--alignment.locations", "1", "1", "1", "1"], "names a location twice"),
-    "yaml key": (["digits", "--config", "bad.yaml"], "Unknown option train.stepz; did you mean steps?"),
+    "yaml key": (["digits", "--config", "bad.yaml"], "Unknown option train.stepz; did you mean steps"),
     "yaml missing": (["digits", "--config", "none.yaml"], "none.yaml cannot be read"),
     "folder": (["folder-32", "--data.path", "nowhere"], "nowhere"),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import torch
 import tyro
+from torch.nn import functional
 
 from flowback import checkpoint, presets
 from flowback.alignment.targets import make_targets
@@ -50,7 +51,7 @@ class Options:
     """Seed of both runs."""
     samples: int = 1000
     """Samples of each run for the Fréchet distance."""
-    guidance: float = 1.0
+    guidance: float = 0.3
     """Guidance of the samples; 0 is off."""
     json: Path | None = None
     """Write the report to this file too."""
@@ -121,7 +122,8 @@ def _draw_samples(flows: dict[str, Flow], options: Options) -> None:
     for axis, (name, flow) in zip(axes, flows.items(), strict=True):
         labels = [k for k in range(10) for _ in range(10)]
         drawn = sample(flow, labels, seeds=range(100), guidance=options.guidance)
-        axis.imshow(grid(drawn, columns=10)[0], cmap="gray", interpolation="nearest")
+        shown = functional.interpolate(drawn, scale_factor=8, mode="bicubic")  # 8 pixels are hard to read
+        axis.imshow(grid(shown, columns=10)[0].numpy(), cmap="gray", interpolation="nearest")
         axis.set_title(RUNS[name][1])
         axis.set_axis_off()
     figure.suptitle(f"Samples, one class in each row, guidance {options.guidance:g}")
