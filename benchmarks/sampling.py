@@ -63,6 +63,8 @@ class Options:
     """Calls of each that are not timed."""
     repeats: int = 3
     """Times that each call is timed; the median is kept."""
+    process_time: bool = False
+    """Count processor time, not wall time: for a machine that others use too, with OMP_NUM_THREADS=1."""
     steps: int = 300
     """Training steps before."""
     device: str = "cpu"
@@ -134,10 +136,10 @@ def reference_model(checkout: Path, flow: Flow) -> Any:
     return model.to(flow.device).eval()
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_peak(device: torch.device, clock: Callable[[], float]) -> float:
     """FLOP/s of a product of two matrices of 1536 rows and columns."""
-    a = torch.randn(1536, 1536, device=device, dtype=dtype)
-    seconds = interleave({"product": lambda: a @ a}, device, repeats=8)["product"]
+    a = torch.randn(1536, 1536, device=device)
+    seconds = interleave({"product": lambda: a @ a}, device, repeats=8, clock=clock)["product"]
     return 2 * 1536**3 / min(seconds)
 
 
@@ -145,7 +147,7 @@ def planned(flow: Flow, labels: Tensor, guidance: Guidance) -> tuple[BlockPlan, 
     """The blocks' plans for such a batch, measured on other noise."""
     z = noise(flow, range(2**31, 2**31 + len(labels)))
     batch = Batch(Engine(flow), labels, guidance, guidance.scales(len(labels), z))
-    scale = float(guidance.scale)
+    scale = float(torch.as_tensor(guidance.scale))
     asked = Plan("", device_name(flow.device), len(labels), "fp32", scale, 1e-3, 0.0, 0.0, 0.0, ())
     plan, _ = make_plan(batch, z, asked)
     print("plan:", ", ".join(f"block {i} window {p.window}" for i, p in enumerate(plan.blocks, start=1)))
@@ -192,9 +194,10 @@ def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: f
                 every = [BlockPlan(window=16, tolerance=1e-4)] * flow.config.blocks
                 ours(f"ours-jacobi-b{batch}", guidance, plans=every)
         if reference is not None:
-            theirs(f"ml-tarflow-b{batch}{suffix}", float(guidance.scale) if suffix else 0.0)
+            theirs(f"ml-tarflow-b{batch}{suffix}", float(torch.as_tensor(guidance.scale)) if suffix else 0.0)
     started = time.perf_counter()
-    seconds = interleave(calls, flow.device, options.repeats, options.warm_up)
+    clock = time.process_time if options.process_time else time.perf_counter
+    seconds = interleave(calls, flow.device, options.repeats, options.warm_up, clock=clock)
     print(f"batch {batch}: {time.perf_counter() - started:.0f} s")
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = []
@@ -226,7 +229,8 @@ def main() -> None:
     options = tyro.cli(Options)
     flow = trained_flow(options.steps, options.device)
     reference = None if options.reference is None else reference_model(options.reference, flow)
-    peak = matmul_peak(flow.device, torch.float32)
+    clock = time.process_time if options.process_time else time.perf_counter
+    peak = matmul_peak(flow.device, clock)
     print(f"{flow.device}, {torch.get_num_threads()} threads, matrix product {peak / 1e9:.0f} GFLOP/s")
     rows = [row for batch in options.batches for row in time_batch(flow, reference, options, batch, peak)]
     settings = {**dataclasses.asdict(options), "model": dataclasses.asdict(MODEL)}
