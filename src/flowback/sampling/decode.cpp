@@ -229,22 +229,30 @@ template <typename T> void rotate(T* x, const T* cos, const T* sin, int64_t e) {
     }
 }
 
-// Scores of one query with G groups of tokens.
-template <int G, typename S, typename T> inline void scores(const T* q, const S* keys, T* score, int64_t e) {
+// Scores of one query with G groups of tokens. Meanwhile the G groups at ``ahead`` are fetched: the cache is
+// larger than what lies near the processor, and the streams are too short for it to foresee.
+template <int G, typename S, typename T>
+inline void scores(const T* q, const S* keys, const S* ahead, T* score, int64_t e) {
     constexpr int L = Lanes<T>::count;
     Vec<T> sum[G] = {};
     for (int64_t i = 0; i < e; ++i)
-        for (int g = 0; g < G; ++g) sum[g] += load(keys + (g * e + i) * L) * q[i];
+        for (int g = 0; g < G; ++g) {
+            if (i % 2 == 0) __builtin_prefetch(ahead + (g * e + i) * L);
+            sum[g] += load(keys + (g * e + i) * L) * q[i];
+        }
     for (int g = 0; g < G; ++g) store(score + g * L, sum[g]);
 }
 
 // C vectors of the weighted sum of values.
 template <int C, typename S, typename T>
 inline void mix(const T* score, const S* values, T* y, int64_t e, int64_t known, T factor) {
-    constexpr int L = Lanes<T>::count;
+    constexpr int L = Lanes<T>::count, distance = 12;  // tokens fetched ahead
     Vec<T> sum[C] = {};
     for (int64_t t = 0; t < known; ++t)
-        for (int c = 0; c < C; ++c) sum[c] += load(values + t * e + c * L) * score[t];
+        for (int c = 0; c < C; ++c) {
+            if (c % 2 == 0) __builtin_prefetch(values + (t + distance) * e + c * L);
+            sum[c] += load(values + t * e + c * L) * score[t];
+        }
     for (int c = 0; c < C; ++c) store(y + c * L, sum[c] * factor);
 }
 
@@ -274,8 +282,11 @@ void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row,
         for (int64_t i = 0; i < e; ++i) q[i] *= scale;
         const int64_t known = start + j + 1, used = (known + L - 1) / L;
         int64_t g = 0;
-        for (; g + 4 <= used; g += 4) scores<4>(q, keys + g * L * e, score + g * L, e);
-        for (; g < used; ++g) scores<1>(q, keys + g * L * e, score + g * L, e);
+        for (; g + 4 <= used; g += 4) {
+            const S* from = keys + g * L * e;
+            scores<4>(q, from, g + 8 <= used ? from + 4 * L * e : values, score + g * L, e);
+        }
+        for (; g < used; ++g) scores<1>(q, keys + g * L * e, keys + (g + 1) * L * e, score + g * L, e);
         T most = score[0], sum = 0;
 #pragma omp simd reduction(max : most)
         for (int64_t t = 0; t < known; ++t) most = std::max(most, score[t]);
