@@ -199,8 +199,12 @@ class ReferenceFlow:
 # return hidden states by (block, layer), in the graph of their reading of the reverse pass.
 
 
-def decode_with_autograd(flow, z, labels, drop, locations) -> dict:
-    """The paper's naive reverse pass: one token after another, the whole prefix anew each time."""
+def decode_with_autograd(flow, z, labels, drop, locations, whole=False) -> dict:
+    """The paper's naive reverse pass: one token after another, the prefix anew each time.
+
+    ``whole`` runs the block on all tokens, zeros where they are not known yet: the one thing that TARFlow's
+    block offers without its cache. The prefix alone takes half of that.
+    """
     hidden = {}
     for t in range(len(flow.blocks), min(block for block, _ in locations) - 1, -1):
         block = flow.blocks[t - 1]
@@ -208,9 +212,11 @@ def decode_with_autograd(flow, z, labels, drop, locations) -> dict:
         first, *rest = block.reorder(z).unbind(1)
         known = [first]
         for token in rest:
-            prefix = torch.stack([*known, torch.zeros_like(token)], dim=1)  # its own value plays no part
+            i = len(known)
+            unknown = z.shape[1] - i if whole else 1  # a token's own value plays no part in its prediction
+            prefix = torch.stack([*known, *[torch.zeros_like(token)] * unknown], dim=1)
             shift, log_scale, _ = block.predict(block.reorder(prefix), context)
-            known.append(block.reorder(shift)[:, -1] + torch.exp(block.reorder(log_scale)[:, -1]) * token)
+            known.append(block.reorder(shift)[:, i] + torch.exp(block.reorder(log_scale)[:, i]) * token)
         z = block.reorder(torch.stack(known, dim=1))
         read_hidden(hidden, block, t, z, context, locations)
     return hidden

@@ -110,9 +110,12 @@ def test_exact_equals_sequential_decoding_under_autograd(locations, classes):
 
 
 @CLASSES
-def test_exact_equals_sequential_decoding_with_a_cache(classes):
+@pytest.mark.parametrize(
+    "decode", [decode_with_autograd_and_cache, functools.partial(decode_with_autograd, whole=True)]
+)
+def test_exact_equals_other_forms_of_sequential_decoding(classes, decode):
     case = Case(classes)
-    expected = case.expected(TWO, decode_with_autograd_and_cache)
+    expected = case.expected(TWO, decode)
     assert_same(case.both(config("reverse", TWO, "exact")), expected)
 
 
