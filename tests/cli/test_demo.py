@@ -28,5 +28,6 @@ def test_demo_writes_all_it_promises(flowback, tmp_path):
     assert report["settings"]["seed"] == 0
     assert report["environment"]["versions"]["torch"]
     for picture in ("samples.png", "curves.png"):
-        assert min(Image.open(out / picture).size) > 300
+        with Image.open(out / picture) as shown:
+            assert min(shown.size) > 300
     assert "top1_gradient" in (out / "report.md").read_text()
