@@ -3,7 +3,7 @@
 //
 // Why not PyTorch: with few tokens a step is bound by overhead between operations and by reading weights and
 // cache. Here one parallel region runs the whole step; weights lie in the order in which they are read; norms'
-// scale and shift are folded into the next matrix; keys lie in groups of one vector of tokens, so that scores
+// scale and shift are folded into the next matrix; keys lie in blocks of tokens, so that scores
 // need no sums across lanes.
 //
 // T computes (float, double), S stores weights, keys and values (T, or bfloat16 as uint16_t).
@@ -96,7 +96,7 @@ template <typename S, typename T> struct LayerOf {
     const S *qkv, *proj, *up, *down;              // packed weights
     const T *qkv_bias, *proj_bias, *up_bias, *down_bias;
     const T *q_norm, *k_norm;                     // weights of the RMS norms, or null
-    S *keys, *values;                             // (b, h, t / lanes, e, lanes) and (b, h, t, e)
+    S *keys, *values;                             // (b, h, t / block, e, block) and (b, h, t, e)
 };
 
 template <typename S, typename T> struct ModelOf {
@@ -229,18 +229,20 @@ template <typename T> void rotate(T* x, const T* cos, const T* sin, int64_t e) {
     }
 }
 
-// Scores of one query with G groups of tokens. Meanwhile the G groups at ``ahead`` are fetched: the cache is
-// larger than what lies near the processor, and the streams are too short for it to foresee.
-template <int G, typename S, typename T>
+template <typename T> constexpr int block = 4 * Lanes<T>::count;  // tokens whose keys lie together
+
+// Scores of one query with a block of tokens. Meanwhile the block at ``ahead`` is fetched: the cache is larger
+// than what lies near the processor.
+template <typename S, typename T>
 inline void scores(const T* q, const S* keys, const S* ahead, T* score, int64_t e) {
     constexpr int L = Lanes<T>::count;
-    Vec<T> sum[G] = {};
+    Vec<T> sum[4] = {};
     for (int64_t i = 0; i < e; ++i)
-        for (int g = 0; g < G; ++g) {
-            if (i % 2 == 0) __builtin_prefetch(ahead + (g * e + i) * L);
-            sum[g] += load(keys + (g * e + i) * L) * q[i];
+        for (int g = 0; g < 4; ++g) {
+            if (g % 2 == 0) __builtin_prefetch(ahead + i * block<T> + g * L);
+            sum[g] += load(keys + i * block<T> + g * L) * q[i];
         }
-    for (int g = 0; g < G; ++g) store(score + g * L, sum[g]);
+    for (int g = 0; g < 4; ++g) store(score + g * L, sum[g]);
 }
 
 // C vectors of the weighted sum of values.
@@ -261,8 +263,8 @@ template <typename S, typename T>
 void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row, int64_t head, int64_t n,
             int64_t start, T* qkv, T* y, int64_t ldq, T* score, T scale) {
     constexpr int L = Lanes<T>::count;
-    const int64_t width = model.width, e = width / model.heads, groups = (model.tokens + L - 1) / L;
-    S* keys = layer.keys + (row * model.heads + head) * groups * L * e;
+    const int64_t width = model.width, e = width / model.heads, B = block<T>, blocks = (model.tokens + B - 1) / B;
+    S* keys = layer.keys + (row * model.heads + head) * blocks * B * e;
     S* values = layer.values + (row * model.heads + head) * model.tokens * e;
     for (int64_t j = 0; j < n; ++j) {
         T *q = qkv + j * ldq + head * e, *k = q + width, *v = k + width;
@@ -273,20 +275,18 @@ void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row,
             rotate(q, model.cos + t * e, model.sin + t * e, e);
             rotate(k, model.cos + t * e, model.sin + t * e, e);
         }
-        S* to = keys + t / L * L * e + t % L;
-        for (int64_t i = 0; i < e; ++i) to[i * L] = narrow<S>(k[i]);
+        S* to = keys + t / B * B * e + t % B;
+        for (int64_t i = 0; i < e; ++i) to[i * B] = narrow<S>(k[i]);
         for (int64_t i = 0; i < e; ++i) values[t * e + i] = narrow<S>(v[i]);
     }
     for (int64_t j = 0; j < n; ++j) {
         T* q = qkv + j * ldq + head * e;
         for (int64_t i = 0; i < e; ++i) q[i] *= scale;
-        const int64_t known = start + j + 1, used = (known + L - 1) / L;
-        int64_t g = 0;
-        for (; g + 4 <= used; g += 4) {
-            const S* from = keys + g * L * e;
-            scores<4>(q, from, g + 8 <= used ? from + 4 * L * e : values, score + g * L, e);
+        const int64_t known = start + j + 1, used = (known + B - 1) / B;
+        for (int64_t g = 0; g < used; ++g) {
+            const S* from = keys + g * B * e;
+            scores(q, from, g + 1 < used ? from + B * e : values, score + g * B, e);
         }
-        for (; g < used; ++g) scores<1>(q, keys + g * L * e, keys + (g + 1) * L * e, score + g * L, e);
         T most = score[0], sum = 0;
 #pragma omp simd reduction(max : most)
         for (int64_t t = 0; t < known; ++t) most = std::max(most, score[t]);
@@ -375,7 +375,7 @@ void step(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int
         const int64_t thread = 0, threads = 1;
 #endif
         T* score = model.score + thread * ((model.tokens + 63) / 64 * 64);
-        if (rows / threads * n >= 6) {
+        if (rows / threads * n >= 24) {
             const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
             part(model, tokens + first * n * model.token_dim, which + first, last - first, n, start,
                  out + first * n * columns, columns, first * n, score, meeting, 0, 1);

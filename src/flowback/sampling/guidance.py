@@ -110,7 +110,7 @@ class Guidance:
 
 def tarflow(c: Prediction, u: Prediction, w: Float[Tensor, "b n 1"]) -> Prediction:
     """Shift and log-scale alike: c + w · (c − u)."""
-    return torch.addcmul(c[0], w, c[0] - u[0]), torch.addcmul(c[1], w, c[1] - u[1])
+    return torch.lerp(u[0], c[0], 1 + w), torch.lerp(u[1], c[1], 1 + w)  # u + (1 + w) · (c − u)
 
 
 def starflow(c: Prediction, u: Prediction, w: Float[Tensor, "b n 1"]) -> Prediction:

@@ -206,13 +206,13 @@ class NativeCache:
     @classmethod
     def empty(cls, weights: NativeWeights, rows: int, new: int) -> NativeCache:
         """Room for ``rows`` sequences and at most ``new`` tokens of each in a step."""
-        groups, layers = -(-weights.tokens // weights.lanes), len(weights.layers)
+        block, layers = 4 * weights.lanes, len(weights.layers)
         sizes = (weights.width, weights.width, max(3 * weights.width, weights.up), weights.width)
         like = weights.place
         stored = like.new_empty(0, dtype=weights.storage)
         heads = (layers, rows, weights.heads)
         return cls(
-            _on_large_pages(stored.new_empty(*heads, groups, weights.head_dim, weights.lanes)),
+            _on_large_pages(stored.new_empty(*heads, -(-weights.tokens // block), weights.head_dim, block)),
             _on_large_pages(stored.new_empty(*heads, weights.tokens, weights.head_dim)),
             (
                 *(like.new_empty(rows * new, size) for size in sizes),
