@@ -145,9 +145,10 @@ def matmul_peak(device: torch.device, clock: Callable[[], float]) -> float:
 
 def planned(flow: Flow, labels: Tensor, guidance: Guidance) -> tuple[BlockPlan, ...]:
     """The blocks' plans for such a batch, measured on other noise."""
+    engine, scale = Engine(flow), float(guidance.scale)
+    labels = labels[: engine.images_at_once(len(labels), guidance.active)]
     z = noise(flow, range(2**31, 2**31 + len(labels)))
-    batch = Batch(Engine(flow), labels, guidance, guidance.scales(len(labels), z))
-    scale = float(torch.as_tensor(guidance.scale))
+    batch = Batch(engine, labels, guidance, guidance.scales(len(labels), z))
     asked = Plan("", device_name(flow.device), len(labels), "fp32", scale, 1e-3, 0.0, 0.0, 0.0, ())
     plan, _ = make_plan(batch, z, asked)
     print("plan:", ", ".join(f"block {i} window {p.window}" for i, p in enumerate(plan.blocks, start=1)))

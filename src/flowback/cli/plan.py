@@ -62,14 +62,15 @@ def run(argv: list[str]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = checkpoints.resolve(options.checkpoint)
     flow = checkpoints.load(folder, device)
-    count, classes = options.batch_size, flow.config.num_classes or 0
-    asked = wanted(folder, flow, count, options.precision, options.guidance, options.tolerance)
-    labels = flow.labels([i % classes for i in range(count)], count) if classes else None
-    if options.guidance and labels is None:
+    asked = wanted(folder, flow, options.batch_size, options.precision, options.guidance, options.tolerance)
+    classes = flow.config.num_classes or 0
+    if options.guidance and not classes:
         raise InputError("--guidance needs classes, and this model is unconditional; leave it out.")
+    guidance, engine = Guidance(options.guidance, options.ramp), Engine(flow, options.precision)
+    count = engine.images_at_once(options.batch_size, guidance.active)
+    labels = flow.labels([i % classes for i in range(count)], count) if classes else None
     z = noise(flow, range(_SEED, _SEED + count))
-    guidance = Guidance(options.guidance, options.ramp)
-    batch = Batch(Engine(flow, options.precision), labels, guidance, guidance.scales(count, z))
+    batch = Batch(engine, labels, guidance, guidance.scales(count, z))
     plan, measured = make_plan(batch, z, asked)
     save_plan(plan, measured, plan_file(folder))
     rows = []
@@ -80,7 +81,11 @@ def run(argv: list[str]) -> None:
         way = "sequential" if block.window == 1 else f"window {block.window} from {block.init}"
         rows.append([index, way, base, best.seconds, best.window, best.sweeps])
     columns = ["block", "plan", "sequential s", "best Jacobi s", "its window", "its sweeps"]
-    show_table(f"Plan for batches of {count} on {plan.device}", columns, rows)
+    show_table(
+        f"Plan for batches of {options.batch_size} on {plan.device}, {count} images decoded at once",
+        columns,
+        rows,
+    )
     say(
         f"Sequential {plan.sequential_seconds:.3g} s, planned {plan.seconds:.3g} s, "
         f"largest difference {plan.error:.1e} (promised {plan.tolerance:g}). Written to {plan_file(folder)}."

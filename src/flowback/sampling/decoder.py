@@ -58,7 +58,7 @@ class Decoder:
             images: which images ``x`` holds, in rising order; None is all.
         """
         rows = self._every if images is None else self._rows(images)
-        shift, log_scale = self._step(torch.cat([x, x]) if self._guide else x, start, rows)
+        shift, log_scale = self._step(x, start, rows)
         if self._guide is None:
             return shift, log_scale
         return self._guide(shift, log_scale, start + 1, images)
@@ -76,6 +76,8 @@ class _TorchStep:
 
     def __call__(self, x: Tensor, start: int, which: Tensor) -> tuple[Tensor, Tensor]:
         cache, context, temperature = self.cache, self.context, self.temperature
+        if len(which) > len(x):  # the streams of the same images
+            x = torch.cat([x, x])
         if len(which) < cache.keys.shape[1]:  # some images have left the batch
             cache = KVCache(cache.keys[:, which], cache.values[:, which])
             context = None if context is None else context[which]
@@ -114,6 +116,17 @@ class Engine:
     def native(self) -> bool:
         """Whether the compiled step decodes."""
         return self._weights[0] is not None
+
+    def images_at_once(self, batch_size: int, guided: bool) -> int:
+        """Images that are best decoded together, at most ``batch_size``.
+
+        On the CPU some 16 rows already keep the processor busy with each weight that it reads; more rows only
+        push keys and values out of the memory near it.
+        """
+        if not self.native:
+            return batch_size
+        rows = max(16, 8 * torch.get_num_threads())
+        return min(batch_size, rows // 2 if guided else rows)
 
     def decoder(
         self,

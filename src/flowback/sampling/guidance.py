@@ -110,7 +110,8 @@ class Guidance:
 
 def tarflow(c: Prediction, u: Prediction, w: Float[Tensor, "b n 1"]) -> Prediction:
     """Shift and log-scale alike: c + w · (c − u)."""
-    return torch.lerp(u[0], c[0], 1 + w), torch.lerp(u[1], c[1], 1 + w)  # u + (1 + w) · (c − u)
+    beyond = 1 + w  # u + (1 + w) · (c − u)
+    return torch.lerp(u[0], c[0], beyond), torch.lerp(u[1], c[1], beyond)
 
 
 def starflow(c: Prediction, u: Prediction, w: Float[Tensor, "b n 1"]) -> Prediction:

@@ -48,6 +48,7 @@ def first_guess(z: Float[Tensor, "b n d"], init: Init) -> Float[Tensor, "b n d"]
     return x
 
 
+@torch.no_grad()
 def jacobi(
     decoder: Decoder,
     z: Float[Tensor, "b n d"],
@@ -86,6 +87,7 @@ def jacobi(
     return Solution(x, total / max(windows, 1))
 
 
+@torch.no_grad()
 def solve_window(
     decoder: Decoder,
     z: Float[Tensor, "b n d"],

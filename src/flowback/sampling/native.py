@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -258,21 +258,31 @@ class NativeStep:
             ctypes.addressof(self.layers),
             *map(_address, cache.scratch),
         )
+        self.views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.pointers = (ctypes.addressof(self.model), _address(cache.tokens), _address(cache.out))
 
     def __call__(
-        self, x: Float[Tensor, "r n d"], start: int, which: Tensor
+        self, x: Float[Tensor, "b n d"], start: int, which: Int[Tensor, " r"]
     ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
         """Shift and log-scale of the tokens that follow the given ones of the rows ``which``.
 
         The results are views of a buffer that the next call overwrites.
+
+        Args:
+            x: the tokens of each row, or of each image where the rows are the streams of these images.
+            start: place of the first token.
+            which: rows of the cache.
         """
-        rows, n, dim = x.shape
-        model, tokens, out = self.pointers
-        self.cache.tokens[: rows * n].view(rows, n, dim).copy_(x)
-        self.function(model, tokens, which.data_ptr(), rows, n, start, out, self.columns)
-        made = self.cache.out[: rows * n].view(rows, n, self.columns)
-        return made[..., dim : 2 * dim], made[..., :dim]
+        rows, n = len(which), x.shape[1]
+        if (rows, n) not in self.views:
+            made = self.cache.out[: rows * n].view(rows, n, self.columns)
+            tokens = self.cache.tokens[: rows * n].view(-1, *x.shape)
+            self.views[rows, n] = tokens, made[..., self.dim : 2 * self.dim], made[..., : self.dim]
+        tokens, shift, log_scale = self.views[rows, n]
+        tokens.copy_(x)
+        model, tokens_address, out = self.pointers
+        self.function(model, tokens_address, which.data_ptr(), rows, n, start, out, self.columns)
+        return shift, log_scale
 
 
 def _on_large_pages(tensor: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def sample(
         guidance: w of ``c + w · (c − u)``, or a :class:`Guidance` for all its options.
         denoise: end with one denoising step, given the labels too. Models of uniformly dequantised images
             have none: theirs are returned as sampled.
-        batch_size: images decoded at once.
+        batch_size: most images decoded at once.
         precision: of the Transformers' weights and caches while decoding.
         plans: how each block is inverted, from block 1 (see ``flowback plan``); None is sequential, which
             is exact.
@@ -119,8 +119,9 @@ def trajectory(
     check_guidance(flow, checked is not None, guidance)
     scales = guidance.scales(len(seeds), noise(flow, seeds[:1]))
     engine, parts = Engine(flow, precision), []
-    for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
+    size = engine.images_at_once(batch_size, guidance.active)
+    for start in range(0, len(seeds), size):
+        part = slice(start, start + size)
         own = None if checked is None else checked[part]
         z = noise(flow, seeds[part], redraw)
         states = [z, *Batch(engine, own, guidance, scales[part]).invert(z, plans)]
