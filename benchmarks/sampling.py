@@ -145,7 +145,7 @@ def matmul_peak(device: torch.device, clock: Callable[[], float]) -> float:
 
 def planned(flow: Flow, labels: Tensor, guidance: Guidance) -> tuple[BlockPlan, ...]:
     """The blocks' plans for such a batch, measured on other noise."""
-    engine, scale = Engine(flow), float(guidance.scale)
+    engine, scale = Engine(flow), float(torch.as_tensor(guidance.scale))
     labels = labels[: engine.images_at_once(len(labels), guidance.active)]
     z = noise(flow, range(2**31, 2**31 + len(labels)))
     batch = Batch(engine, labels, guidance, guidance.scales(len(labels), z))
