@@ -139,6 +139,9 @@ def run(argv: list[str]) -> None:
         if notice:
             say(notice)
         _report(flow, options, settings, parts, len(missing), seconds)
+    # All leave together and close the group: a process that exits under its threads is aborted.
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def _check(options: Options) -> None:
