@@ -156,6 +156,8 @@ class AlignmentConfig:
     """Local file of the encoder's weights, in place of a download."""
     grid: int | None = None
     """Encoder patches along one side; None is the flow's own token grid."""
+    originals: bool = False
+    """Make the encoder's input from the original image files, not from the images at the flow's size."""
     hidden: int = 1024
     """Hidden width of the projector."""
 

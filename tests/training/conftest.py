@@ -36,9 +36,10 @@ class RandomTargets:
     """Features that depend on the image only."""
 
     dim = 6
+    originals = None
 
-    def __call__(self, indices, flipped, clean):
-        tokens = clean.unfold(2, 4, 4).unfold(3, 4, 4).reshape(len(clean), 4, 16)
+    def __call__(self, indices, flipped, seen):
+        tokens = seen.unfold(2, 4, 4).unfold(3, 4, 4).reshape(len(seen), 4, 16)
         generator = torch.Generator().manual_seed(0)
         return torch.tanh(tokens @ torch.randn(16, self.dim, generator=generator))
 

@@ -2,6 +2,7 @@ import dataclasses
 
 import torch
 
+from flowback.data.images import load_images
 from flowback.flow.likelihood import to_unit_range
 from flowback.training.stream import batches, generator, global_indices
 
@@ -80,3 +81,14 @@ def test_labels_are_dropped_at_the_stated_rate(config, digits):
     batch = first(digits, dataclasses.replace(config, train=train))
     # 1,000 draws at 0.25 have deviation 0.0137; 4 deviations.
     assert abs(batch.drop.float().mean() - 0.25) < 0.055
+
+
+def test_the_encoder_sees_the_same_images_at_its_own_size(config, digits):
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=True))
+    larger = load_images(config.data, 16, 1, "train")
+    batch = next(batches(digits, config, 0, 0, 1, CPU, larger))
+    assert batch.flipped.any()
+    plain = to_unit_range(larger.read(batch.indices))
+    assert torch.equal(batch.seen, torch.where(batch.flipped[:, None, None, None], plain.flip(3), plain))
+    assert torch.equal(batch.clean, first(digits, config).clean)
+    assert torch.equal(first(digits, config).seen, batch.clean)

@@ -96,7 +96,8 @@ def train(
     with _signals() as asked, bar("images") as progress:
         task = progress.add_task(description, total=config.train.steps * config.train.batch_size, note="")
         progress.update(task, completed=run.step * config.train.batch_size)
-        stream = batches(images, config, run.step, run.rank, run.processes, run.device)
+        originals = targets.originals if targets is not None else None
+        stream = batches(images, config, run.step, run.rank, run.processes, run.device, originals)
         started = time.perf_counter()
         for batch in stream:
             losses, gradient = run.update(batch)
@@ -233,7 +234,7 @@ class _Run:
                     None if batch.drop is None else batch.drop[part],
                     None
                     if self.targets is None
-                    else self.targets(batch.indices[part], batch.flipped[part], batch.clean[part]),
+                    else self.targets(batch.indices[part], batch.flipped[part], batch.seen[part]),
                 )
                 weight = len(batch.noised[part]) / share
                 (losses.total * weight).backward()
@@ -336,7 +337,7 @@ class _Run:
         objective, config = self.objective, self.config.alignment
         assert objective.projector is not None
         assert self.targets is not None
-        targets = self.targets(batch.indices, batch.flipped, batch.clean)
+        targets = self.targets(batch.indices, batch.flipped, batch.seen)
         return {"step": self.step, "images": self.step * self.config.train.batch_size} | gradient_balance(
             objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowback.alignment.loss import Projector, alignment_loss
 from flowback.alignment.strategies import encode
 from flowback.config import RunConfig
+from flowback.data.images import ImageSet
 from flowback.flow import Flow, Location
 from flowback.flow.block import Labels
 from flowback.flow.likelihood import nll_per_dim
@@ -24,10 +25,15 @@ class Targets(Protocol):
 
     dim: int
 
+    @property
+    def originals(self) -> ImageSet | None:
+        """What the encoder is to see in place of the flow's images: the same ones, at another size."""
+        ...
+
     def __call__(
-        self, indices: Int64[Tensor, " b"], flipped: Bool[Tensor, " b"], clean: Float[Tensor, "b c h w"]
+        self, indices: Int64[Tensor, " b"], flipped: Bool[Tensor, " b"], seen: Float[Tensor, "b c p q"]
     ) -> Float[Tensor, "b m f"]:
-        """On the device of ``clean``; patches in raster order."""
+        """Features of the images ``seen``, on their device; patches in raster order."""
         ...
 
 
@@ -45,7 +51,7 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Likelihood and alignment of one batch (arXiv 2511.22345, Eq. 7).
+    """Likelihood and alignment of one batch: nll per dimension + weight · alignment (arXiv 2511.22345).
 
     Args:
         config: the run.

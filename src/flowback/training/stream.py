@@ -58,7 +58,9 @@ class Batch:
     flipped: Bool[Tensor, " b"]
     """Mirrored left to right."""
     clean: Float[Tensor, "b c h w"]
-    """On [-1, 1], mirrored where `flipped`; what the encoder sees."""
+    """On [-1, 1], mirrored where `flipped`."""
+    seen: Float[Tensor, "b c p q"]
+    """What the encoder sees: `clean`, or the same images at another size."""
     noised: Float[Tensor, "b c h w"]
     """With the model's noise; what the flow sees."""
     labels: Int64[Tensor, " b"] | None
@@ -69,11 +71,12 @@ class Batch:
 class _Reader(Dataset):
     """Reads a batch of images for the indices that the sampler yields."""
 
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
+    def __init__(self, images: ImageSet, originals: ImageSet | None) -> None:
+        self.images, self.originals = images, originals
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return indices, self.images.read(indices)
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        originals = None if self.originals is None else self.originals.read(indices)
+        return indices, self.images.read(indices), originals
 
 
 class _Order:
@@ -91,32 +94,40 @@ class _Order:
 
 
 def batches(
-    images: ImageSet, config: RunConfig, step: int, rank: int, processes: int, device: torch.device
+    images: ImageSet,
+    config: RunConfig,
+    step: int,
+    rank: int,
+    processes: int,
+    device: torch.device,
+    originals: ImageSet | None = None,
 ) -> Iterator[Batch]:
-    """The batches of steps ``step``, ``step`` + 1, ... until the last, as one of ``processes`` sees them."""
+    """The batches of steps ``step``, ``step`` + 1, ... until the last, as one of ``processes`` sees them.
+
+    ``originals`` are the same images as ``images``, of the size that the encoder sees.
+    """
     train, model = config.train, config.model
     size = train.batch_size // processes
     share = slice(rank * size, (rank + 1) * size)
     workers = config.data.workers
     loader = DataLoader(
-        _Reader(images),
+        _Reader(images, originals),
         batch_size=None,
         sampler=_Order(config, len(images), step, share),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
-    for offset, (indices, pixels) in enumerate(loader):
+    for offset, (indices, pixels, larger) in enumerate(loader):
         # Draw for the whole batch and take the share: the same numbers for any number of processes.
         random = generator(device, train.seed, _STEP, step + offset)
         flipped = torch.rand(train.batch_size, generator=random, device=device)[share] < 0.5
         drop = torch.rand(train.batch_size, generator=random, device=device)[share] < train.label_drop
         shape = (train.batch_size, model.channels, model.image_size, model.image_size)
-        clean = to_unit_range(pixels.to(device, non_blocking=True))
-        if config.data.flip:
-            clean = torch.where(flipped[:, None, None, None], clean.flip(3), clean)
-        else:
+        if not config.data.flip:
             flipped = torch.zeros_like(flipped)
+        clean = _shown(pixels, flipped)
+        seen = clean if larger is None else _shown(larger, flipped)
         if model.noise == "gaussian":
             noise = torch.randn(shape, generator=random, device=device)[share]
             noised = clean + model.noise_std * noise
@@ -127,4 +138,10 @@ def batches(
         if model.num_classes:
             assert images.labels is not None
             labels = images.labels[indices].to(device, non_blocking=True)
-        yield Batch(indices, flipped, clean, noised, labels, drop if labels is not None else None)
+        yield Batch(indices, flipped, clean, seen, noised, labels, drop if labels is not None else None)
+
+
+def _shown(pixels: Tensor, flipped: Tensor) -> Tensor:
+    """8-bit images on [-1, 1], on the device of ``flipped`` and mirrored where it says so."""
+    images = to_unit_range(pixels.to(flipped.device, non_blocking=True))
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)
