@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowback.classification import classify, topk_accuracy
 from flowback.config import ModelConfig
@@ -123,19 +122,15 @@ def test_nothing_is_left_behind_and_no_parameter_gets_a_gradient():
 
 
 def test_cost_does_not_grow_with_the_classes():
-    # The exhaustive rule would be 100 times as slow; the gradient rule may only gain a thin product.
-    images = some_images(16)
-    seconds = {}
+    """1000 classes add their product with the class tables, forward and backward, to the work for 10."""
+    images, operations = some_images(16), {}
     for classes in (10, 1000):
         flow = random_flow(classes, width=64)
-        classify(flow, images)
-        repeats = []
-        for _ in range(5):
-            start = time.perf_counter()
+        with FlopCounterMode(display=False) as counter:
             classify(flow, images)
-            repeats.append(time.perf_counter() - start)
-        seconds[classes] = min(repeats)
-    assert seconds[1000] < 3 * seconds[10]
+        operations[classes] = counter.get_total_flops()
+    tables = 2 * 16 * 990 * 64 * flow.config.blocks  # multiply and add: images, classes, width
+    assert operations[1000] - operations[10] == 2 * tables
 
 
 def test_accuracy_counts_ranks_and_confusion():
@@ -153,6 +148,19 @@ def test_accuracy_counts_ranks_and_confusion():
     assert result.confusion[labels[0], order[0, 0]] >= 1
     assert torch.equal(result.confusion.sum(dim=1), labels.bincount(minlength=10))
     assert result.images_per_second > 0
+
+
+def test_shares_of_the_images_add_up():
+    flow = random_flow()
+    labels = torch.arange(13) % 10
+    images = image_set(torch.randint(0, 256, (13, 1, 8, 8), dtype=torch.uint8), labels)
+    whole = topk_accuracy(flow, images, limit=11, batch_size=4)
+    parts = [topk_accuracy(flow, images, limit=11, batch_size=4, share=(r, 3)) for r in range(3)]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert [part.images for part in parts] == [4, 4, 3]
+    assert torch.equal(merged.confusion, whole.confusion)
+    assert (merged.images, merged.top1, merged.top5) == (11, whole.top1, whole.top5)
+    assert merged.seconds == max(part.seconds for part in parts)
 
 
 def test_accuracy_takes_an_even_subset():

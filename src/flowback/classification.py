@@ -136,15 +136,37 @@ class Accuracy:
     method: Method
     images: int
     """Images classified."""
-    top1: float
-    """Share of images whose class has the largest score."""
-    top5: float
-    """Share of images whose class is among the five largest scores."""
+    right1: int
+    """Images whose class has the largest score."""
+    right5: int
+    """Images whose class is among the five largest scores."""
     confusion: Int[Tensor, "k k"]
     """Images of the row's class that were called the column's class."""
     nonfinite: int
     """Images with scores that are not finite; they count as wrong and are left out of ``confusion``."""
     seconds: float
+
+    def merge(self, other: Accuracy) -> Accuracy:
+        """Both sets together, classified at the same time."""
+        return Accuracy(
+            self.method,
+            self.images + other.images,
+            self.right1 + other.right1,
+            self.right5 + other.right5,
+            self.confusion + other.confusion,
+            self.nonfinite + other.nonfinite,
+            max(self.seconds, other.seconds),
+        )
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose class has the largest score."""
+        return self.right1 / self.images
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose class is among the five largest scores."""
+        return self.right5 / self.images
 
     @property
     def images_per_second(self) -> float:
@@ -168,6 +190,7 @@ def topk_accuracy(
     seed: int = 0,
     steps: int = 1,
     step_size: float = 1.0,
+    share: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> Accuracy:
     """Classify a data set, batch by batch.
@@ -185,6 +208,7 @@ def topk_accuracy(
         seed: of the noise.
         steps: of gradient ascent.
         step_size: of each step.
+        share: (r, p) takes part r, from 0, of the images in p parts; merge the results.
         progress: show a bar.
 
     Raises:
@@ -197,10 +221,10 @@ def topk_accuracy(
     classes = flow.config.num_classes or 0
     if classes and classes != len(images.classes):
         raise InputError(f"{images.name} has {len(images.classes)} classes, the model {classes}.")
-    chosen = evenly(len(images), limit)
+    chosen = evenly(len(images), limit).tensor_split(share[1])[share[0]]
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     right1 = right5 = nonfinite = 0
-    batches = chosen.split(batch_size)
+    batches = chosen.split(batch_size) if len(chosen) else ()
     start = time.perf_counter()
     for index in track(batches, len(batches), f"classify ({method})", "batches") if progress else batches:
         batch = to_unit_range(images.read(index))
@@ -215,6 +239,5 @@ def topk_accuracy(
         confusion += torch.bincount(truth * classes + ranked[:, 0], minlength=classes**2).view(
             classes, classes
         )
-    total = len(chosen)
     seconds = time.perf_counter() - start
-    return Accuracy(method, total, right1 / total, right5 / total, confusion, nonfinite, seconds)
+    return Accuracy(method, len(chosen), right1, right5, confusion, nonfinite, seconds)

@@ -1,7 +1,8 @@
-"""Progress bars with rate and time left; silent where the output is no terminal."""
+"""Progress bars with rate and time left; silent outside a terminal and in all processes but the first."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -43,7 +44,7 @@ def bar(unit: str = "images") -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
     )
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +51,43 @@ def test_everything_that_needs_no_download(flowback, model, tmp_path):
     assert "commit" in record["environment"]
     assert not any("FID" in warning for warning in record["warnings"])
     assert "fd_efficientnet_lite0" in text
+
+
+def test_two_processes_find_what_one_finds(flowback, model, tmp_path):
+    words = ["evaluate", model, "--samples", 5, "--limit", 7, "--draws", 2, "--device", "cpu"]
+    words = [*words, "--sampler", "jacobi", "--window", 2, "--tolerance", 1e-6]
+    assert flowback(*words, "--out", tmp_path / "one")[0] == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29519",
+    ]
+    run = subprocess.run(
+        [*launch, "-m", "flowback", *map(str, words), "--out", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Record:") == 1
+    one, two = (read(tmp_path / name / "evaluate.json") for name in ("one", "two"))
+    assert one["settings"] == two["settings"]
+    assert one["settings"]["tolerance"] == 1e-6
+    assert one["settings"]["sampler"][0]["window"] == 2
+    # fp32 features of other batch sizes; the covariance of 5 images magnifies their rounding
+    assert two["figures"] == pytest.approx(one["figures"], rel=1e-3)
+
+
+def test_a_plan_that_is_not_there_is_said(flowback, model, tmp_path):
+    arguments = ("--samples", 4, "--no-likelihood", "--no-classification", "--out", tmp_path)
+    code, text, _ = flowback("evaluate", model, *arguments, "--sampler", "auto")
+    assert code == 0
+    assert "has no plan" in text
+    assert read(tmp_path / "evaluate.json")["settings"]["sampler"] == "sequential"
 
 
 def test_guidance_search_shares_the_noise_and_names_the_best(flowback, model, tmp_path):
@@ -118,6 +158,7 @@ def test_bad_input(flowback, model, tmp_path):
         ((model, *few, "--reference", tmp_path / "code.npz"), "pickled objects"),
         ((model, *few, "--guidance", "1:2"), "FIRST:LAST:STEP"),
         ((model, "--samples", 1), "at least 2"),
+        ((model, *few, "--tolerance", 0), "--tolerance above 0"),
         ((model, *few, "--protocol", "adm", "--inception-weights", tmp_path / "none.pth"), "cannot be read"),
         ((model, *few, "--data", "digits"), "10 classes, the model 2"),
         ((model, *few, "--device", "abacus"), "--device abacus"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -116,17 +118,35 @@ def test_judge_with_and_without_inception():
     reference, encoder = reference_of(image_set(12, seed=7)), load_encoder("efficientnet_lite0")
     plain = Judge(reference, encoder)
     samples = image_set(10, seed=8)
-    figures = plain.figures(batches(samples, 4), 10)
+    figures = plain.figures(plain.gather(batches(samples, 4), 10))
     assert list(figures) == ["fd_efficientnet_lite0"]
     assert plain.warnings(10) == []
     adm = Judge(reference, encoder, "adm", FakeInception())
-    found = adm.figures(batches(samples, 4), 10)
+    found = adm.figures(adm.gather(batches(samples, 4), 10))
     assert found["fd_efficientnet_lite0"] == pytest.approx(figures["fd_efficientnet_lite0"], rel=1e-6)
     assert {"fid", "sfid", "inception_score", "precision", "recall"} <= set(found)
     assert "FID from 10 samples" in adm.warnings(10)[0]
     assert adm.warnings(50_000) == []
     tarflow = Judge(reference, encoder, "tarflow", FakeInception())
-    assert "fid_tarflow" in tarflow.figures(batches(samples, 4), 10)
+    assert "fid_tarflow" in tarflow.figures(tarflow.gather(batches(samples, 4), 10))
+
+
+def test_parts_that_other_processes_gathered_give_the_same_figures():
+    judge = Judge(
+        reference_of(image_set(14, seed=7)), load_encoder("efficientnet_lite0"), "adm", FakeInception()
+    )
+    pixels = image_set(25, seed=8).pixels
+    whole = judge.figures(judge.gather(pixels.split(25), 25))
+    bounds = ((0, 11), (11, 25))
+    parts = [judge.gather(pixels[start:end].split(3), 25, start) for start, end in bounds]
+    sent = [pickle.loads(pickle.dumps(part)) for part in parts]
+    assert sent[0].inception.inception is None  # the network stays where it is
+    # fp32 features of other batch sizes
+    assert judge.figures(sent[0].merge(sent[1])) == pytest.approx(whole, rel=1e-5)
+    kept = [InceptionStatistics(FakeInception(), 25, rows=9, start=start) for start in (0, 0, 11)]
+    for made, (start, end) in zip(kept, ((0, 25), *bounds), strict=True):
+        made.add(pixels[start:end])
+    assert torch.equal(kept[1].merge(kept[2]).rows, kept[0].rows)  # every third image of all
 
 
 def test_guidance_ranges():

@@ -55,6 +55,18 @@ def test_inception_score_keeps_the_files_order():
     assert score_of(logits[torch.randperm(200)]).mean != pytest.approx(score_of(logits).mean, rel=1e-6)
 
 
+def test_inception_score_of_parts_is_that_of_the_whole():
+    logits, parts, start = 3 * torch.randn(53, 20), [], 0
+    for rows in logits.split([20, 0, 33]):
+        parts.append(InceptionScore(53, start=start))
+        parts[-1].add(rows)
+        start += len(rows)
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert merged.result() == pytest.approx(score_of(logits), rel=1e-12)
+    with pytest.raises(InputError, match="53 images were announced, 20 came"):
+        parts[0].result()
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.15])
 def test_precision_and_recall_are_torch_fidelitys(shift):
     torch.manual_seed(2)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 
 from flowback import checkpoint as checkpoints
 from flowback.classification import Accuracy, Method, topk_accuracy
 from flowback.cli.output import say, show_table
-from flowback.cli.subject import held_out, out_folder, parse, pick_device
+from flowback.cli.processes import Processes
+from flowback.cli.subject import held_out, out_folder, parse
 from flowback.config import DataConfig, to_dict
+from flowback.data.images import ImageSet
 from flowback.errors import InputError
 from flowback.evaluation.plots import plot_confusion
 from flowback.evaluation.record import make_record, weights_of
@@ -26,7 +29,10 @@ FEW_CLASSES = 20
 
 @dataclass(frozen=True)
 class Options:
-    """Classify labelled images and count: top-1, top-5, each class, confusion matrix."""
+    """Classify labelled images and count: top-1, top-5, each class, confusion matrix.
+
+    Under `torchrun` or `accelerate launch` the processes share the images.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, or a run's folder (its newest checkpoint)."""
@@ -67,17 +73,27 @@ def run(argv: list[str]) -> None:
     """Classify, show, write."""
     options = parse(Options, argv, "classify")
     options.check()
-    flow = checkpoints.load(options.checkpoint, pick_device(options.device))
+    processes = Processes(options.device)
+    flow = checkpoints.load(options.checkpoint, processes.device)
     if not flow.config.num_classes:
         raise InputError(f"{options.checkpoint} is an unconditional model: it has no classes to tell apart.")
     images = held_out(options.data, flow.config, options.split)
     found = [
-        topk_accuracy(
-            flow, images, method, options.limit, options.batch_size, options.noise, options.draws,
-            options.seed, options.steps, options.step_size, progress=True,
+        processes.merged(
+            topk_accuracy(
+                flow, images, method, options.limit, options.batch_size, options.noise, options.draws,
+                options.seed, options.steps, options.step_size, processes.share, progress=True,
+            )
         )
         for method in _methods(options, flow.config.num_classes)
     ]  # fmt: skip
+    if processes.is_main:
+        _write(found, images, options, flow.device)
+    processes.close()
+
+
+def _write(found: list[Accuracy], images: ImageSet, options: Options, device: torch.device) -> None:
+    """Files, pictures, tables, warnings."""
     settings = {
         **weights_of(options.checkpoint),
         "data": to_dict(options.data),
@@ -95,7 +111,7 @@ def run(argv: list[str]) -> None:
         if result.nonfinite
     ]
     figures: dict[str, Any] = {result.method: _figures(result, images.classes) for result in found}
-    record = make_record("classify", figures, settings, warnings, flow.device)
+    record = make_record("classify", figures, settings, warnings, device)
     folder = out_folder(options.out, options.checkpoint)
     for result in found:
         title = f"{images.name}, {result.method} rule: {result.top1:.1%} of {result.images}"
@@ -116,9 +132,8 @@ def _methods(options: Options, classes: int) -> list[Method]:
 
 
 def _figures(result: Accuracy, classes: tuple[str, ...]) -> dict[str, Any]:
-    kept = asdict(result)
     return {
-        **{name: kept[name] for name in ("top1", "top5", "nonfinite", "seconds")},
+        **{name: getattr(result, name) for name in ("top1", "top5", "nonfinite", "seconds")},
         "images_per_second": result.images_per_second,
         "per_class": dict(zip(classes, result.per_class.tolist(), strict=True)),
         "confusion": result.confusion.tolist(),

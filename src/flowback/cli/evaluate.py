@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,22 +15,24 @@ from flowback import checkpoint as checkpoints
 from flowback.alignment.encoders import load_encoder
 from flowback.classification import topk_accuracy
 from flowback.cli.output import say, show_table
-from flowback.cli.subject import held_out, is_checkpoint, out_folder, parse, pick_device
+from flowback.cli.processes import Processes
+from flowback.cli.sampler import Precision, Sampler, choose
+from flowback.cli.subject import held_out, is_checkpoint, out_folder, parse
 from flowback.config import DataConfig, to_dict
 from flowback.data.images import ImageSet
 from flowback.errors import InputError
 from flowback.evaluation.inception import load_inception
 from flowback.evaluation.likelihood import likelihood
 from flowback.evaluation.plots import plot_guidance
-from flowback.evaluation.protocol import COMPARABLE, batches
+from flowback.evaluation.protocol import COMPARABLE
 from flowback.evaluation.quality import Judge, guidance_scales
 from flowback.evaluation.record import make_record, weights_of
 from flowback.evaluation.references import Reference, load_reference, open_images
 from flowback.evaluation.samples import Faults, quantise
 from flowback.flow import Flow
-from flowback.progress import bar
+from flowback.progress import bar, track
 from flowback.record import write_json
-from flowback.sampling import Guidance, sample
+from flowback.sampling import BlockPlan, Guidance, sample
 from flowback.sampling.denoise import denoises
 
 __all__ = ["Options", "run"]
@@ -46,6 +48,7 @@ LOWER_IS_BETTER = ("fid", "fid_tarflow", "fd_efficientnet_lite0")
 class Options:
     """Evaluate a checkpoint: likelihood and classification of held-out images, and quality of samples.
 
+    Under `torchrun` or `accelerate launch` the processes share the work.
     In place of a checkpoint, a folder of images or an .npz of ADM's form: quality alone, against --reference.
     """
 
@@ -61,6 +64,14 @@ class Options:
     """Let the guidance scale grow over the tokens of each block."""
     denoise: bool = True
     """End sampling with one denoising step."""
+    sampler: Sampler = "sequential"
+    """`auto`: the plan of `flowback plan` where it fits, else sequential; `jacobi`: windows in all blocks."""
+    tolerance: float = 1e-3
+    """Largest difference from the sequential images that `auto` may make; for `jacobi`, the last sweep's."""
+    window: int = 16
+    """Tokens in a window of `--sampler jacobi`."""
+    precision: Precision = "fp32"
+    """Of weights and caches while decoding."""
     reference: Path | None = None
     """What samples are compared with: ADM's .npz or a folder; by default the data's training images."""
     protocol: Literal["none", "adm", "tarflow"] = "none"
@@ -92,13 +103,25 @@ class Options:
             raise InputError("--batch-size, --limit and --draws must be at least 1.")
         if self.samples < 0 or self.samples == 1:
             raise InputError("--samples must be 0, or at least 2: a covariance needs two.")
+        if self.window < 1 or not self.tolerance > 0:
+            raise InputError("--window must be at least 1, and --tolerance above 0 (1e-3, say).")
 
 
 def run(argv: list[str]) -> None:
     """Evaluate, show, write."""
     options = parse(Options, argv, "evaluate")
     options.check()
-    record = _checkpoint(options) if is_checkpoint(options.subject) else _images(options)
+    processes = Processes(options.device)
+    record = (
+        _checkpoint(options, processes) if is_checkpoint(options.subject) else _images(options, processes)
+    )
+    if processes.is_main:
+        _write(record, options)
+    processes.close()
+
+
+def _write(record: dict[str, Any], options: Options) -> None:
+    """Files, tables, warnings."""
     folder = out_folder(options.out, options.subject)
     for path in (folder / "evaluate.json", options.json):
         if path is not None:
@@ -112,8 +135,8 @@ def run(argv: list[str]) -> None:
     say(f"Record: {options.json or folder / 'evaluate.json'}")
 
 
-def _checkpoint(options: Options) -> dict[str, Any]:
-    flow = checkpoints.load(options.subject, pick_device(options.device))
+def _checkpoint(options: Options, processes: Processes) -> dict[str, Any]:
+    flow = checkpoints.load(options.subject, processes.device)
     scales = guidance_scales(options.guidance)
     if any(scales) and not flow.config.num_classes:
         raise InputError("--guidance needs classes, and this model is unconditional; leave it out.")
@@ -126,7 +149,7 @@ def _checkpoint(options: Options) -> dict[str, Any]:
     warnings: list[str] = []
     judge = None
     if options.samples:  # first, so that a missing reference or network is known at once
-        judge = _judge(options, flow.device, _reference(options, flow))
+        judge = _judge(options, processes, _reference(options, flow))
     if options.likelihood or options.classification:
         images = held_out(options.data, flow.config, "test")
         settings["held_out"] = {
@@ -136,32 +159,42 @@ def _checkpoint(options: Options) -> dict[str, Any]:
             "draws": options.draws,
             "labels": "each image's own" if flow.config.num_classes and images.labels is not None else None,
         }
-        figures |= _held_out_figures(options, flow, images)
+        figures |= _held_out_figures(options, flow, images, processes)
     if judge is not None:
-        found = []
+        found, samplers = [], []
+        numbers = torch.arange(options.samples).tensor_split(processes.share[1])[processes.share[0]]
         for scale in scales:
             faults = Faults()
-            drawn = _draw(options, flow, scale, faults)
-            found.append({"guidance": scale, **judge.figures(drawn, options.samples)})
+            plans, notice = _plans(options, flow, scale)
+            drawn = _draw(options, flow, scale, plans, numbers, faults)
+            start = int(numbers[0]) if len(numbers) else 0
+            samples = processes.merged(judge.gather(drawn, options.samples, start))
+            found.append({"guidance": scale, **judge.figures(samples)})
             note = f"At guidance {scale:g}, " if len(scales) > 1 else ""
-            warnings += [note + sentence for sentence in faults.sentences()]
+            sentences = processes.merged(faults).sentences()
+            warnings += [note + sentence for sentence in [*([notice] if notice else []), *sentences]]
+            samplers.append("sequential" if plans is None else [asdict(plan) for plan in plans])
         best = _best(found)
         figures |= {name: value for name, value in best.items() if name != "guidance"}
         figures |= {"guidance": found, "best_guidance": best["guidance"]} if len(found) > 1 else {}
-        settings |= _sampling_settings(options, flow, scales) | _judge_settings(options, judge)
+        settings |= _sampling_settings(options, flow, scales, samplers) | _judge_settings(options, judge)
         warnings += judge.warnings(options.samples)
     return make_record("evaluate", figures, settings, warnings, flow.device)
 
 
-def _images(options: Options) -> dict[str, Any]:
+def _images(options: Options, processes: Processes) -> dict[str, Any]:
     """Quality of images that exist already."""
     images = open_images(options.subject)
     if options.reference is None:
         raise InputError(f"{options.subject} holds images; give what to compare them with as --reference.")
     first = images.read(torch.tensor([0]))
     reference = load_reference(options.reference, first.shape[-1], first.shape[1])
-    judge = _judge(options, pick_device(options.device), reference)
-    figures: dict[str, Any] = dict(judge.figures(batches(images, options.batch_size), len(images)))
+    judge = _judge(options, processes, reference)
+    numbers = torch.arange(len(images)).tensor_split(processes.share[1])[processes.share[0]]
+    parts = numbers.split(options.batch_size) if len(numbers) else ()
+    drawn = (images.read(index) for index in track(parts, len(parts), "features", "batches"))
+    start = int(numbers[0]) if len(numbers) else 0
+    figures: dict[str, Any] = dict(judge.figures(processes.merged(judge.gather(drawn, len(images), start))))
     settings = {
         "samples": len(images),
         "samples_from": str(options.subject),
@@ -171,21 +204,25 @@ def _images(options: Options) -> dict[str, Any]:
     return make_record("evaluate", figures, settings, judge.warnings(len(images)), judge.encoder.mean.device)
 
 
-def _held_out_figures(options: Options, flow: Flow, images: ImageSet) -> dict[str, Any]:
+def _held_out_figures(options: Options, flow: Flow, images: ImageSet, processes: Processes) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if options.likelihood:
-        found = likelihood(
+        part = likelihood(
             flow, images, options.draws, options.seed, limit=options.limit, batch_size=options.batch_size,
-            progress=True,
+            share=processes.share, progress=True,
         )  # fmt: skip
+        found = processes.merged(part)
         for name, estimate in (("nll", found.nll), ("bits_per_dim", found.bits_per_dim)):
             figures[name] = estimate.mean
             figures[f"{name}_error"], figures[f"{name}_draw_error"] = estimate.error, estimate.draw_error
     if options.classification and flow.config.num_classes and images.labels is not None:
         for method in ("gradient", "exhaustive") if flow.config.num_classes <= FEW_CLASSES else ("gradient",):
-            accuracy = topk_accuracy(
-                flow, images, method, options.limit, options.batch_size, seed=options.seed, progress=True
-            )
+            accuracy = processes.merged(
+                topk_accuracy(
+                    flow, images, method, options.limit, options.batch_size, seed=options.seed,
+                    share=processes.share, progress=True,
+                )
+            )  # fmt: skip
             figures[f"top1_{method}"], figures[f"top5_{method}"] = accuracy.top1, accuracy.top5
     return figures
 
@@ -198,20 +235,41 @@ def _reference(options: Options, flow: Flow) -> Reference:
     return Reference(images.name, images.fingerprint, images)
 
 
-def _judge(options: Options, device: torch.device, reference: Reference) -> Judge:
-    inception = None
-    if options.protocol != "none":
-        inception = load_inception(options.inception_weights, device)
-    encoder = load_encoder("efficientnet_lite0").to(device)
-    return Judge(reference, encoder, options.protocol, inception, options.batch_size)
+def _judge(options: Options, processes: Processes, reference: Reference) -> Judge:
+    with processes.main_first():  # one downloads and computes the reference, the others find it
+        inception = None
+        if options.protocol != "none":
+            inception = load_inception(options.inception_weights, processes.device)
+        encoder = load_encoder("efficientnet_lite0").to(processes.device)
+        return Judge(reference, encoder, options.protocol, inception, options.batch_size)
 
 
-def _draw(options: Options, flow: Flow, scale: float, faults: Faults) -> Iterator[Tensor]:
+def _plans(options: Options, flow: Flow, scale: float) -> tuple[tuple[BlockPlan, ...] | None, str | None]:
+    return choose(
+        flow,
+        options.subject,
+        options.sampler,
+        options.tolerance,
+        options.window,
+        options.batch_size,
+        options.precision,
+        scale,
+    )
+
+
+def _draw(
+    options: Options,
+    flow: Flow,
+    scale: float,
+    plans: tuple[BlockPlan, ...] | None,
+    numbers: Tensor,
+    faults: Faults,
+) -> Iterator[Tensor]:
     """Samples in batches: sample i has seed ``--seed`` + i and class i modulo their number."""
     classes = flow.config.num_classes or 0
     with bar() as progress:
-        task = progress.add_task(f"sampling, guidance {scale:g}", total=options.samples, note="")
-        for index in torch.arange(options.samples).split(options.batch_size):
+        task = progress.add_task(f"sampling, guidance {scale:g}", total=len(numbers), note="")
+        for index in numbers.split(options.batch_size) if len(numbers) else ():
             labels = (index % classes).tolist() if classes else None
             seeds = (options.seed + index).tolist()
             images = sample(
@@ -221,6 +279,8 @@ def _draw(options: Options, flow: Flow, scale: float, faults: Faults) -> Iterato
                 Guidance(scale, options.ramp),
                 options.denoise,
                 batch_size=options.batch_size,
+                precision=options.precision,
+                plans=plans,
             )
             names = [f"seed {seed}" for seed in seeds]
             yield quantise(
@@ -229,13 +289,17 @@ def _draw(options: Options, flow: Flow, scale: float, faults: Faults) -> Iterato
             progress.advance(task, len(index))
 
 
-def _sampling_settings(options: Options, flow: Flow, scales: list[float]) -> dict[str, Any]:
+def _sampling_settings(
+    options: Options, flow: Flow, scales: list[float], samplers: list[Any]
+) -> dict[str, Any]:
+    exact = all(sampler == "sequential" for sampler in samplers)
     return {
         "samples": options.samples,
         "guidance": scales if len(scales) > 1 else scales[0],
         "ramp": options.ramp,
-        "sampler": "sequential",
-        "tolerance": 0,
+        "sampler": samplers if len(scales) > 1 else samplers[0],
+        "tolerance": 0 if exact else options.tolerance,
+        "precision": options.precision,
         "denoise": options.denoise and denoises(flow),
     }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowback import checkpoint as checkpoints
 from flowback.cli.output import say, show_table
+from flowback.cli.sampler import Precision, Sampler, choose
 from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.progress import bar
@@ -24,7 +25,6 @@ from flowback.sampling import BlockPlan, Guidance, sample, trajectory
 from flowback.sampling.denoise import denoises
 from flowback.sampling.folder import Drawn, SampleFolder
 from flowback.sampling.output import read_png, save_grid, save_npz, save_trajectory
-from flowback.sampling.plan import load_plan, plan_file, wanted
 from flowback.sampling.sample import check_guidance
 
 __all__ = ["Options", "run"]
@@ -64,13 +64,13 @@ class Options:
     """End with one denoising step."""
     batch_size: int = 64
     """Images drawn at once by a process."""
-    sampler: Literal["auto", "sequential", "jacobi"] = "sequential"
+    sampler: Sampler = "sequential"
     """`auto`: the plan of `flowback plan` where it fits, else sequential; `jacobi`: windows in all blocks."""
     tolerance: float = 1e-3
     """Largest difference from the sequential images that `auto` may make; for `jacobi`, the last sweep's."""
     window: int = 16
     """Tokens in a window of `--sampler jacobi`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of weights and caches while decoding."""
     redraws: int = 3
     """How often an image with non-finite values is drawn again."""
@@ -97,7 +97,16 @@ def run(argv: list[str]) -> None:
         options.guidance, options.ramp, options.formula, options.attention_temperature, options.guided_blocks
     )
     check_guidance(flow, bool(labels), guidance)
-    plans, notice = _plans(flow, options)
+    plans, notice = choose(
+        flow,
+        options.checkpoint,
+        options.sampler,
+        options.tolerance,
+        options.window,
+        options.batch_size,
+        options.precision,
+        options.guidance,
+    )
     settings = _settings(options, labels, plans)
     folder = SampleFolder(options.out, settings, options.count, options.batch_size)
     state.wait_for_everyone()  # all have looked at the folder before the first one changes it
@@ -157,25 +166,6 @@ def _check(options: Options) -> None:
         raise InputError("--labels and --unconditional exclude each other; give one of them.")
     if len(options.labels) > options.count:
         raise InputError(f"{len(options.labels)} labels for {options.count} images; raise --count.")
-
-
-def _plans(flow: Flow, options: Options) -> tuple[tuple[BlockPlan, ...] | None, str | None]:
-    """How each block is inverted, None for sequential, and what to tell the user about it."""
-    if options.sampler == "jacobi":
-        every = BlockPlan(min(options.window, flow.config.tokens), "z", options.tolerance)
-        return (every,) * flow.config.blocks, None
-    if options.sampler == "sequential":
-        return None, None
-    folder = checkpoints.resolve(options.checkpoint)
-    if not plan_file(folder).is_file():
-        return None, f"Sequential: {options.checkpoint} has no plan; `flowback plan` makes one."
-    plan = load_plan(plan_file(folder))
-    asked = (options.batch_size, options.precision, options.guidance, options.tolerance)
-    misfit = plan.misfit(wanted(folder, flow, *asked))
-    if misfit:
-        return None, f"Sequential: the plan does not fit, {misfit}; `flowback plan` makes one that does."
-    swept = sum(block.window > 1 for block in plan.blocks)
-    return plan.blocks, f"Planned: {swept} of {len(plan.blocks)} blocks by Jacobi sweeps."
 
 
 def _labels(flow: Flow, options: Options) -> list[int]:

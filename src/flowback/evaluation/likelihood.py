@@ -49,14 +49,27 @@ class Estimate:
 class Likelihood:
     """Likelihood of a set of images."""
 
-    images: int
-    draws: int
     conditional: bool
     """Whether each image's own label was given to the model."""
-    nll: Estimate
-    """Nats per dimension on the [-1, 1] scale, of images with the training noise."""
-    bits_per_dim: Estimate
-    """Bits per dimension of 8-bit values, by uniform dequantisation."""
+    nll_values: Float[Tensor, "draws n"]
+    """Nats per dimension on the [-1, 1] scale, of each image with the training noise."""
+    bits_values: Float[Tensor, "draws n"]
+    """Bits per dimension of each image's 8-bit values, by uniform dequantisation."""
+
+    def merge(self, other: Likelihood) -> Likelihood:
+        """Both sets together."""
+        nll = torch.cat([self.nll_values, other.nll_values], dim=1)
+        return Likelihood(self.conditional, nll, torch.cat([self.bits_values, other.bits_values], dim=1))
+
+    @property
+    def nll(self) -> Estimate:
+        """Mean nats per dimension."""
+        return Estimate.of(self.nll_values)
+
+    @property
+    def bits_per_dim(self) -> Estimate:
+        """Mean bits per dimension."""
+        return Estimate.of(self.bits_values)
 
 
 @torch.no_grad()
@@ -68,6 +81,7 @@ def likelihood(
     conditional: bool = True,
     limit: int | None = None,
     batch_size: int = 64,
+    share: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> Likelihood:
     """Mean negative log-likelihood, streamed; image i gets the noise of seed ``seed + i``.
@@ -80,6 +94,7 @@ def likelihood(
         conditional: give each image its label, where model and set have labels.
         limit: take only so many images, spread evenly over the set.
         batch_size: images at once.
+        share: (r, p) takes part r, from 0, of the images in p parts; merge the results.
         progress: show a bar.
 
     Raises:
@@ -89,20 +104,17 @@ def likelihood(
         raise InputError("--draws must be at least 1.")
     conditional = conditional and bool(flow.config.num_classes) and images.labels is not None
     dequantising = replace(flow.config, noise="uniform")
-    chosen = evenly(len(images), limit)
-    noisy, discrete = [], []
-    parts = chosen.split(batch_size)
+    chosen = evenly(len(images), limit).tensor_split(share[1])[share[0]]
+    values = torch.zeros(2, draws, len(chosen), dtype=torch.float64)
+    parts, done = chosen.split(batch_size) if len(chosen) else (), 0
     for index in track(parts, len(parts), "likelihood", "batches") if progress else parts:
         clean = to_unit_range(images.read(index)).to(flow.device, flow.dtype)
         labels = images.labels[index] if conditional and images.labels is not None else None
         seeds = (seed + index).tolist()
-        rows: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for draw in range(draws):
-            for config, row in zip((flow.config, dequantising), rows, strict=True):
-                row.append(flow.log_prob(add_noise(clean, config, seeds, draw), labels).double().cpu())
-        noisy.append(torch.stack(rows[0]))
-        discrete.append(torch.stack(rows[1]))
+        for number, config in enumerate((flow.config, dequantising)):
+            for draw in range(draws):
+                log_prob = flow.log_prob(add_noise(clean, config, seeds, draw), labels)
+                values[number, draw, done : done + len(index)] = log_prob.cpu()
+        done += len(index)
     dims = flow.config.dims
-    nll = Estimate.of(nll_per_dim(torch.cat(noisy, dim=1), dims))
-    bits = Estimate.of(bits_per_dim(torch.cat(discrete, dim=1), dims))
-    return Likelihood(len(chosen), draws, conditional, nll, bits)
+    return Likelihood(conditional, nll_per_dim(values[0], dims), bits_per_dim(values[1], dims))

@@ -9,6 +9,7 @@ images with half of them mirrored. Only for comparing with the papers that use i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -50,16 +51,19 @@ class InceptionStatistics:
 
     Args:
         inception: the network.
-        total: images that will come.
+        total: images of the whole set.
         scores: also gather the Inception Score.
         rows: keep the pool_3 features of so many of the images, for precision and recall.
+        start: place in the set of the first image that comes here; other parts are merged.
     """
 
-    def __init__(self, inception: Inception, total: int, scores: bool = False, rows: int = 0) -> None:
+    def __init__(
+        self, inception: Inception, total: int, scores: bool = False, rows: int = 0, start: int = 0
+    ) -> None:
         self.inception = inception
         self.pool, self.spatial = Moments(inception.pool_dim), Moments(inception.spatial_dim)
-        self.score = InceptionScore(total) if scores else None
-        self._stride = max(1, -(-total // rows)) if rows else 0
+        self.score = InceptionScore(total, start=start) if scores else None
+        self._stride, self._next = max(1, -(-total // rows)) if rows else 0, start
         self._rows: list[Tensor] = []
 
     def arrays(self) -> dict[str, Tensor]:
@@ -80,17 +84,31 @@ class InceptionStatistics:
         """Take in the next images."""
         features = self.inception(images)
         if self._stride:
-            offset = -self.pool.count % self._stride
+            offset = -self._next % self._stride
             self._rows.append(features.pool[offset :: self._stride].cpu())
+            self._next += len(images)
         self.pool.add(features.pool)
         self.spatial.add(features.spatial)
         if self.score is not None:
             self.score.add(features.logits)
 
+    def merge(self, other: InceptionStatistics) -> InceptionStatistics:
+        """This part of the set and the one that follows."""
+        made = copy.copy(self)
+        made.pool, made.spatial = self.pool.merge(other.pool), self.spatial.merge(other.spatial)
+        made._rows = [*self._rows, *other._rows]
+        if self.score is not None and other.score is not None:
+            made.score = self.score.merge(other.score)
+        return made
+
+    def __getstate__(self) -> dict[str, object]:
+        """For sending to another process, which has the network itself."""
+        return {**self.__dict__, "inception": None}
+
     @property
     def rows(self) -> Float[Tensor, "n p"]:
         """The pool_3 features that were kept."""
-        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.inception.pool_dim)
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, len(self.pool.mean))
 
 
 def batches(images: ImageSet, size: int = 64) -> Iterator[UInt8[Tensor, "_ c h w"]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from jaxtyping import UInt8
 from torch import Tensor
@@ -23,7 +24,23 @@ from flowback.evaluation.protocol import (
 from flowback.evaluation.references import Reference
 from flowback.flow.likelihood import to_unit_range
 
-__all__ = ["Judge", "guidance_scales"]
+__all__ = ["Judge", "SampleStatistics", "guidance_scales"]
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """What a judge gathers of samples, or of one process's part of them."""
+
+    encoded: Moments
+    """In the encoder's pooled features."""
+    inception: InceptionStatistics | None
+
+    def merge(self, other: SampleStatistics) -> SampleStatistics:
+        """This part and the one that follows."""
+        inception = None
+        if self.inception is not None and other.inception is not None:
+            inception = self.inception.merge(other.inception)
+        return SampleStatistics(self.encoded.merge(other.encoded), inception)
 
 
 class Judge:
@@ -59,24 +76,32 @@ class Judge:
         if inception is not None and protocol != "none":
             self.statistics = reference_statistics(reference, inception, protocol, batch_size)
 
-    def figures(self, samples: Iterable[UInt8[Tensor, "_ c h w"]], total: int) -> dict[str, float]:
-        """Judge samples that come in batches, ``total`` in all."""
-        encoded, found = Moments(self.encoder.dim), None
+    def gather(
+        self, samples: Iterable[UInt8[Tensor, "_ c h w"]], total: int, start: int = 0
+    ) -> SampleStatistics:
+        """Statistics of samples that come in batches: those from ``start`` on, of ``total`` in all."""
+        found = None
         if self.statistics is not None and self.inception is not None:
             adm = self.protocol == "adm"
-            found = InceptionStatistics(self.inception, total, scores=adm, rows=total if adm else 0)
+            found = InceptionStatistics(self.inception, total, adm, total if adm else 0, start)
+        made = SampleStatistics(Moments(self.encoder.dim), found)
         for batch in samples:
-            encoded.add(self.encoder.pooled(to_unit_range(batch.to(self.encoder.mean.device))).cpu())
+            made.encoded.add(self.encoder.pooled(to_unit_range(batch.to(self.encoder.mean.device))).cpu())
             if found is not None:
                 found.add(batch)
+        return made
+
+    def figures(self, samples: SampleStatistics) -> dict[str, float]:
+        """Judge all samples."""
         figures = {}
         if self.encoded is not None:
-            figures["fd_efficientnet_lite0"] = frechet_distance(encoded, self.encoded)
-        if found is not None and self.statistics is not None:
+            figures["fd_efficientnet_lite0"] = frechet_distance(samples.encoded, self.encoded)
+        if samples.inception is not None and self.statistics is not None:
             if self.protocol == "adm":
-                figures |= adm_figures(found, self.statistics)
+                figures |= adm_figures(samples.inception, self.statistics)
             else:
-                figures["fid_tarflow"] = frechet_distance(found.pool, self.statistics.pool)
+                pool = samples.inception.pool
+                figures["fid_tarflow"] = frechet_distance(pool, self.statistics.pool)
         return figures
 
     def warnings(self, total: int) -> list[str]:

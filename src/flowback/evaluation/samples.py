@@ -35,6 +35,16 @@ class Faults:
     names: list[str] = field(default_factory=list)
     """The first few such images."""
 
+    def merge(self, other: Faults) -> Faults:
+        """Both sets together."""
+        return Faults(
+            self.images + other.images,
+            self.nonfinite + other.nonfinite,
+            self.out_of_range + other.out_of_range,
+            self.clipped + other.clipped,
+            [*self.names, *other.names][:_NAMED],
+        )
+
     def sentences(self) -> list[str]:
         """What a reader must know, in words; empty if all is well."""
         named = ", ".join(self.names) + (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -29,17 +30,18 @@ class InceptionScore:
     Streams: one row of probabilities for each split. With 50,000 images, 10 splits are ADM's chunks of 5,000.
 
     Args:
-        total: number of images that will come.
+        total: number of images that will come, here and in the parts that are merged.
         splits: into equal parts.
+        start: place of the first image that comes here, in the order of all.
     """
 
-    def __init__(self, total: int, splits: int = 10) -> None:
+    def __init__(self, total: int, splits: int = 10, start: int = 0) -> None:
         if total < splits:
             raise InputError(
                 f"The Inception Score with {splits} splits needs as many images; there are {total}."
             )
         self.bounds = [split * total // splits for split in range(splits + 1)]
-        self.seen = 0
+        self.next, self.seen = start, 0
         self.probability: Tensor | None = None
         self.negentropy = torch.zeros(splits, dtype=torch.float64)
 
@@ -47,13 +49,25 @@ class InceptionScore:
         """Take in the next images."""
         log_p = logits.double().cpu().log_softmax(dim=1)
         p = log_p.exp()
-        index = torch.arange(self.seen, self.seen + len(logits))
+        index = torch.arange(self.next, self.next + len(logits))
         split = torch.bucketize(index, torch.tensor(self.bounds[1:-1]), right=True)
         if self.probability is None:
             self.probability = torch.zeros(len(self.negentropy), logits.shape[1], dtype=torch.float64)
         self.probability.index_add_(0, split, p)
         self.negentropy.index_add_(0, split, (p * log_p).sum(dim=1))
+        self.next += len(logits)
         self.seen += len(logits)
+
+    def merge(self, other: InceptionScore) -> InceptionScore:
+        """Both parts of the same images together."""
+        made = copy.copy(self)
+        made.seen = self.seen + other.seen
+        made.negentropy = self.negentropy + other.negentropy
+        if self.probability is not None and other.probability is not None:
+            made.probability = self.probability + other.probability
+        else:
+            made.probability = other.probability if self.probability is None else self.probability
+        return made
 
     def result(self) -> Score:
         """The score of all images.
