@@ -107,24 +107,25 @@ class Block(nn.Module):
             chosen = torch.where(drop[:, None], table.mean(0), chosen)
         return chosen
 
-    def _positions(self, start: int, end: int) -> tuple[Tensor | None, Rotary | None]:
-        """Position code of tokens start ... end - 1 of the block's order."""
+    def _positions(self, start: int | Tensor, count: int) -> tuple[Tensor | None, Rotary | None]:
+        """Position code of ``count`` tokens of the block's order, from ``start`` on."""
+        place = start if isinstance(start, Tensor) else slice(start, start + count)
         if self.position is None:
-            return None, Rotary(self.rotary_cos[start:end], self.rotary_sin[start:end])
-        return self.reorder(self.position, dim=0)[start:end], None
+            return None, Rotary(self.rotary_cos[place], self.rotary_sin[place])
+        return self.reorder(self.position, dim=0)[place], None
 
     def _run(
         self,
         x: Float[Tensor, "b n d"],
         context: Tensor | None,
         cache: KVCache | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
         temperature: float | Tensor = 1.0,
         hidden: Collection[int] = (),
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Predictions that follow each given token; everything in the block's own order."""
         h = self.proj_in(x)
-        position, rotary = self._positions(start, start + x.shape[1])
+        position, rotary = self._positions(start, x.shape[1])
         if position is not None:
             h = h + position
         if context is not None:

@@ -76,7 +76,7 @@ class CausalAttention(nn.Module):
         x: Float[Tensor, "b n w"],
         rotary: Rotary | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
         temperature: float | Tensor = 1.0,
     ) -> Float[Tensor, "b n w"]:
         """Attend from tokens ``start``, ``start`` + 1, ... to themselves and all before them.
@@ -86,7 +86,8 @@ class CausalAttention(nn.Module):
             rotary: position code of these tokens.
             cache: keys and values of this layer, (b, h, N, e) each; rows before ``start`` are read, those
                 of this call are written. None when the call holds the whole sequence.
-            start: index of the first token of the call.
+            start: index of the first token of the call. For a single token it may be a tensor of one element,
+                which is read on the device only; all rows of the cache must then be finite.
             temperature: divides the attention logits; a number, or a tensor (b, 1, 1, 1) for one per image.
         """
         b, n, width = x.shape
@@ -99,6 +100,12 @@ class CausalAttention(nn.Module):
             q = q / temperature
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)
+        elif isinstance(start, Tensor):
+            keys, values = cache
+            keys.index_copy_(2, start, k.type_as(keys))
+            values.index_copy_(2, start, v.type_as(values))
+            seen = torch.arange(keys.shape[2], device=x.device) <= start
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None])
         else:
             keys, values = cache
             end = start + n

@@ -115,7 +115,7 @@ class Layer(nn.Module):
         x: Float[Tensor, "b n w"],
         rotary: Rotary | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
         temperature: float | Tensor = 1.0,
     ) -> Float[Tensor, "b n w"]:
         x = x + self.attention(x, rotary, cache, start, temperature)
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
         x: Float[Tensor, "b n w"],
         rotary: Rotary | None = None,
         cache: KVCache | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
         temperature: float | Tensor = 1.0,
         hidden: Collection[int] = (),
     ) -> tuple[Float[Tensor, "b n w"], dict[int, Tensor]]:

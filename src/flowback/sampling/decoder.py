@@ -15,6 +15,7 @@ from torch import Tensor
 from flowback.flow import Flow
 from flowback.flow.block import Block
 from flowback.nn.attention import KVCache
+from flowback.sampling.captured import CapturedStep, captures
 from flowback.sampling.guidance import ImageGuide
 from flowback.sampling.native import NativeCache, NativeStep, NativeWeights
 
@@ -36,7 +37,11 @@ class Decoder:
     """
 
     def __init__(
-        self, block: Block, images: int, step: NativeStep | _TorchStep, guide: ImageGuide | None
+        self,
+        block: Block,
+        images: int,
+        step: NativeStep | CapturedStep | _TorchStep,
+        guide: ImageGuide | None,
     ) -> None:
         self.block, self.images, self._step, self._guide = block, images, step, guide
         self._every = self._rows(torch.arange(images))
@@ -111,6 +116,8 @@ class Engine:
             for block in flow.blocks
         ]
         self._caches: dict[tuple[int, int], NativeCache] = {}
+        self._captured: dict[int, CapturedStep] = {}
+        self._rows = 0
 
     @property
     def native(self) -> bool:
@@ -155,8 +162,9 @@ class Engine:
         if context is not None:
             context = context.expand(rows, -1).to(like.dtype)
         if weights is None:
-            dtype = torch.bfloat16 if self.precision == "bf16" else like.dtype
-            cache = block.body.empty_cache(rows, self.flow.config.tokens, like.new_empty(0, dtype=dtype))
+            if new == 1 and captures(like.device):
+                return Decoder(block, images, self._capture(index, rows, context, temperature), guide)
+            cache = self._cache(block, rows)
             return Decoder(
                 block, images, _TorchStep(block, cache, context, temperature, self.precision), guide
             )
@@ -164,3 +172,21 @@ class Engine:
             self._caches = {(rows, new): NativeCache.empty(weights, rows, new)}  # the old one is let go
         scale = 1 / (block.body.head_dim**0.5 * temperature)
         return Decoder(block, images, NativeStep(weights, self._caches[rows, new], context, scale), guide)
+
+    def _cache(self, block: Block, rows: int) -> KVCache:
+        dtype = torch.bfloat16 if self.precision == "bf16" else block.proj_in.weight.dtype
+        like = block.proj_in.weight.new_empty(0, dtype=dtype)
+        return block.body.empty_cache(rows, self.flow.config.tokens, like)
+
+    def _capture(self, index: int, rows: int, context: Tensor | None, temperature: Tensor) -> CapturedStep:
+        """The block's captured step, kept for the next batch of as many rows; all share one cache."""
+        block = self.flow.blocks[index - 1]
+        if rows != self._rows:
+            self._captured, self._rows = {}, rows
+        if index in self._captured:
+            return self._captured[index].restart(context, temperature)
+        others = list(self._captured.values())
+        cache = others[0].cache if others else self._cache(block, rows)
+        autocast = torch.bfloat16 if self.precision == "bf16" else None
+        self._captured[index] = CapturedStep(block, cache, context, temperature, autocast)
+        return self._captured[index]
