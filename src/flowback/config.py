@@ -113,11 +113,12 @@ class ModelConfig:
 class DataConfig:
     """The images."""
 
-    name: Literal["digits", "folder", "mnist", "cifar10", "cifar100", "fake"] = "digits"
-    """Data set: scikit-learn's digits, a folder of images, or one of torchvision's."""
+    name: Literal["digits", "folder", "prepared", "mnist", "cifar10", "cifar100", "fake"] = "digits"
+    """Data set: scikit-learn's digits, a folder of images or what `flowback prepare` made of it, or one of
+    torchvision's."""
     path: Path | None = None
-    """The folder of images (one sub-folder a class; none: unconditional), or where torchvision's files lie.
-    A path given with the name left at `digits` means `folder`."""
+    """The folder of images (one sub-folder a class; none: unconditional), the prepared set, or where
+    torchvision's files lie. A path given with the name left at `digits` means `folder`."""
     download: bool = False
     """Download torchvision's set if its files are not at `path`."""
     flip: bool = False

@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 VERBS = {
     "demo": "train on real digits without and with reverse alignment, and report",
+    "prepare": "bring a data set to the training size, once",
     "train": "train a flow from a preset; the same command resumes",
     "sample": "draw images from a checkpoint",
     "plan": "measure how to sample a checkpoint fastest on this device",

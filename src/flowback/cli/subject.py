@@ -51,7 +51,7 @@ def parse(kind: type[Options], argv: Sequence[str], verb: str) -> Options:
 def _shorthand(value: str, path_given: bool) -> list[str]:
     """A set by name does without the checkpoint's path, unless one is given."""
     if value not in _NAMES:
-        return ["--data.name", "folder", "--data.path", value]
+        return ["--data.name", "folder", "--data.path", value]  # a prepared set is recognised there
     return ["--data.name", value, *(() if path_given else ("--data.path", "None"))]
 
 

@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,17 @@ from flowback.data.memory import MemoryImages
 from flowback.errors import InputError
 from flowback.progress import track
 
-__all__ = ["MEMORY_LIMIT", "FolderImages", "load_folder"]
+__all__ = [
+    "MEMORY_LIMIT",
+    "FolderImages",
+    "Listing",
+    "fingerprint_of",
+    "held_out",
+    "labels_of",
+    "list_images",
+    "load_folder",
+    "split_folder",
+]
 
 MEMORY_LIMIT = 512 * 2**20
 """Bytes of decoded images up to which a folder is read into memory (43,690 images of 64x64)."""
@@ -45,7 +55,9 @@ MEMORY_LIMIT = 512 * 2**20
 logger = logging.getLogger(__name__)
 
 
-class _Listing(NamedTuple):
+class Listing(NamedTuple):
+    """The images in a folder."""
+
     classes: tuple[str, ...]
     files: tuple[str, ...]
     """Relative to the folder, with forward slashes, sorted."""
@@ -83,13 +95,7 @@ class FolderImages:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the names, sizes and times of the files, and of the size they are brought to."""
-        digest = hashlib.blake2b(f"{self.image_size} {self.channels}".encode(), digest_size=16)
-        for file in self.files:
-            digest.update(f"\0{file}".encode())
-            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
-                state = (self.folder / file).stat()
-                digest.update(f"\0{state.st_size}\0{state.st_mtime_ns}".encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.folder, self.files, f"{self.image_size} {self.channels}")
 
     def _read(self, index: int) -> UInt8[np.ndarray, "c s s"]:
         for other in self._successors(index):
@@ -123,10 +129,10 @@ def load_folder(
         raise InputError("The data set is a folder, but --data.path does not say which.")
     if not data.path.is_dir():
         raise InputError(f"--data.path {data.path} is not a folder; give a folder of images.")
-    folder, listing = _split(data.path, data.holdout, split)
+    folder, listing = split_folder(data.path, data.holdout, split)
     name = f"{data.path.resolve().name}-{split}"
     if len(listing.files) * channels * image_size**2 > MEMORY_LIMIT:
-        labels = _labels(listing.classes, listing.files)
+        labels = labels_of(listing.classes, listing.files)
         return FolderImages(
             name, listing.classes, labels, folder, listing.files, image_size, channels, data.bad_images
         )
@@ -137,40 +143,62 @@ def load_folder(
         logger.warning(
             "Skipped %d of the %d images in %s: %s", len(bad), len(listing.files), folder, _name(bad, 20)
         )
-    return MemoryImages(name, listing.classes, _labels(listing.classes, files), pixels, files, tuple(bad))
+    return MemoryImages(name, listing.classes, labels_of(listing.classes, files), pixels, files, tuple(bad))
 
 
-def _split(root: Path, holdout: float, split: Literal["train", "test"]) -> tuple[Path, _Listing]:
+def split_folder(root: Path, holdout: float, split: Literal["train", "test"]) -> tuple[Path, Listing]:
+    """The folder that holds a split, and the split's images in it.
+
+    Raises:
+        InputError: no images, sub-folders that do not fit together, or a split without images.
+    """
     train = root / "train"
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if train.is_dir() and test is not None:
-        listing = _list_images(train)
+        listing = list_images(train)
         if split == "train":
             return train, listing
-        found = _list_images(test)
+        found = list_images(test)
         if not set(found.classes) <= set(listing.classes) or bool(found.classes) != bool(listing.classes):
             raise InputError(
                 f"The class folders of {test} are not those of {train}; give both the same sub-folders."
             )
-        return test, _Listing(listing.classes, found.files)
-    listing = _list_images(root)
+        return test, Listing(listing.classes, found.files)
+    listing = list_images(root)
     if listing.classes == ("train",):
-        root, listing = train, _list_images(train)
+        root, listing = train, list_images(train)
     if holdout == 0:
         return root, listing
     if len(listing.files) == 1:
         raise InputError(
             f"{root} holds one image, none is left for the test; add some, or use --data.holdout 0."
         )
-    share = {file: _share(file) for file in listing.files}
-    limit = max(holdout, min(share.values()) + 2**-54)  # the test holds at least one image
-    files = [file for file in listing.files if (share[file] < limit) == (split == "test")]
+    tested = held_out(listing.files, holdout)
+    files = [file for file, own in zip(listing.files, tested, strict=True) if own == (split == "test")]
     if not files:
         raise InputError(
             f"--data.holdout {holdout} leaves none of the {len(listing.files)} images in {root} "
             "for training; lower it."
         )
-    return root, _Listing(listing.classes, tuple(files))
+    return root, Listing(listing.classes, tuple(files))
+
+
+def held_out(names: Sequence[str], holdout: float) -> list[bool]:
+    """For each image, whether it is kept for the test; at least one is."""
+    shares = [_share(name) for name in names]
+    limit = max(holdout, min(shares) + 2**-54)
+    return [share < limit for share in shares]
+
+
+def fingerprint_of(folder: Path, files: Iterable[str], key: str = "") -> str:
+    """Hash of ``key`` and of the names, sizes and times of files."""
+    digest = hashlib.blake2b(key.encode(), digest_size=16)
+    for file in files:
+        digest.update(f"\0{file}".encode())
+        with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+            state = (folder / file).stat()
+            digest.update(f"\0{state.st_size}\0{state.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def _share(file: str) -> float:
@@ -179,20 +207,25 @@ def _share(file: str) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
-def _list_images(folder: Path) -> _Listing:
+def list_images(folder: Path) -> Listing:
+    """All images in a folder, classes by sub-folder.
+
+    Raises:
+        InputError: none, or both images and folders of images.
+    """
     files = sorted(_walk(folder))
     if not files:
         raise InputError(f"{folder} holds no images (files ending in {', '.join(sorted(EXTENSIONS))}).")
     nested = [file for file in files if "/" in file]
     if not nested:
-        return _Listing((), tuple(files))
+        return Listing((), tuple(files))
     if len(nested) < len(files):
         alone = next(file for file in files if "/" not in file)
         raise InputError(
             f"{folder} holds both images ({alone}) and folders of images ({nested[0].split('/')[0]}); "
             "a class is a sub-folder, so move the images into sub-folders, or all into one folder."
         )
-    return _Listing(tuple(name for name, _ in groupby(files, key=_class_of)), tuple(files))
+    return Listing(tuple(name for name, _ in groupby(files, key=_class_of)), tuple(files))
 
 
 def _class_of(file: str) -> str:
@@ -214,7 +247,8 @@ def _walk(folder: Path, prefix: str = "", above: tuple[os.stat_result, ...] = ()
                 yield prefix + entry.name
 
 
-def _labels(classes: tuple[str, ...], files: tuple[str, ...]) -> Int64[Tensor, " n"] | None:
+def labels_of(classes: tuple[str, ...], files: tuple[str, ...]) -> Int64[Tensor, " n"] | None:
+    """Class of each file by its sub-folder; None without classes."""
     if not classes:
         return None
     number = {name: index for index, name in enumerate(classes)}

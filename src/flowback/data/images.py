@@ -14,6 +14,7 @@ from torch import Tensor
 from flowback.config import DataConfig
 from flowback.data.folder import load_folder
 from flowback.data.named import digits, torchvision_images
+from flowback.data.prepared import is_prepared, load_prepared
 from flowback.errors import InputError
 
 __all__ = ["ImageSet", "load_images"]
@@ -84,6 +85,10 @@ def load_images(
     """
     if channels not in (1, 3):
         raise InputError(f"--model.channels {channels}: images have 1 (grey) or 3 (RGB) channels.")
+    if data.name == "prepared" and data.path is None:
+        raise InputError("The data set is a prepared one, but --data.path does not say which.")
+    if data.path is not None and (data.name == "prepared" or is_prepared(data.path)):
+        return load_prepared(data.path, image_size, channels, split)
     if data.name == "folder" or (data.name == "digits" and data.path is not None):
         return load_folder(data, image_size, channels, split)
     if data.name == "digits":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from flowback.cache import cache_folder
 from flowback.config import DataConfig
@@ -15,12 +15,20 @@ from flowback.data.decode import fit
 from flowback.data.memory import MemoryImages
 from flowback.errors import InputError
 
-__all__ = ["DIGITS_SEED", "digits", "torchvision_images"]
+__all__ = ["DIGITS_SEED", "Pictures", "digits", "pictures", "torchvision_images"]
 
 DIGITS_SEED = 0
 """Seed of the digits' stratified split: 1,437 images for training, 360 for the test."""
 
 _FAKE = {"train": 1024, "test": 256}
+
+
+class Pictures(NamedTuple):
+    """Images as the set has them, not yet brought to a size."""
+
+    images: Sequence[Image.Image]
+    targets: Sequence[int]
+    classes: tuple[str, ...]
 
 
 def digits(image_size: int, channels: int, split: Literal["train", "test"]) -> MemoryImages:
@@ -29,21 +37,7 @@ def digits(image_size: int, channels: int, split: Literal["train", "test"]) -> M
     The split is fixed: 80 % for training, 20 % for the test, with the same share of each class. At another
     size than 8 the images are resized.
     """
-    from sklearn.datasets import load_digits  # slow to import: only where the set is wanted
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    parts = train_test_split(
-        np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=DIGITS_SEED
-    )
-    chosen = parts[0 if split == "train" else 1]
-    pixels = np.rint(data.images[chosen] * (255 / 16)).astype(np.uint8)
-    return MemoryImages(
-        name=f"digits-{split}",
-        classes=tuple(map(str, range(10))),
-        labels=torch.as_tensor(data.target[chosen], dtype=torch.int64),
-        pixels=_fit_all([Image.fromarray(image) for image in pixels], image_size, channels),
-    )
+    return _fitted(f"digits-{split}", _digits(split), image_size, channels)
 
 
 def torchvision_images(
@@ -54,41 +48,63 @@ def torchvision_images(
     Raises:
         InputError: the files are not there, or cannot be downloaded.
     """
+    return _fitted(f"{data.name}-{split}", pictures(data, image_size, channels, split), image_size, channels)
+
+
+def pictures(data: DataConfig, image_size: int, channels: int, split: Literal["train", "test"]) -> Pictures:
+    """The images of a set known by name; FakeData is made at the asked size, the others keep theirs.
+
+    Raises:
+        InputError: the files are not there, or cannot be downloaded.
+    """
+    if data.name == "digits":
+        return _digits(split)
     import torchvision.datasets as sets
 
-    found: Any
     if data.name == "fake":
         # Every image has its own seed; the test images are other ones than those of training.
-        found = sets.FakeData(
+        fake = sets.FakeData(
             _FAKE[split],
             (channels, image_size, image_size),
             10,
             random_offset=0 if split == "train" else _FAKE["train"],
         )
-        images, targets = zip(*(found[index] for index in range(len(found))), strict=True)
-        classes = tuple(map(str, range(10)))
-    else:
-        kind = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[data.name]
-        root = data.path or cache_folder()
-        try:
-            found = kind(str(root), train=split == "train", download=data.download)
-        except (RuntimeError, OSError) as error:
-            if data.download:
-                raise InputError(
-                    f"{data.name} could not be downloaded to {root} ({error}); put torchvision's files there."
-                ) from None
+        images, targets = zip(*(fake[index] for index in range(len(fake))), strict=True)
+        return Pictures(images, targets, tuple(map(str, range(10))))
+    kind = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[data.name]
+    root = data.path or cache_folder()
+    try:
+        found = kind(str(root), train=split == "train", download=data.download)
+    except (RuntimeError, OSError) as error:
+        if data.download:
             raise InputError(
-                f"{data.name} is not in {root}; give --data.path, or fetch it with --data.download."
+                f"{data.name} could not be downloaded to {root} ({error}); put torchvision's files there."
             ) from None
-        images = tuple(Image.fromarray(np.asarray(image)) for image in found.data)
-        targets, classes = found.targets, tuple(found.classes)
-    return MemoryImages(
-        name=f"{data.name}-{split}",
-        classes=classes,
-        labels=torch.as_tensor(targets, dtype=torch.int64),
-        pixels=_fit_all(images, image_size, channels),
+        raise InputError(
+            f"{data.name} is not in {root}; give --data.path, or fetch it with --data.download."
+        ) from None
+    images = tuple(Image.fromarray(np.asarray(image)) for image in found.data)
+    return Pictures(images, [int(target) for target in found.targets], tuple(found.classes))
+
+
+def _digits(split: Literal["train", "test"]) -> Pictures:
+    from sklearn.datasets import load_digits  # slow to import: only where the set is wanted
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    parts = train_test_split(
+        np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=DIGITS_SEED
     )
+    chosen = parts[0 if split == "train" else 1]
+    pixels = np.rint(data.images[chosen] * (255 / 16)).astype(np.uint8)
+    images = [Image.fromarray(image) for image in pixels]
+    return Pictures(images, data.target[chosen].tolist(), tuple(map(str, range(10))))
 
 
-def _fit_all(images: list[Image.Image] | tuple[Image.Image, ...], size: int, channels: int) -> Tensor:
-    return torch.from_numpy(np.stack([fit(image, size, channels) for image in images]))
+def _fitted(name: str, found: Pictures, size: int, channels: int) -> MemoryImages:
+    return MemoryImages(
+        name=name,
+        classes=found.classes,
+        labels=torch.as_tensor(found.targets, dtype=torch.int64),
+        pixels=torch.from_numpy(np.stack([fit(image, size, channels) for image in found.images])),
+    )

@@ -1,0 +1,95 @@
+"""``flowback prepare``: bring a data set to the training size, once; the same command resumes and checks."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from flowback.cli.output import say, show_table
+from flowback.data.decode import Crop
+from flowback.data.prepare import Settings, prepare
+from flowback.data.sources import open_source
+from flowback.errors import InputError
+from flowback.record import environment, write_json
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write images of one size, labels and names into a few files that training maps into memory.
+
+    Run again, the same command goes on where it was stopped; on a complete set it compares the source and all
+    written bytes with what they were. Train with `--data.path OUT`.
+    """
+
+    data: tyro.conf.Positional[str]
+    """A folder of images (one sub-folder a class), a folder of tar shards (webdataset) or one shard,
+    `hf:NAME` or a folder saved by Hugging Face `datasets`, or digits, mnist, cifar10, cifar100, fake."""
+    out: Annotated[Path, tyro.conf.arg(help_behavior_hint="")]
+    """The prepared set's folder."""
+    image_size: int = 64
+    """Height and width that the images are brought to."""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for RGB."""
+    crop: Crop = "adm"
+    """`adm`: ADM's, as published references; `tarflow`: TARFlow's bilinear; `bicubic`: as from a folder."""
+    holdout: float = 0.1
+    """Share kept for evaluation where the source has no `train` and `test` (or `val`); 0 keeps none."""
+    labels: Path | None = None
+    """CSV file, `image,class`, for images that do not lie in class folders."""
+    bad_images: Literal["refuse", "skip"] = "refuse"
+    """What to do with images that cannot be read: stop with their names, or leave them out and say so."""
+    path: Path | None = None
+    """Where torchvision's files lie."""
+    download: bool = False
+    """Download torchvision's set if its files are not there."""
+    workers: int | None = None
+    """Processes that decode; None: one for each core, 0: none but this one."""
+    json: Path | None = None
+    """Write counts, hashes and images/s to this file."""
+
+    def check(self) -> None:
+        """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
+        if self.image_size < 1:
+            raise InputError("--image-size must be at least 1.")
+        if not 0 <= self.holdout < 1:
+            raise InputError("--holdout must be in [0, 1); 0 keeps no test images.")
+        if self.workers is not None and self.workers < 0:
+            raise InputError("--workers must not be negative.")
+
+
+def run(argv: list[str]) -> None:
+    """Prepare, check, report."""
+    options = tyro.cli(Options, args=argv, prog="flowback prepare")
+    options.check()
+    started = time.perf_counter()
+    sources = open_source(
+        options.data, options.image_size, options.channels, options.holdout, options.labels, options.path,
+        options.download,
+    )  # fmt: skip
+    settings = Settings(options.image_size, options.channels, options.crop, options.holdout)
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    complete = (options.out / "prepared.json").is_file()
+    summary = prepare(sources, options.out, options.data, settings, options.bad_images, workers)
+    seconds = time.perf_counter() - started
+    rows = [
+        [split, found["images"], len(summary["classes"]), len(found["skipped"]), found["fingerprint"]]
+        for split, found in summary["splits"].items()
+    ]
+    show_table(str(options.out), ["split", "images", "classes", "skipped", "content hash"], rows)
+    skipped = [name for found in summary["splits"].values() for name in found["skipped"]]
+    if skipped:
+        say(f"Left out: {', '.join(skipped[:8])}{', ...' if len(skipped) > 8 else ''}")
+    if complete:
+        say("The set was complete: the source and every byte are as they were.")
+    say(f"Train with: flowback train PRESET --data.path {options.out}")
+    if options.json:
+        images = sum(found["images"] for found in summary["splits"].values())
+        record = {"environment": environment(), "set": summary, "seconds": seconds}
+        write_json(options.json, {**record, "images_per_second": images / seconds})

@@ -1,0 +1,394 @@
+"""Writing a prepared set: images decoded by several processes, appended in order, and resumable.
+
+Each 1,024 images are a commit: the columns are flushed to disk, then a line of journal.jsonl says how much of
+them counts. After a kill, the columns are cut back to the last line and the work goes on from there, so the
+outcome is byte for byte that of a run without a kill. At the end everything is read once more and compared
+with the journal's hashes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from PIL import __version__ as pillow
+
+from flowback.data.column import Column
+from flowback.data.decode import Crop, UnreadableImageError, decode, fit
+from flowback.data.prepared import FORMAT
+from flowback.data.sources import Source, Split
+from flowback.errors import InputError
+from flowback.progress import bar
+from flowback.record import write_json
+
+__all__ = ["Settings", "prepare"]
+
+TASK = 64
+"""Images that a process decodes before it hands them over."""
+COMMIT = 16
+"""Tasks between commits."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a prepared set, beside its source."""
+
+    image_size: int
+    channels: int
+    crop: Crop
+    holdout: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some images of a source, ready to be appended."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    names: list[bytes]
+    skipped: list[str]
+
+
+@dataclass
+class _State:
+    """How far a split has come: a line of its journal."""
+
+    items: int = 0
+    """Images of the source that are done, skipped ones among them."""
+    images: int = 0
+    """Images written."""
+    names: int = 0
+    """Bytes of names written."""
+    digest: str = ""
+    """Hash of what this commit added to the columns."""
+    skipped: list[str] = field(default_factory=list)
+    """Files that this commit left out."""
+
+
+def prepare(
+    sources: Mapping[Split, Source],
+    out: Path,
+    data: str,
+    settings: Settings,
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Write the set in ``out``; goes on where a killed call stopped, and checks a set that is complete.
+
+    Args:
+        sources: the splits.
+        out: the set's folder.
+        data: where the sources come from, in words.
+        settings: size, channels and crop.
+        bad_images: stop at an image that cannot be read, or leave it out.
+        workers: processes that decode; 0 decodes in this one.
+
+    Returns:
+        What prepared.json holds.
+
+    Raises:
+        InputError: another set in ``out``, a source that changed since, unreadable images, or a full disk.
+    """
+    prints: dict[str, str] = {split: source.fingerprint for split, source in sources.items()}
+    head = {
+        "format": FORMAT,
+        "source": {"data": data, **prints},
+        "settings": {name: getattr(settings, name) for name in settings.__dataclass_fields__},
+        "pillow": pillow,
+        "classes": list(sources["train"].classes),
+    }
+    done, begun = out / "prepared.json", out / "preparing.json"
+    _check_folder(out, head, sources, settings)
+    if done.is_file():
+        summary = json.loads(done.read_text())
+        for split, found in summary["splits"].items():
+            _verify(out / split, found["commits"], settings)
+        _tidy(out)
+        return summary
+    if not begun.is_file():
+        write_json(begun, head)
+    splits = {}
+    for split, source in sources.items():
+        commits = _fill(out / split, source, split, settings, bad_images, workers)
+        if not commits or not commits[-1].images:
+            raise InputError(f"{data} has no readable image for the {split} split; look at its files.")
+        rows = [[state.images, state.names, state.digest] for state in commits]
+        fingerprint = _verify(out / split, rows, settings)
+        splits[split] = {
+            "images": commits[-1].images,
+            "fingerprint": fingerprint,
+            "skipped": [name for state in commits for name in state.skipped],
+            "commits": rows,
+        }
+    summary = {**head, "splits": splits}
+    write_json(done, summary)
+    _tidy(out)
+    return summary
+
+
+def _tidy(out: Path) -> None:
+    """Remove what only an unfinished set needs."""
+    for file in (*out.glob("*/journal.jsonl"), out / "preparing.json"):
+        file.unlink(missing_ok=True)
+
+
+def _check_folder(
+    out: Path, head: dict[str, Any], sources: Mapping[Split, Source], settings: Settings
+) -> None:
+    """Refuse a folder that holds something else; and a disk that is too small."""
+    for file in (out / "prepared.json", out / "preparing.json"):
+        if not file.is_file():
+            continue
+        try:
+            before = {key: value for key, value in json.loads(file.read_text()).items() if key in head}
+        except ValueError:
+            raise InputError(f"{file} is damaged; choose an empty --out.") from None
+        if before.get("source") != head["source"]:
+            raise InputError(
+                f"{head['source']['data']} changed since {out} was prepared from it, or is another source; "
+                "prepare it into an empty --out."
+            )
+        if before != head:
+            changed = [
+                f"{name} (was {value}, now {head['settings'].get(name)})"
+                for name, value in before.get("settings", {}).items()
+                if value != head["settings"].get(name)
+            ]
+            what = ", ".join(changed) or "another version of flowback or Pillow"
+            raise InputError(f"{out} was prepared with other settings: {what}; choose an empty --out.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} is not empty and holds no prepared set; choose another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    needed = sum(len(source) for source in sources.values()) * settings.channels * settings.image_size**2
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise InputError(
+            f"The images need {needed / 1e9:.1f} GB, {out} has {free / 1e9:.1f}: make room, or choose "
+            "another --out."
+        )
+
+
+def _fill(
+    folder: Path, source: Source, split: str, settings: Settings, bad_images: str, workers: int
+) -> list[_State]:
+    """Decode what is missing of a split; returns all its commits."""
+    folder.mkdir(exist_ok=True)
+    commits = _read_journal(folder / "journal.jsonl")
+    with _columns(folder, settings) as columns, (folder / "journal.jsonl").open("w") as journal:
+        while commits and not all(column.holds(_rows(name, commits[-1])) for name, column in columns.items()):
+            commits.pop()  # the journal is never ahead of the columns, unless the file system lost them
+        state = commits[-1] if commits else _State()
+        for name, column in columns.items():
+            column.keep(_rows(name, state))
+        for commit in commits:
+            _note(journal, commit)
+        with (
+            contextlib.closing(_decoded(source, settings, state.items, workers)) as parts,
+            bar() as progress,
+        ):
+            task = progress.add_task(f"preparing {split}", total=len(source), note="")
+            waiting: list[_Part] = []
+            for first, part in zip(range(state.items, len(source), TASK), parts, strict=True):
+                if part.skipped and bad_images == "refuse":
+                    raise InputError(
+                        f"{len(part.skipped)} of the {split} images from {first} on cannot be read: "
+                        f"{', '.join(part.skipped[:3])}; repair or remove them, or leave such images out "
+                        "with --bad-images skip."
+                    )
+                waiting.append(part)
+                done = min(first + TASK, len(source))
+                progress.update(task, completed=done)
+                if len(waiting) == COMMIT or done == len(source):
+                    state = _commit(columns, waiting, state, done)
+                    commits.append(state)
+                    _note(journal, state)
+                    waiting = []
+        for name, column in columns.items():
+            column.seal(_rows(name, state))
+    return commits
+
+
+@contextlib.contextmanager
+def _columns(folder: Path, settings: Settings) -> Iterator[dict[str, Column]]:
+    size = settings.image_size
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(contextlib.closing(Column(folder / file, dtype, shape)))
+            for name, file, dtype, shape in (
+                ("images", "images.npy", np.uint8, (settings.channels, size, size)),
+                ("labels", "labels.npy", np.int64, ()),
+                ("ends", "ends.npy", np.int64, ()),
+                ("names", "names.txt", np.uint8, ()),
+            )
+        }
+
+
+def _note(journal: IO[str], state: _State) -> None:
+    journal.write(json.dumps(vars(state)) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _rows(column: str, state: _State) -> int:
+    return state.names if column == "names" else state.images
+
+
+def _commit(columns: dict[str, Column], parts: list[_Part], state: _State, items: int) -> _State:
+    """Append and flush; returns the new line of the journal."""
+    names = [name for part in parts for name in part.names]
+    ends = state.names + np.cumsum([len(name) for name in names], dtype=np.int64)
+    added = {
+        "images": np.concatenate([part.pixels for part in parts]),
+        "labels": np.concatenate([part.labels for part in parts]),
+        "ends": ends,
+        "names": np.frombuffer(b"".join(names), dtype=np.uint8),
+    }
+    digest = hashlib.blake2b(digest_size=16)
+    for name, rows in added.items():
+        columns[name].append(rows)
+        digest.update(rows.data)
+    for column in columns.values():
+        column.flush()
+    return _State(
+        items,
+        state.images + len(names),
+        state.names + len(added["names"]),
+        digest.hexdigest(),
+        [name for part in parts for name in part.skipped],
+    )
+
+
+def _read_journal(file: Path) -> list[_State]:
+    commits = []
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            try:
+                commits.append(_State(**json.loads(line)))
+            except (ValueError, TypeError):  # cut short by a kill
+                break
+    return commits
+
+
+def _verify(folder: Path, commits: list[list[Any]], settings: Settings) -> str:
+    """Read a split from disk and compare it with the hashes of its commits; returns the hash of all.
+
+    Raises:
+        InputError: something differs.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    images = names = 0
+    with _columns(folder, settings) as columns:
+        for until_image, until_name, expected in commits:
+            digest = hashlib.blake2b(digest_size=16)
+            for name, column in columns.items():
+                span = (names, until_name) if name == "names" else (images, until_image)
+                digest.update(column.read(*span))
+            if digest.hexdigest() != expected:
+                raise InputError(
+                    f"{folder} is damaged between images {images} and {until_image}; "
+                    "remove the set and prepare it again."
+                )
+            whole.update(digest.digest())
+            images, names = until_image, until_name
+    return whole.hexdigest()
+
+
+# --- decoding ---
+
+
+def _decoded(source: Source, settings: Settings, start: int, workers: int) -> Generator[_Part, None, None]:
+    """The images from ``start`` on, in order, at most a few tasks ahead of whoever takes them."""
+    starts = iter(range(start, len(source), TASK))
+    decoder = _Decoder(source, settings)
+    if workers == 0:
+        yield from map(decoder, starts)
+        return
+    # Forking costs nothing and shares the listing; the children only decode, and never touch PyTorch.
+    method = "fork" if "fork" in get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(workers, get_context(method), _begin_process, (decoder, os.getpid()))
+    ahead: deque[Future[_Part]] = deque()
+    try:
+        for begin in starts:
+            ahead.append(pool.submit(_decode_from, begin))
+            if len(ahead) >= 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool:
+        raise InputError(
+            "A process that decodes was killed, maybe for want of memory; run the same command again, which "
+            "goes on, with fewer --workers."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Decoder:
+    """Decodes TASK images from a given one on."""
+
+    def __init__(self, source: Source, settings: Settings) -> None:
+        self.source, self.settings = source, settings
+
+    def __call__(self, start: int) -> _Part:
+        source, settings = self.source, self.settings
+        size = settings.image_size
+        span = range(start, min(start + TASK, len(source)))
+        pixels = np.empty((len(span), settings.channels, size, size), dtype=np.uint8)
+        good: list[int] = []
+        skipped: list[str] = []
+        for index in span:
+            try:
+                pixels[len(good)] = self._image(index)
+                good.append(index)
+            except UnreadableImageError as error:
+                skipped.append(f"{source.file_name(index)} ({error})")
+        labels = np.full(len(good), -1, dtype=np.int64)
+        if source.labels is not None:
+            labels[:] = source.labels[good].numpy()
+        names = [source.file_name(index).replace("\n", " ").encode() + b"\n" for index in good]
+        return _Part(pixels[: len(good)], labels, names, skipped)
+
+    def _image(self, index: int) -> np.ndarray:
+        settings, content = self.settings, self.source.open(index)
+        if isinstance(content, (bytes, Path)):
+            return decode(content, settings.image_size, settings.channels, settings.crop)
+        return fit(content, settings.image_size, settings.channels, settings.crop)
+
+
+_decoder: _Decoder | None = None
+"""Of a decoding process, which keeps nothing else; never set in the main process."""
+
+
+def _begin_process(decoder: _Decoder, parent: int) -> None:
+    """In a new process: keep the decoder, leave Ctrl-C to the parent, and end when the parent has ended."""
+    global _decoder
+    _decoder = decoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _decode_from(start: int) -> _Part:
+    assert _decoder is not None
+    return _decoder(start)

@@ -1,0 +1,174 @@
+"""A prepared set: uint8 images of one size in one memory-mapped file, written by `flowback prepare`.
+
+    prepared.json          format, source, settings, classes; each split's number of images and content hash
+    train/images.npy       (images, channels, size, size), uint8
+    train/labels.npy       (images,), int64; -1 throughout for unconditional
+    train/names.txt        the images' names, one a line; ends.npy holds where each one ends
+    test/...               the same; absent with --holdout 0, and then the training images are the test
+
+prepared.json is written last: a folder without it is not complete.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int64, UInt8
+from torch import Tensor
+
+from flowback.errors import InputError
+
+__all__ = ["FORMAT", "PreparedImages", "is_prepared", "load_prepared", "mapped", "read_summary"]
+
+FORMAT = 1
+"""Version of the folder's layout; a newer one is refused."""
+
+AGAIN = "run the same `flowback prepare` into an empty folder."
+
+
+@dataclass(frozen=True)
+class PreparedImages:
+    """Images read through the memory map; see `flowback.data.images.ImageSet`.
+
+    Only paths and numbers are kept or sent to other processes: each opens the files for itself, and the
+    page cache is shared by all.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    folder: Path
+    """Of the split."""
+    shape: tuple[int, int, int, int]
+    fingerprint: str
+    """Hash of the pixels, labels and names."""
+    skipped: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.name, self.classes, self.folder, self.shape, self.fingerprint, self.skipped)
+        return PreparedImages, fields
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @cached_property
+    def pixels(self) -> UInt8[Tensor, "n c h w"]:
+        """All images, mapped."""
+        return mapped(self.folder / "images.npy", np.uint8, self.shape)
+
+    @cached_property
+    def labels(self) -> Int64[Tensor, " n"] | None:
+        """Class of each image; None for unconditional.
+
+        Raises:
+            InputError: labels that are not those of the images.
+        """
+        if not self.classes:
+            return None
+        file = self.folder / "labels.npy"
+        labels = mapped(file, np.int64, self.shape[:1])
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+            raise InputError(f"{file} holds labels outside of the set's {len(self.classes)} classes; {AGAIN}")
+        return labels
+
+    def read(self, indices: Int[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+        """The images at ``indices``, copied once, from the page cache into the batch."""
+        return self.pixels.index_select(0, indices)
+
+    def file_name(self, index: int) -> str:
+        """The image's file, relative to the source."""
+        ends = mapped(self.folder / "ends.npy", np.int64, self.shape[:1])
+        start = int(ends[index - 1]) if index else 0
+        with (self.folder / "names.txt").open("rb") as file:
+            file.seek(start)
+            return file.read(int(ends[index]) - start).decode().rstrip("\n")
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether ``path`` is a prepared set, complete or not."""
+    return (path / "prepared.json").is_file() or (path / "preparing.json").is_file()
+
+
+def load_prepared(
+    path: Path, image_size: int, channels: int, split: Literal["train", "test"]
+) -> PreparedImages:
+    """A split of a prepared set.
+
+    Args:
+        path: the set's folder.
+        image_size: height and width that the model wants; the set must have been made so.
+        channels: the same for the channels.
+        split: part of the set.
+
+    Raises:
+        InputError: not complete, damaged, of another size, or labels that are not those of the images.
+    """
+    summary = read_summary(path)
+    settings, splits = summary["settings"], summary["splits"]
+    own = (settings["image_size"], settings["channels"])
+    if own != (image_size, channels):
+        raise InputError(
+            f"{path} was prepared with --image-size {own[0]} --channels {own[1]}, the model takes "
+            f"{image_size}x{image_size} with {channels}; prepare it again, or choose --model.image-size and "
+            "--model.channels."
+        )
+    part = split if split in splits else "train"
+    found = splits[part]
+    images = PreparedImages(
+        name=f"{path.resolve().name}-{part}",
+        classes=tuple(summary["classes"]),
+        folder=path / part,
+        shape=(found["images"], channels, image_size, image_size),
+        fingerprint=found["fingerprint"],
+        skipped=tuple(found["skipped"]),
+    )
+    _ = images.pixels, images.labels  # a damaged set is known before it is used
+    return images
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """prepared.json of a set.
+
+    Raises:
+        InputError: the set is not there, not complete, or from a newer flowback.
+    """
+    file = path / "prepared.json"
+    try:
+        summary = json.loads(file.read_text())
+        found = summary["format"]
+    except FileNotFoundError:
+        if (path / "preparing.json").is_file():
+            raise InputError(
+                f"{path} is not complete; run the same `flowback prepare` again, which goes on."
+            ) from None
+        raise InputError(f"{path} holds no prepared set; make one with `flowback prepare`.") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file} is damaged; {AGAIN}") from None
+    if found > FORMAT:
+        raise InputError(f"{file} has format {found}, this flowback reads up to {FORMAT}; update flowback.")
+    return summary
+
+
+def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> Tensor:
+    """A .npy file of that dtype and shape as a tensor on the memory map; writing to it changes no file.
+
+    Raises:
+        InputError: missing, cut short, or of another shape.
+    """
+    try:
+        # Copy on write: PyTorch has no read-only tensors.
+        array = np.load(file, mmap_mode="c", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing; {AGAIN}") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{file} is cut short or damaged ({error}); {AGAIN}") from None
+    if array.shape != shape or array.dtype != dtype:
+        raise InputError(
+            f"{file} holds {array.dtype} {array.shape}, prepared.json says {np.dtype(dtype)} {shape}; {AGAIN}"
+        )
+    return torch.from_numpy(np.asarray(array))

@@ -1,0 +1,224 @@
+"""Tar shards in webdataset's layout, read in place.
+
+Members that share a name up to its first dot are one image. The image is the member with the ending of an
+image; `.cls` (a number) or `.json` (with "label") gives its class; without any of them, the folder inside the
+shard does. `classes.txt` beside the shards, one a line, names the classes. Only uncompressed shards: their
+images are then read by offset, in any process.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from flowback.data.decode import EXTENSIONS
+from flowback.data.folder import fingerprint_of, held_out
+from flowback.errors import InputError
+
+__all__ = ["ShardSource", "is_sharded", "open_shards"]
+
+_BLOCK = 512
+_TESTS = ("test", "val")
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Images in tar files; see `flowback.data.sources.Source`."""
+
+    classes: tuple[str, ...]
+    labels: Int64[Tensor, " n"] | None
+    shards: tuple[Path, ...]
+    names: tuple[str, ...]
+    places: Int64[Tensor, "n 3"]
+    """Shard, offset and length of each image."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the shards' names, sizes and times, and of which images are meant."""
+        files = [shard.name for shard in self.shards]
+        return fingerprint_of(self.shards[0].parent, files, f"{len(self)} {self.places.sum(0).tolist()}")
+
+    def file_name(self, index: int) -> str:
+        """Name inside of the shard."""
+        return self.names[index]
+
+    def open(self, index: int) -> bytes:
+        """The image's file."""
+        shard, offset, length = self.places[index].tolist()
+        with self.shards[shard].open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+
+class _Index:
+    """What lies where in some shards."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.places = array("q")
+        self.classes: list[int | str | None] = []
+
+
+def is_sharded(root: Path) -> bool:
+    """Whether ``root`` is a tar file, or a folder with some in it or in its `train`."""
+    return root.suffix == ".tar" or any(root.glob("*.tar")) or any(root.glob("train/*.tar"))
+
+
+def open_shards(root: Path, holdout: float) -> dict[Literal["train", "test"], ShardSource]:
+    """The training and test images in tar shards.
+
+    The split is that of the folders or files `train...` and `test...` or `val...`; without, by ``holdout``.
+
+    Raises:
+        InputError: a shard cut short, labels for some images only, or no images.
+    """
+    shards = _shards(root)
+    train, test = shards
+    indexed = _index(train), _index(test)
+    found = [kind for index in indexed for kind in {type(value) for value in index.classes}]
+    if len(set(found)) > 1:
+        raise InputError(
+            f"{root}: some images have a class (.cls, .json or a folder) and others another kind or none; "
+            "give all of them one."
+        )
+    names = _class_names(root, [value for index in indexed for value in index.classes])
+    whole = [_source(shards[side], indexed[side], names) for side in (0, 1)]
+    if test:
+        return {"train": whole[0], "test": whole[1]}
+    if holdout == 0:
+        return {"train": whole[0]}
+    tested = torch.tensor(held_out(whole[0].names, holdout))
+    if bool(tested.all()):
+        raise InputError(f"--holdout {holdout} leaves no image of {root} for training; lower it.")
+    return {"train": _part(whole[0], ~tested), "test": _part(whole[0], tested)}
+
+
+def _shards(root: Path) -> tuple[list[Path], list[Path]]:
+    if root.suffix == ".tar":
+        files = [root]
+        if not root.is_file():
+            raise InputError(f"{root} does not exist.")
+    else:
+        files = sorted(root.glob("*.tar"))
+    if not files:
+        tests = [file for name in _TESTS for file in sorted((root / name).glob("*.tar"))]
+        return sorted((root / "train").glob("*.tar")), tests
+    tests = [file for file in files if file.name.startswith(_TESTS)]
+    if len(tests) == len(files):
+        tests = []
+    return [file for file in files if file not in tests], tests
+
+
+def _index(shards: Iterable[Path]) -> _Index:
+    """Read the headers of all members."""
+    index = _Index()
+    for number, shard in enumerate(shards):
+        key, image, label = "", None, None
+        for name, offset, length, text in _members(shard):
+            own, _, ending = name.rpartition("/")[2].partition(".")
+            own = name.removesuffix(f".{ending}") if ending else name
+            if own != key:
+                _keep(index, number, image, label)
+                key, image, label = own, None, None
+            if "." + ending.lower().rpartition(".")[2] in EXTENSIONS:
+                image = (name, offset, length)
+            elif text is not None:
+                label = _label(shard, name, text)
+        _keep(index, number, image, label)
+    return index
+
+
+def _keep(index: _Index, shard: int, image: tuple[str, int, int] | None, label: int | None) -> None:
+    if image is None:
+        return
+    name, offset, length = image
+    folder = name.rpartition("/")[0].rpartition("/")[2]
+    index.names.append(name)
+    index.places.extend((shard, offset, length))
+    index.classes.append(label if label is not None else folder or None)
+
+
+def _members(shard: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
+    """Name, offset and length of each file, and the content of labels."""
+    end = 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while (member := tar.next()) is not None:
+                end = tar.offset
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
+                if not member.isreg():
+                    continue
+                text = None
+                if member.name.endswith((".cls", ".json")):
+                    stream = tar.extractfile(member)
+                    text = stream.read() if stream is not None else None
+                yield member.name.removeprefix("./"), member.offset_data, member.size, text
+        with shard.open("rb") as file:
+            file.seek(end)
+            closing = file.read(_BLOCK)
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(
+            f"{shard} is cut short, compressed or no tar file ({error}); take another copy."
+        ) from None
+    if closing != bytes(_BLOCK):  # every tar file ends with empty blocks
+        raise InputError(f"{shard} is cut short: it has no end mark; take another copy.")
+
+
+def _label(shard: Path, name: str, text: bytes) -> int | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise InputError(f"{shard}: {name} holds no number; a .cls file holds the class's.") from None
+    if name.endswith(".json"):
+        value = value.get("label") if isinstance(value, dict) else None
+        if value is None:
+            return None
+    if not isinstance(value, int) or value < 0:
+        raise InputError(f"{shard}: {name} holds the label {value!r}; labels are numbers from 0.")
+    return value
+
+
+def _class_names(root: Path, values: list[int | str | None]) -> tuple[str, ...]:
+    """Names of the classes, from folders, from classes.txt or by number."""
+    if not values:
+        raise InputError(f"The shards in {root} hold no images.")
+    if values[0] is None:
+        return ()
+    if isinstance(values[0], str):
+        return tuple(sorted({str(value) for value in values}))
+    count = 1 + max(int(value) for value in values if value is not None)
+    file = (root if root.is_dir() else root.parent) / "classes.txt"
+    if not file.is_file():
+        return tuple(map(str, range(count)))
+    names = tuple(file.read_text().split("\n"))
+    names = names[:-1] if names[-1] == "" else names
+    if len(names) < count:
+        raise InputError(f"{file} names {len(names)} classes, the shards hold labels up to {count - 1}.")
+    return names
+
+
+def _source(shards: list[Path], index: _Index, names: tuple[str, ...]) -> ShardSource:
+    number: dict[int | str | None, int] = {name: k for k, name in enumerate(names)}
+    number |= {k: k for k in range(len(names))}
+    labels = torch.tensor([number[value] for value in index.classes], dtype=torch.int64) if names else None
+    places = torch.tensor(index.places, dtype=torch.int64).view(-1, 3)
+    return ShardSource(names, labels, tuple(shards), tuple(index.names), places)
+
+
+def _part(source: ShardSource, mask: Tensor) -> ShardSource:
+    names = tuple(name for name, own in zip(source.names, mask.tolist(), strict=True) if own)
+    labels = None if source.labels is None else source.labels[mask]
+    return ShardSource(source.classes, labels, source.shards, names, source.places[mask])

@@ -1,0 +1,265 @@
+"""What `flowback prepare` reads: images one by one, in a fixed order, with names and labels.
+
+A source only lists; its images are opened by the processes that decode them. The listing is the one thing
+that is held in memory: about 150 bytes an image.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol, get_args, get_type_hints, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from PIL import Image
+from torch import Tensor
+
+from flowback.config import DataConfig
+from flowback.data.folder import fingerprint_of, held_out, labels_of, list_images, split_folder
+from flowback.data.hub import is_saved, open_hub
+from flowback.data.named import Pictures, pictures
+from flowback.data.shards import is_sharded, open_shards
+from flowback.errors import InputError
+
+__all__ = ["FileSource", "PictureSource", "Source", "Split", "open_source"]
+
+Split = Literal["train", "test"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Images of any size and kind."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; empty for unconditional."""
+        ...
+
+    @property
+    def labels(self) -> Int64[Tensor, " n"] | None:
+        """Class of each image; None for unconditional."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash that changes when the source does."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def file_name(self, index: int) -> str:
+        """Name of an image."""
+        ...
+
+    def open(self, index: int) -> Path | bytes | Image.Image:
+        """An image as a file, the bytes of one, or decoded."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Files in a folder."""
+
+    classes: tuple[str, ...]
+    labels: Int64[Tensor, " n"] | None
+    folder: Path
+    files: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of names, sizes, times and labels."""
+        labels = "" if self.labels is None else hashlib.blake2b(self.labels.numpy().tobytes()).hexdigest()
+        return fingerprint_of(self.folder, self.files, labels)
+
+    def file_name(self, index: int) -> str:
+        """The file, relative to the folder."""
+        return self.files[index]
+
+    def open(self, index: int) -> Path:
+        """The file's path."""
+        return self.folder / self.files[index]
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Images in memory."""
+
+    name: str
+    pictures: Pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures.images)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.pictures.classes
+
+    @cached_property
+    def labels(self) -> Int64[Tensor, " n"]:
+        """Class of each image."""
+        return torch.as_tensor(self.pictures.targets, dtype=torch.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the pixels and labels."""
+        digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
+        for image in self.pictures.images:
+            digest.update(np.asarray(image).tobytes())
+        return digest.hexdigest()
+
+    def file_name(self, index: int) -> str:
+        """The set's name and the image's number."""
+        return f"{self.name}-{index:06d}"
+
+    def open(self, index: int) -> Image.Image:
+        """The image."""
+        return self.pictures.images[index]
+
+
+def open_source(
+    data: str, image_size: int, channels: int, holdout: float, labels: Path | None = None,
+    path: Path | None = None, download: bool = False,
+) -> Mapping[Split, Source]:  # fmt: skip
+    """The training and test images of ``data``; with ``holdout`` 0 and no split of its own, no test.
+
+    Args:
+        data: a folder of images, a folder of tar shards or one shard, `hf:NAME` or a folder written by
+            `datasets`, or a set known by name.
+        image_size: size that FakeData is made at.
+        channels: of FakeData.
+        holdout: share kept for the test where the source has no split.
+        labels: CSV file of image and class, for images that do not lie in class folders.
+        path: where the files of a named set lie.
+        download: fetch a named set.
+
+    Raises:
+        InputError: nothing there, or parts that do not fit together.
+    """
+    if labels is not None and not Path(data).is_dir():
+        raise InputError(f"--labels {labels} goes with a folder of images, and {data} is none.")
+    if data.startswith("hf:") or is_saved(Path(data)):
+        return open_hub(data, holdout)
+    if data in set(get_args(get_type_hints(DataConfig)["name"])) - {"folder", "prepared"}:
+        config = DataConfig(data, path, download)  # type: ignore[arg-type]
+        splits: tuple[Split, ...] = ("train", "test")
+        return {
+            split: PictureSource(f"{data}-{split}", pictures(config, image_size, channels, split))
+            for split in splits
+        }
+    root = Path(data)
+    if is_sharded(root):
+        return open_shards(root, holdout)
+    if not root.is_dir():
+        raise InputError(f"{data} is no folder, no tar file, no set known by name, and not hf:NAME.")
+    return _labelled(root, labels, holdout) if labels is not None else _folder(root, holdout)
+
+
+def _folder(root: Path, holdout: float) -> dict[Split, Source]:
+    """The split that training from the folder itself would make."""
+    found: dict[Split, Source] = {}
+    folder, listing = split_folder(root, holdout, "train")
+    splits: list[Split] = ["train", "test"]
+    if holdout == 0 and split_folder(root, holdout, "test") == (folder, listing):
+        splits = ["train"]
+    for split in splits:
+        folder, listing = split_folder(root, holdout, split)
+        found[split] = FileSource(
+            listing.classes, labels_of(listing.classes, listing.files), folder, listing.files
+        )
+    return found
+
+
+def _labelled(root: Path, labels: Path, holdout: float) -> dict[Split, Source]:
+    """A folder whose images, all or those of the test, get their classes from a file."""
+    train = root / "train"
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if train.is_dir() and test is not None:
+        listings = {"train": list_images(train), "test": list_images(test)}
+        flat = [file for listing in listings.values() if not listing.classes for file in listing.files]
+        table = _read_labels(labels, flat, root)
+        classes = listings["train"].classes or tuple(sorted(set(table.values())))
+        sides: tuple[tuple[Split, Path], ...] = (("train", train), ("test", test))
+        return {
+            split: FileSource(
+                classes,
+                _numbers(listings[split].files, table, classes, labels),
+                folder,
+                listings[split].files,
+            )
+            for split, folder in sides
+        }
+    listing = list_images(root)
+    if listing.classes:
+        raise InputError(f"{root} has class folders; leave --labels {labels} out.")
+    table = _read_labels(labels, listing.files, root)
+    classes = tuple(sorted(set(table.values())))
+    tested = held_out(listing.files, holdout) if holdout else [False] * len(listing.files)
+    found: dict[Split, Source] = {}
+    splits: tuple[Split, ...] = ("train", "test") if holdout else ("train",)
+    for split in splits:
+        files = tuple(
+            file for file, own in zip(listing.files, tested, strict=True) if own == (split == "test")
+        )
+        found[split] = FileSource(classes, _numbers(files, table, classes, labels), root, files)
+    return found
+
+
+def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, str]:
+    """Class of each of ``files``: the first word of the second column; the ending of a name may be left out.
+
+    A first line that names none of the files is a heading.
+    """
+    try:
+        with file.open(newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--labels {file} cannot be read ({error}).") from None
+    known = {_stem(name): name for name in files}
+    table: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        name = known.get(_stem(row[0]))
+        if name is None and number == 1:
+            continue
+        if name is None:
+            raise InputError(
+                f"--labels {file}, line {number}: {row[0]} is not in {folder}; give the labels of its images."
+            )
+        if len(row) < 2 or not row[1].split():
+            raise InputError(f"--labels {file}, line {number}: not `image,class`.")
+        if table.setdefault(name, row[1].split()[0]) != row[1].split()[0]:
+            raise InputError(f"--labels {file}, line {number}: {row[0]} has two classes; keep one.")
+    missing = [name for name in files if name not in table]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"--labels {file} gives no class for {missing[0]}{more}; add them.")
+    return table
+
+
+def _stem(name: str) -> str:
+    return name.rsplit(".", 1)[0] if "." in name.rsplit("/", 1)[-1] else name
+
+
+def _numbers(
+    files: Sequence[str], table: dict[str, str], classes: tuple[str, ...], labels: Path
+) -> Int64[Tensor, " n"]:
+    """Class of each file: by the table, or by its folder."""
+    number = {name: index for index, name in enumerate(classes)}
+    named = [table.get(file) or file.split("/", 1)[0] for file in files]
+    wrong = next((row for row, name in enumerate(named) if name not in number), None)
+    if wrong is not None:
+        raise InputError(
+            f"--labels {labels}: {files[wrong]} has the class {named[wrong]}, which no training image has."
+        )
+    return torch.tensor([number[name] for name in named], dtype=torch.int64)
