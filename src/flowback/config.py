@@ -18,6 +18,7 @@ from flowback.errors import InputError, nearest
 
 __all__ = [
     "AlignmentConfig",
+    "CodecConfig",
     "DataConfig",
     "ModelConfig",
     "RunConfig",
@@ -135,6 +136,27 @@ class DataConfig:
             0 <= self.holdout < 1, "--data.holdout must be in [0, 1); 0 evaluates on the training images."
         )
         _require(self.workers >= 0, "--data.workers must not be negative.")
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """What stands between images and flow: nothing, or a VAE whose latents the flow models."""
+
+    vae: str | None = None
+    """AutoencoderKL or AutoencoderTiny of diffusers: its name on the hub, or its folder; None: pixels."""
+    revision: str | None = None
+    """Revision of the VAE on the hub."""
+    weights: str | None = None
+    """SHA-256 of the VAE's weights, taken when the data were prepared."""
+    scale: float = 0.18215
+    """Factor of the latents: the flow sees (latent - shift) · scale."""
+    shift: float = 0.0
+    """Subtracted from the latents before they are scaled."""
+    image_size: int = 256
+    """Height and width of the decoded images."""
+
+    def __post_init__(self) -> None:
+        _require(self.scale > 0, "--codec.scale must be above 0.")
 
 
 @dataclass(frozen=True)
@@ -278,6 +300,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
 
     def __post_init__(self) -> None:
         if self.data.path is not None and self.data.name == "digits":

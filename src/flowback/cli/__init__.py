@@ -24,6 +24,7 @@ VERBS = {
     "probe": "linear probes of every block and layer",
     "compare": "two evaluation records side by side",
     "presets": "list the presets",
+    "reproduce": "train and evaluate the rows of a table, and fill it in",
     "import-tarflow": "read a checkpoint with TARFlow's parameter names",
     "export-tarflow": "write a checkpoint with TARFlow's parameter names",
 }

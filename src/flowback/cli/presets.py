@@ -8,13 +8,18 @@ from typing import Any
 
 import tyro
 
-from flowback.cli.output import show_table
+from flowback.cli.output import say, show_table
 from flowback.config import to_dict
-from flowback.flow.cost import flops_per_image, parameters
+from flowback.flow.cost import flops_per_image, parameters, training_bytes, training_days
 from flowback.presets import PRESETS
 from flowback.record import environment, write_json
 
 __all__ = ["Options", "run"]
+
+UTILISATION = 0.4
+"""Share of an H100's bf16 peak that the estimated days assume."""
+AT_ONCE = 64
+"""Images in the estimated memory."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +35,43 @@ def run(argv: list[str]) -> None:
     options = tyro.cli(Options, args=argv, prog="flowback presets")
     rows: list[dict[str, Any]] = []
     for name, preset in PRESETS.items():
-        model = preset.config.model
+        model, train = preset.config.model, preset.config.train
         rows.append(
             {
                 "name": name,
                 "about": preset.about,
                 "parameters": parameters(model),
                 "flops_per_image": flops_per_image(model),
+                "training_bytes": training_bytes(model, AT_ONCE, train.precision),
+                "h100_days": training_days(model, train.steps * train.batch_size, UTILISATION),
                 "published": preset.published,
                 "measured": preset.measured,
                 "config": to_dict(preset.config),
             }
         )
     show_table(
-        "Presets (published: the paper's numbers)",
-        ["name", "about", "M params", "GFLOP/image", "published", "measured"],
+        "Presets",
+        ["name", "about", "M params", "GFLOP/image", "GiB", "H100 days", "published", "measured"],
         [
             [
                 row["name"],
                 row["about"],
                 row["parameters"] / 1e6,
                 row["flops_per_image"] / 1e9,
+                row["training_bytes"] / 2**30,
+                row["h100_days"],
                 ", ".join(f"{key} {value:g}" for key, value in row["published"].items()) or "–",
                 row["measured"],
             ]
             for row in rows
         ],
     )
+    say(
+        "GFLOP: an encode pass; a training step takes three times as much for each image. "
+        f"GiB: estimated for {AT_ONCE} images at once (--train.micro-batch). "
+        f"H100 days: estimated for one, at {UTILISATION:.0%} of its bf16 peak, without alignment. "
+        "Published: the papers' numbers."
+    )
     if options.json:
-        write_json(options.json, {"environment": environment(), "presets": rows})
+        record = {"environment": environment(), "utilisation": UTILISATION, "images_at_once": AT_ONCE}
+        write_json(options.json, {**record, "presets": rows})

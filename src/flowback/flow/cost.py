@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from flowback.config import ModelConfig
 from flowback.flow.tarflow import Flow
 
-__all__ = ["flops_per_image", "parameters", "training_bytes"]
+__all__ = ["H100_FLOPS", "flops_per_image", "parameters", "training_bytes", "training_days"]
+
+H100_FLOPS = 989e12
+"""Dense bf16 operations a second of one NVIDIA H100 SXM, by its data sheet."""
 
 
 def _layer_weights(model: ModelConfig) -> int:
@@ -19,6 +24,7 @@ def _layer_weights(model: ModelConfig) -> int:
     return 4 * w * w + 2 * w * hidden
 
 
+@lru_cache(maxsize=128)
 def parameters(model: ModelConfig) -> int:
     """Number of weights of the flow.
 
@@ -48,3 +54,11 @@ def training_bytes(model: ModelConfig, batch: int, precision: str) -> int:
     """
     values = 16 * model.width * model.tokens * model.layers * model.blocks * batch
     return 5 * 4 * parameters(model) + values * (2 if precision == "bf16" else 4)
+
+
+def training_days(model: ModelConfig, images: int, utilisation: float) -> float:
+    """Days on one H100 that does ``utilisation`` of :data:`H100_FLOPS`, for a training on so many images.
+
+    Of the flow alone, forward and backward; alignment adds its encoder and its part of the flow.
+    """
+    return 3 * flops_per_image(model) * images / (H100_FLOPS * utilisation) / 86_400
