@@ -4,9 +4,10 @@
 
 A flow of 8 blocks of 4 layers, width 256, on 64 x 64 images in 256 tokens; the last two blocks aligned at
 layer 3; targets of 384 dimensions, made before. Each row is a whole step, forward and backward of both
-losses, and `ratio` is the median over the turns of its time to that of the plain step `none` in the same turn. Three rows decode under autograd:
-`sequential` is the naive form, the block's forward pass anew for each token; `sequential-prefix` runs it on
-the known tokens only; `sequential-cached` keeps keys and values. The naive form takes 8 GB for each image.
+losses, and `ratio` is the median over the turns of its time to that of the plain step `none` beside it.
+Three rows decode under autograd: `sequential` is the naive form, the block's forward pass anew for each
+token; `sequential-prefix` runs it on the known tokens only; `sequential-cached` keeps keys and values. The
+naive form takes 8 GB for each image.
 
 The flow is trained for a moment first, on crops of scikit-learn's two photographs: the terms that `exact`
 takes, and the error of a truncated series, depend on the flow. Errors are relative, in the 2-norm, over
