@@ -19,7 +19,10 @@ from flowback.record import environment, replacing, write_json
 
 __all__ = ["Options", "run"]
 
-COLUMNS = ("nll", "top1_gradient", "top1_exhaustive", "fd_efficientnet_lite0", "fid", "sfid", "inception_score")
+COLUMNS = (
+    *("nll", "top1_gradient", "top1_exhaustive", "fd_efficientnet_lite0"),
+    *("fid", "sfid", "inception_score"),
+)
 """Figures of a row, where the evaluation gives them."""
 
 
