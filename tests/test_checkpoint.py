@@ -105,6 +105,20 @@ def test_a_failure_in_the_middle_leaves_the_old_checkpoint_or_nothing(tmp_path, 
         assert checkpoint.load_training_state(folder)["step"] == 7
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, replacing a folder takes two renames")
+def test_a_folder_that_is_replaced_is_there_at_every_moment(folder):
+    """A moment is any call or return of a function."""
+    there = []
+    sys.setprofile(lambda *_: there.append((folder / "config.json").is_file()))
+    try:
+        checkpoint.save(folder, CONFIG, weights(1))
+    finally:
+        sys.setprofile(None)
+    assert len(there) > 100
+    assert all(there)
+    assert same(load(folder), weights(1))
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failing_rename_leaves_the_old_checkpoint(folder, monkeypatch, failing):
     calls, rename = [], Path.rename
@@ -113,6 +127,7 @@ def test_a_failing_rename_leaves_the_old_checkpoint(folder, monkeypatch, failing
         calls.append(self)
         return full_disk() if len(calls) == failing else rename(self, target)
 
+    monkeypatch.setattr(checkpoint, "_exchange", lambda *_: False)  # as on file systems that cannot
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(folder, CONFIG, weights(1))
@@ -170,8 +185,11 @@ def test_a_flipped_bit_is_found(folder, name, share):
 
 
 def change_config(folder: Path, **changes) -> None:
+    """As another program would have written it, which gives no sum of its own content."""
     file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    values = json.loads(file.read_text())
+    values["sha256"].pop("config.json")
+    file.write_text(json.dumps({**values, **changes}))
 
 
 def test_a_newer_format_is_refused(folder):

@@ -6,13 +6,15 @@
     training.pt            raw weights, optimiser and position; only needed to go on training
 
 A folder appears whole or not at all: it is written under a temporary name, flushed to disk and renamed.
-config.json holds the SHA-256 of the other files, which is compared whenever they are read.
+config.json holds the SHA-256 of the other files and of its own content, which are compared whenever they
+are read.
 A run keeps its checkpoints in ``checkpoints/step-NNNNNNNN``, and every function here that takes a path
 takes the run's folder too, and then uses the newest.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -58,7 +60,7 @@ def resolve(path: str | Path) -> Path:
         InputError: there is none.
     """
     path = Path(path)
-    if (path / "model.safetensors").is_file():
+    if any((path / name).is_file() for name in ("model.safetensors", "training.pt")):
         return path
     folders = step_folders(path)
     if folders:
@@ -99,13 +101,20 @@ def save(
             save_file(contiguous, temporary / name, metadata={"format": "pt"})
         if training is not None:
             torch.save(training, temporary / "training.pt")
+        settings = {"format": FORMAT, **to_dict(config)}
         sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / "config.json", {"format": FORMAT, **to_dict(config), "sha256": sums})
+        sums["config.json"] = _settings_sum(settings)
+        write_json(temporary / "config.json", {**settings, "sha256": sums})
         for written in (*temporary.iterdir(), temporary):
             _flush(written)
         _swap(temporary, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (SafetensorError, RuntimeError)):  # so the two writers speak of a full disk
+            raise InputError(
+                f"{folder} cannot be written: the disk is full, or a quota is met; make room and go on from "
+                "the checkpoint before it."
+            ) from error
         raise
     _flush(folder.parent)
 
@@ -115,18 +124,30 @@ def _average_file(decay: float) -> str:
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Put the complete folder ``new`` in the place of ``folder``."""
+    """Put the folder ``new`` in the place of ``folder``, without a moment when neither stands there."""
     if not folder.exists():
         new.rename(folder)
-        return
-    old = new.with_name(new.name + ".old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
+    elif _exchange(new, folder):
+        shutil.rmtree(new)
+    else:  # two renames: a kill between them leaves the old one under a temporary name
+        old = new.with_name(new.name + ".old")
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system cannot.
+
+    Linux's renameat2 with RENAME_EXCHANGE, which Python does not offer.
+    """
+    here, exchange = -100, 2
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0
 
 
 def _flush(path: Path) -> None:
@@ -140,6 +161,11 @@ def _flush(path: Path) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _settings_sum(settings: dict[str, Any]) -> str:
+    """SHA-256 of config.json's content, in a form that spaces and the order of keys do not change."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(file: Path) -> None:
@@ -165,7 +191,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file} has no format number: this is not a flowback checkpoint.")
     if found > FORMAT:
         raise InputError(f"{file} has format {found}, this flowback reads up to {FORMAT}; update flowback.")
-    return {"sha256": {}, **values}
+    values = {"sha256": {}, **values}
+    expected = values["sha256"].pop("config.json", None)
+    settings = {name: value for name, value in values.items() if name != "sha256"}
+    if expected not in (None, _settings_sum({"format": found, **settings})):
+        raise InputError(
+            f"{file} is damaged: its content has another SHA-256 than it says; take another copy."
+        )
+    return values
 
 
 def read_config(folder: Path) -> RunConfig:

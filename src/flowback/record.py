@@ -88,7 +88,9 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # writing, unlike opening, does not know it
+            error.filename = str(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
