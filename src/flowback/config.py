@@ -264,8 +264,14 @@ class TrainConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 for none."""
-    tensorboard: bool = False
-    """Write TensorBoard files too (extra `flowback-nf[tensorboard]`)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also show the metrics there (extras of these names: `pip install flowback-nf[wandb]`)."""
+    checkpoint_activations: bool = False
+    """Keep the input of each Transformer layer only, and compute the rest again for the gradient."""
+    compile: bool = False
+    """Compile the Transformer of each block; the first steps take minutes."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before it gives up; longer than an evaluation takes."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "log_every", "eval_every", "save_every", "eval_images", "keep_last")
@@ -285,6 +291,8 @@ class TrainConfig:
         _require(self.bad_steps is None or self.bad_steps >= 0, "--train.bad-steps must not be negative.")
         _require(self.spike is None or self.spike > 1, "--train.spike must be above 1.")
         _require(self.grad_clip is None or self.grad_clip > 0, "--train.grad-clip must be above 0.")
+        _require(self.timeout > 0, "--train.timeout must be above 0.")
+        _require(len(set(self.trackers)) == len(self.trackers), "--train.trackers repeats a name.")
 
     @property
     def averages(self) -> tuple[float, ...]:

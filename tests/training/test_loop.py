@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import runs
 from flowback import checkpoint
 from flowback.config import AlignmentConfig
 from flowback.errors import InputError
@@ -24,23 +25,11 @@ def weights(run):
     return load_file(checkpoint.resolve(run) / "model.safetensors")
 
 
-def assert_same_run(one, two):
-    """Bit for bit: averaged weights, raw weights and the optimiser's state."""
-    first, second = (checkpoint.load_training_state(checkpoint.resolve(run)) for run in (one, two))
-    for before, after in ((first["objective"], second["objective"]), (weights(one), weights(two))):
-        assert before.keys() == after.keys()
-        for name in before:
-            assert torch.equal(before[name], after[name]), name
-    for index, state in first["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, second["optimizer"]["state"][index][name]), (index, name)
-    assert first["step"] == second["step"]
-
-
 class NaNTargets:
     """Features that are NaN at some steps, counted from 0."""
 
     dim = 6
+    originals = None
 
     def __init__(self, steps):
         self.steps, self.step = steps, -1
@@ -105,7 +94,7 @@ def test_killed_and_run_again_equals_the_run_that_was_not(config, digits, target
     with pytest.raises(Kill):
         train(config, digits, tmp_path / "killed", targets, [killer(at)])
     train(config, digits, tmp_path / "killed", targets)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
     rows = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "nll" in row] == [4, 8, 12]
 
@@ -132,7 +121,7 @@ def test_a_signal_saves_and_the_rest_equals(config, digits, tmp_path):
     assert signal.getsignal(signal.SIGTERM) == handler
     assert checkpoint.resolve(tmp_path / "stopped").name == "step-00000005"
     train(config, digits, tmp_path / "stopped")
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(config, digits, tmp_path, caplog):
@@ -142,7 +131,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(config, di
     file.write_bytes(file.read_bytes()[:-100])
     train(config, digits, tmp_path / "hurt")
     assert str(file) in caplog.text
-    assert_same_run(tmp_path / "whole", tmp_path / "hurt")
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "hurt")
 
 
 def test_non_finite_gradient_stops_with_the_step_and_keeps_the_checkpoint(config, digits, tmp_path):
@@ -218,16 +207,7 @@ def test_gradients_are_compared_at_intervals(config, digits, targets, tmp_path):
     assert found[0]["grad_alignment_1"] == 0
     assert found[0]["grad_alignment_2"] > 0
     train(replaced(config, diagnose_every=0), digits, tmp_path / "two", targets)
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # tensorboard's own
-def test_tensorboard_gets_the_rows(config, digits, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(replaced(config, tensorboard=True), digits, tmp_path)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("nll")] == [4, 8, 12]
+    runs.assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_several_averages_and_kept_checkpoints(config, digits, tmp_path):

@@ -31,6 +31,8 @@ VERBS = {
 
 BAD_INPUT = 2
 """Exit code for options, files or data that the user can mend."""
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says of a full disk, a limit on files, or a folder of others."""
 INTERRUPTED = 75
 """Exit code of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to go on)."""
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in UNWRITABLE:
             raise
         reason = os.strerror(error.errno)
         return _refuse(

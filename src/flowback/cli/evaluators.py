@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flowback.classification import classify
 from flowback.config import RunConfig
@@ -13,7 +14,7 @@ from flowback.flow import Flow
 from flowback.flow.likelihood import nll_per_dim, to_unit_range
 from flowback.flow.noise import add_noise
 from flowback.sampling import sample
-from flowback.sampling.output import save_grid
+from flowback.sampling.output import grid, save_png
 from flowback.training import Evaluator
 
 __all__ = ["held_out_figures", "likelihood_evaluator", "picture_evaluator"]
@@ -60,7 +61,7 @@ def held_out_figures(flow: Flow, images: ImageSet, limit: int, exhaustive: bool 
 def likelihood_evaluator(config: RunConfig, test: ImageSet) -> Evaluator:
     """Test nll and gradient accuracy every ``--train.eval-every`` steps."""
 
-    def call(step: int, flow: Flow) -> dict[str, float]:
+    def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
         del step
         figures = held_out_figures(flow, test, config.train.eval_images)
         return {f"test_{name}": value for name, value in figures.items()}
@@ -69,13 +70,14 @@ def likelihood_evaluator(config: RunConfig, test: ImageSet) -> Evaluator:
 
 
 def picture_evaluator(config: RunConfig, folder: Path) -> Evaluator:
-    """A grid of samples every ``--train.sample-every`` steps, always from the same noise."""
+    """A grid of samples every ``--train.sample-every`` steps of the same noise, as files and for trackers."""
 
-    def call(step: int, flow: Flow) -> dict[str, float]:
+    def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
         classes = min(flow.config.num_classes or 0, 8)
         labels = [k for k in range(classes) for _ in range(8)] or None
         images = sample(flow, labels, seeds=range(8 * (classes or 8)))
-        save_grid(images, folder / f"step-{step:08d}.png", columns=8)
-        return {}
+        sheet = grid(images, columns=8)
+        save_png(sheet, folder / f"step-{step:08d}.png")
+        return {"samples": sheet}
 
     return Evaluator(config.train.sample_every, call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from flowback.data.images import load_images
 from flowback.errors import InputError
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
 from flowback.record import environment, write_json
-from flowback.training import Interrupted, train
+from flowback.training import Interrupted, ProcessLostError, noticing_loss, start, train
 
 __all__ = ["Options", "resolve_classes", "run"]
 
@@ -55,12 +56,13 @@ class Options:
 
 
 def run(argv: list[str]) -> int | None:
-    """Train; returns 75 if a signal stopped the run after saving."""
+    """Train; returns 75 if a signal stopped the run after saving, 74 if another process of it is gone."""
     options = _parse(argv)
     config = RunConfig(options.model, options.data, options.alignment, options.train)
     if options.dry_run:
         _dry_run(config)
         return None
+    state = start(config.train)
     model = config.model
     images = load_images(config.data, model.image_size, model.channels, "train")
     config = resolve_classes(config, len(images.classes))
@@ -68,16 +70,23 @@ def run(argv: list[str]) -> int | None:
     evaluators = [likelihood_evaluator(config, test)]
     if config.train.sample_every:
         evaluators.append(picture_evaluator(config, options.out / "samples"))
-    targets = make_targets(config, images, cache_folder() / "features")
     try:
+        with noticing_loss(state), state.main_process_first():  # it computes the features that all read
+            targets = make_targets(config, images, cache_folder() / "features")
         row = train(config, images, options.out, targets, evaluators, options.preset)
     except Interrupted as stop:
-        say(f"{stop}; saved in {options.out}. The same command goes on.")
+        if state.is_main_process:
+            say(f"{stop}; saved in {options.out}. The same command goes on.")
         return 75
+    except ProcessLostError as lost:
+        sys.stderr.write(f"flowback: {lost}; the same command goes on from the last checkpoint.\n")
+        return 74
+    if not state.is_main_process:
+        return None
     show_table(f"{options.preset} after {row['step']} steps", ["metric", "value"], list(row.items()))
     say(f"Checkpoint: {options.out}   (flowback sample {options.out} --out samples)")
     if options.json:
-        record = {"environment": environment(), "config": to_dict(config), "result": row}
+        record = {"environment": environment(state.device), "config": to_dict(config), "result": row}
         write_json(options.json, record)
     return None
 

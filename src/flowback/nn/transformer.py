@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from flowback.nn.attention import CausalAttention, KVCache, Rotary
 
@@ -131,6 +132,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, head_dim, mlp, ratio, qk_norm) for _ in range(layers))
         self.heads, self.head_dim = width // head_dim, head_dim
+        self.checkpointing = False
+        """Keep the input of each layer only, and compute the layer again for the gradient."""
 
     def empty_cache(self, batch: int, tokens: int, like: Tensor) -> KVCache:
         """Room for the keys and values of ``tokens`` tokens of ``batch`` sequences."""
@@ -149,7 +152,12 @@ class Transformer(nn.Module):
         states: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             own = None if cache is None else (cache.keys[index], cache.values[index])
-            x = layer(x, rotary, own, start, temperature)
+            if self.checkpointing and cache is None and torch.is_grad_enabled():
+                x = checkpoint(
+                    layer, x, rotary, None, start, temperature, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = layer(x, rotary, own, start, temperature)
             if index + 1 in hidden:
                 states[index + 1] = x
         return x, states

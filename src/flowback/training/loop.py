@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import json
 import logging
-import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,28 +17,24 @@ from torch import Tensor, nn
 
 from flowback import checkpoint
 from flowback.alignment.diagnostics import gradient_balance
-from flowback.config import RunConfig, to_dict
+from flowback.config import RunConfig
 from flowback.data.images import ImageSet
 from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.progress import bar
-from flowback.record import environment, replacing, write_json
+from flowback.training.bodies import set_up_bodies
+from flowback.training.folder import RunFolder, Stored
 from flowback.training.health import Guard, block_statistics
-from flowback.training.objective import Losses, Objective, Targets
+from flowback.training.objective import Losses, Objective, Targets, weighted_mean
+from flowback.training.processes import Vote, noticing_loss, signals, start
 from flowback.training.schedule import average_decay, learning_rate, update_average
-from flowback.training.stream import Batch, batches
+from flowback.training.speed import peak_flops, peak_memory, step_flops
+from flowback.training.stream import Batch, batches, noticing_dead_workers
+from flowback.training.trackers import check_trackers, open_trackers, show, tracker_settings
 
 __all__ = ["BadGradientError", "Evaluator", "Interrupted", "train"]
 
 log = logging.getLogger("flowback")
-
-MAY_CHANGE = {
-    "train": {"steps", "micro_batch", "device", "log_every", "eval_every", "save_every", "sample_every"}
-    | {"diagnose_every", "eval_images", "keep_last", "keep_every", "tensorboard"},
-    "data": {"path", "workers", "download", "bad_images"},
-    "alignment": {"weights"},
-}
-"""Options that a resumed run may change; all others would make it another run."""
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error
@@ -58,12 +49,12 @@ class BadGradientError(InputError):
 class Evaluator:
     """Something to look at while training: called with the step and the averaged flow, in eval mode.
 
-    What it returns goes into metrics.jsonl.
+    The numbers that it returns go into metrics.jsonl, pictures, (c, h, w) of 8-bit values, to the trackers.
     """
 
     every: int
     """Steps between calls; the last step is always one."""
-    call: Callable[[int, Flow], dict[str, float]]
+    call: Callable[[int, Flow], Mapping[str, float | Tensor]]
 
 
 def train(
@@ -76,12 +67,14 @@ def train(
 ) -> dict[str, Any]:
     """Train a flow until ``config.train.steps``; resumes what stands in ``out``.
 
+    Every process of a run calls it with the same arguments, and all must see the same folder.
+
     Args:
         config: all settings, with the number of classes known.
         images: the training images.
         out: the run's folder: config.json, environment.json, metrics.jsonl, checkpoints/.
         targets: gives the encoder's features of a batch; needed when alignment is active.
-        evaluators: called at their intervals with the averaged flow.
+        evaluators: called at their intervals with the averaged flow, in the main process.
         description: shown beside the progress bar.
 
     Returns:
@@ -91,18 +84,34 @@ def train(
         InputError: the folder holds another run, or options changed that must not.
         BadGradientError: gradients are not finite; the last good checkpoint stands.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
+        ProcessLostError: another process of the run is gone; the last checkpoint stands.
     """
-    run = _Run(config, images, Path(out), targets)
-    with _signals() as asked, bar("images") as progress:
+    state = start(config.train)
+    _check(config, images, targets, state.num_processes)
+    run = None
+    try:
+        with noticing_loss(state), noticing_dead_workers():
+            run = _Run(config, images, Path(out), targets)
+            _loop(run, evaluators, description)
+            return run.last
+    finally:
+        if run is not None:
+            run.close()
+
+
+def _loop(run: _Run, evaluators: Sequence[Evaluator], description: str) -> None:
+    config = run.config
+    with signals() as asked, bar("images") as progress:
         task = progress.add_task(description, total=config.train.steps * config.train.batch_size, note="")
         progress.update(task, completed=run.step * config.train.batch_size)
-        originals = targets.originals if targets is not None else None
-        stream = batches(images, config, run.step, run.rank, run.processes, run.device, originals)
+        originals = run.targets.originals if run.targets is not None else None
+        stream = batches(run.images, config, run.step, run.rank, run.processes, run.device, originals)
         started = time.perf_counter()
         for batch in stream:
             losses, gradient = run.update(batch)
             progress.advance(task, config.train.batch_size)
             row: dict[str, Any] = {}
+            pictures: dict[str, Tensor] = {}
             if run.due(config.train.log_every):
                 run.seconds += time.perf_counter() - started
                 row = run.measure(batch, losses, gradient)
@@ -111,11 +120,13 @@ def train(
             run.seconds += time.perf_counter() - started  # evaluation and saving are not training
             for evaluator in evaluators:
                 if run.due(evaluator.every):
-                    row |= run.evaluate(evaluator)
+                    found = run.evaluate(evaluator)
+                    row |= {k: v for k, v in found.items() if not isinstance(v, Tensor)}
+                    pictures |= {k: v for k, v in found.items() if isinstance(v, Tensor)}
             if config.alignment.active and run.due(config.train.diagnose_every):
                 row |= run.diagnose(batch)
-            run.write(row)
-            stop = run.agree(bool(asked))
+            run.write(row, pictures)
+            stop = run.vote(bool(asked))
             if stop or run.due(config.train.save_every):
                 run.save()
             if stop:
@@ -123,28 +134,30 @@ def train(
                     f"Stopped by signal {asked[0]}" if asked else "Stopped by a signal to another process"
                 )
             started = time.perf_counter()
-    run.finish()
-    return run.last
 
 
 class _Run:
     """State of a run: weights, their average, optimiser, position."""
 
     def __init__(self, config: RunConfig, images: ImageSet, out: Path, targets: Targets | None) -> None:
-        self.config, self.images, self.out, self.targets = config, images, out, targets
-        self.accelerator = Accelerator(cpu=config.train.device == "cpu")
-        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = self.accelerator.device
-        _check(config, images, targets, self.processes)
+        self.config, self.images, self.targets = config, images, targets
+        check_trackers(config)
+        state = start(config.train)
+        self.accelerator = Accelerator(
+            cpu=state.device.type == "cpu", mixed_precision="no", **tracker_settings(config, out)
+        )
+        self.rank, self.processes = state.process_index, state.num_processes
+        self.device = state.device
+        self.vote = Vote(state, config.train.timeout)
         torch.manual_seed(config.train.seed)
         self.objective = Objective(config, targets.dim if targets and config.alignment.active else None)
         average = copy.deepcopy(self.objective.flow).eval().requires_grad_(False)
         self.averages = {decay: copy.deepcopy(average).to(self.device) for decay in config.train.averages}
         self.average = self.averages[config.train.ema_decay]
+        set_up_bodies(self.objective.flow, config)
         self.guard, self.known_bad = Guard(config.train.spike, self.device), 0
         self.step, self.seconds = 0, 0.0
         self.last: dict[str, Any] = {}
-        self.shown = (0, 0.0)  # step and seconds at the last row, for the rate
         self.adamw = torch.optim.AdamW(
             self.objective.parameters(),
             lr=config.train.lr,
@@ -154,79 +167,44 @@ class _Run:
         )
         model, self.optimizer = self.accelerator.prepare(self.objective, self.adamw)
         self.model: nn.Module = model
-        state = self._resume()
-        if state is None:
-            self._begin()
-        else:
-            self._restore(state)
-        self.board = _board(out, self.step) if config.train.tensorboard and self.rank == 0 else None
+        self.folder = RunFolder(out, config)
+        if stored := self.folder.newest():
+            self._restore(stored)
+        self.accelerator.wait_for_everyone()  # all have read the folder before the main process changes it
+        if self.rank == 0:
+            self.folder.sweep()
+            if stored:
+                self.last = self.folder.goes_on(self.step, self.device, self.processes)
+            else:
+                self.folder.begin(self.device, self.processes)
+            if config.train.trackers:
+                open_trackers(self.accelerator, config, out, self.folder.identity, self.step)
+        self.shown = (self.step, self.seconds)  # at the last row, for the rate
 
-    # --- starting and resuming ---
-
-    def _begin(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        written = self.out / "config.json"
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if written.exists():  # stopped before its first checkpoint: start over
-                _compare(checkpoint.read_config(self.out), self.config, self.out)
-            elif (self.out / "metrics.jsonl").exists():
-                raise InputError(f"{self.out} holds metrics of something else; choose another --out.")
-            write_json(written, {"format": checkpoint.FORMAT, **to_dict(self.config)})
-            write_json(self.out / "environment.json", environment(self.device))
-            with replacing(self.out / "README.md") as file:
-                file.write(_readme(self.config))
-            _truncate(self.out / "metrics.jsonl", 0)
-        except OSError as error:
-            raise InputError(
-                f"--out {self.out} cannot be written: {error.strerror}; choose another folder."
-            ) from None
-
-    def _resume(self) -> dict[str, Any] | None:
-        """The newest usable training state in the run's folder."""
-        for partial in (self.out / "checkpoints").glob(".step-*"):  # a save that a kill cut short
-            shutil.rmtree(partial, ignore_errors=True)
-        folders = checkpoint.step_folders(self.out)
-        for folder in reversed(folders):
-            try:
-                stored, state = checkpoint.load_config(folder), checkpoint.load_training_state(folder)
-            except InputError as error:
-                log.warning("%s Going back to the checkpoint before it.", error)
-                continue
-            _compare(stored, self.config, self.out)
-            for decay, average in self.averages.items():
-                average.load_state_dict(checkpoint.load(folder, ema=decay).state_dict())
-            return state
-        if folders:
-            raise InputError(
-                f"No checkpoint in {self.out} is usable; remove {self.out / 'checkpoints'} to start again."
-            )
-        return None
-
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, stored: Stored) -> None:
+        state = stored.training
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
         self.known_bad = int(self.guard.bad)
         self.step, self.seconds = state["step"], state["seconds"]
-        self.shown = (self.step, self.seconds)
-        if self.accelerator.is_main_process:
-            self.last = _truncate(self.out / "metrics.jsonl", self.step)
+        for decay, average in self.averages.items():
+            average.load_state_dict(stored.averages[decay])
 
     # --- one step ---
 
     def update(self, batch: Batch) -> tuple[Losses, Tensor]:
-        """One optimiser step; returns the losses of the last micro-batch and the gradient norm."""
+        """One optimiser step; returns the losses of this process's share and the gradient norm."""
         train = self.config.train
         share = len(batch.noised)
         micro = train.micro_batch or share
         starts = range(0, share, micro)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, self.step)
-        for start in starts:
-            part = slice(start, start + micro)
-            last = start + micro >= share
+        parts: list[tuple[float, Losses]] = []
+        for first in starts:
+            part = slice(first, first + micro)
+            last = first + micro >= share
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 losses = self.model(
                     batch.noised[part],
@@ -238,6 +216,7 @@ class _Run:
                 )
                 weight = len(batch.noised[part]) / share
                 (losses.total * weight).backward()
+            parts.append((weight, losses))
         gradient = nn.utils.clip_grad_norm_(self.objective.parameters(), train.grad_clip or float("inf"))
         # The fused optimiser leaves a step out where found_inf is 1, on the device.
         self.adamw.found_inf = self.guard.judge(gradient, self.step + 1)  # type: ignore[attr-defined]
@@ -252,7 +231,7 @@ class _Run:
         train = self.config.train
         if self.device.type == "cpu" or self.due(train.log_every) or self.due(train.save_every):
             self._check_health()
-        return losses, gradient
+        return weighted_mean(parts), gradient
 
     def _check_health(self) -> None:
         """Count and record bad steps; stop when there are too many."""
@@ -260,12 +239,12 @@ class _Run:
         if bad == self.known_bad:
             return
         self.known_bad, step, allowed = bad, int(self.guard.last), self.config.train.bad_steps
-        if self.accelerator.is_main_process:
+        if self.rank == 0:
             self._keep_evidence(step)
         if allowed is not None and bad > allowed:
             raise BadGradientError(
                 f"Step {step}: the gradient is not finite or spikes, and {allowed} such steps may pass; "
-                f"training stopped (see {self.out}/bad-steps.jsonl) and the last good checkpoint stands. "
+                f"training stopped (see {self.folder.path}/bad-steps.jsonl), its last checkpoint stands. "
                 "Lower --train.lr, set --train.grad-clip 1, or leave such steps out with --train.bad-steps."
             )
         log.warning("Step %d was left out: its gradient is not finite or spikes (%d so far).", step, bad)
@@ -279,42 +258,37 @@ class _Run:
             "typical_grad_norm": float(self.guard.typical),
             **block_statistics(self.objective.flow, batch.noised, batch.labels),
         }
-        with (self.out / "bad-steps.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.folder.append("bad-steps.jsonl", row)
 
     def due(self, every: int) -> bool:
         """Whether something that happens ``every`` so many steps, and at the end, happens now."""
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process raised ``flag``; with several processes, asked every tenth step."""
-        if self.processes == 1:
-            return flag
-        if self.step % 10:
-            return False
-        votes = self.accelerator.reduce(torch.tensor(float(flag), device=self.device))
-        return bool(votes > 0)
-
     # --- looking and keeping ---
 
     def measure(self, batch: Batch, losses: Losses, gradient: Tensor) -> dict[str, Any]:
         """A row of metrics about the last step."""
-        config, images = self.config, self.step * self.config.train.batch_size
+        train = self.config.train
         steps, seconds = self.step - self.shown[0], self.seconds - self.shown[1]
         self.shown = (self.step, self.seconds)
+        rate = steps / seconds if seconds else 0.0
         row = {
             "step": self.step,
-            "images": images,
+            "images": self.step * train.batch_size,
             "nll": self._mean(losses.nll),
-            "lr": learning_rate(config.train, self.step - 1),
+            "lr": learning_rate(train, self.step - 1),
             "grad_norm": float(gradient),
-            "images_per_second": steps * config.train.batch_size / seconds if seconds else 0.0,
+            "images_per_second": rate * train.batch_size,
+            "tflops": rate * step_flops(self.config) / 1e12,
+            "peak_memory": peak_memory(self.device),
             "seconds": self.seconds,
-        }
-        row |= {
             "bad_steps": self.known_bad,
-            **block_statistics(self.objective.flow, batch.noised, batch.labels),
+            **self._block_statistics(batch),
         }
+        if self.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(self.device), train.precision)
+            if peak is not None:
+                row["mfu"] = row["tflops"] * 1e12 / (peak * self.processes)
         if losses.alignment is not None:
             row["alignment"] = self._mean(losses.alignment)
             row |= {f"cosine_{t}_{layer}": self._mean(value) for (t, layer), value in losses.cosine.items()}
@@ -323,10 +297,19 @@ class _Run:
     def _mean(self, value: Tensor) -> float:
         return float(self.accelerator.reduce(value.float(), "mean"))
 
+    def _block_statistics(self, batch: Batch) -> dict[str, float]:
+        """Those of the whole batch."""
+        own = block_statistics(self.objective.flow, batch.noised, batch.labels)
+        values = torch.tensor([list(own.values())], dtype=torch.float64, device=self.device)
+        rows = self.accelerator.gather(values)  # (processes, statistics)
+        joined = {"min": rows.amin(0), "max": rows.amax(0), "z2": rows.mean(0)}
+        kinds = (next(kind for kind in joined if kind in name) for name in own)
+        return {name: float(joined[kind][i]) for i, (name, kind) in enumerate(zip(own, kinds, strict=True))}
+
     def evaluate(self, evaluator: Evaluator) -> dict[str, Any]:
-        """Call an evaluator on the main process."""
+        """Call an evaluator in the main process."""
         found: dict[str, Any] = {}
-        if self.accelerator.is_main_process:
+        if self.rank == 0:
             found = {"step": self.step, "images": self.step * self.config.train.batch_size}
             found |= evaluator.call(self.step, self.average)
         self.accelerator.wait_for_everyone()
@@ -342,20 +325,18 @@ class _Run:
             objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
         )
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl."""
-        if not row or not self.accelerator.is_main_process:
+    def write(self, row: dict[str, Any], pictures: Mapping[str, Tensor]) -> None:
+        """Append a row to metrics.jsonl, and show it."""
+        if not row:
             return
         self.last = row
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, self.step)
+        if self.rank == 0:
+            self.folder.append("metrics.jsonl", row)
+            show(self.accelerator, row, pictures, self.step)
 
     def save(self) -> None:
         """Write a checkpoint and remove those that are too old."""
-        if self.accelerator.is_main_process:
+        if self.rank == 0:
             state = {
                 "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -363,37 +344,19 @@ class _Run:
                 "step": self.step,
                 "seconds": self.seconds,
             }
-            folder = self.out / "checkpoints" / f"step-{self.step:08d}"
+            folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
             weights, *more = (average.state_dict() for average in self.averages.values())
             further = dict(zip(self.config.train.ema_more, more, strict=True))
             checkpoint.save(folder, self.config, weights, state, further)
-            self._remove_old()
+            self.folder.remove_old()
         self.accelerator.wait_for_everyone()
 
-    def _remove_old(self) -> None:
-        train = self.config.train
-        for folder in checkpoint.step_folders(self.out)[: -train.keep_last]:
-            step = int(folder.name.removeprefix("step-"))
-            if not train.keep_every or step % train.keep_every:
-                shutil.rmtree(folder)
-
-    def finish(self) -> None:
-        """Leave nothing behind that a second run in this process would trip over."""
-        if self.board is not None:
-            self.board.close()
+    def close(self) -> None:
+        """Leave nothing behind that a second run in this process, or the end of this one, would trip over."""
+        with contextlib.suppress(RuntimeError):  # a process that is lost, which has been said
+            self.vote.close()
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-
-def _board(out: Path, step: int) -> Any:
-    """TensorBoard's writer; what a stopped run wrote after ``step`` is hidden."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "--train.tensorboard needs the package: pip install flowback-nf[tensorboard]."
-        ) from None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
 
 def _check(config: RunConfig, images: ImageSet, targets: Targets | None, processes: int) -> None:
@@ -410,57 +373,3 @@ def _check(config: RunConfig, images: ImageSet, targets: Targets | None, process
         )
     if config.alignment.active and targets is None:
         raise InputError("Alignment is active, but no encoder features were given; pass targets.")
-
-
-def _compare(stored: RunConfig, config: RunConfig, out: Path) -> None:
-    """Refuse to resume where an option changed that makes it another run."""
-    changed = []
-    for section in ("model", "data", "alignment", "train"):
-        before, now = getattr(stored, section), getattr(config, section)
-        for field in dataclasses.fields(before):
-            old, new = getattr(before, field.name), getattr(now, field.name)
-            if old != new and field.name not in MAY_CHANGE.get(section, set()):
-                changed.append(f"--{section}.{field.name.replace('_', '-')} (was {old}, now {new})")
-    if changed:
-        raise InputError(
-            f"{out} holds a run with other settings: {', '.join(changed)}; "
-            "choose another --out, or the settings of that run."
-        )
-
-
-def _truncate(file: Path, step: int) -> dict[str, Any]:
-    """Drop the rows of metrics after ``step``, which will be written again; returns the last one kept."""
-    rows = []
-    if file.exists():
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line cut short by a kill
-                rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] <= step]
-    with replacing(file) as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-    return rows[-1] if rows else {}
-
-
-def _readme(config: RunConfig) -> str:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return (
-        f"# A run of flowback\n\nStarted with `{command}`; the same command goes on where it stopped.\n\n"
-        f"- `config.json`: every setting; `environment.json`: versions, commit, device\n"
-        f"- `metrics.jsonl`: a row every {config.train.log_every} steps, nll in nats per dimension\n"
-        f"- `checkpoints/`: use with `flowback sample`, `flowback classify` or `flowback.load`\n"
-    )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step."""
-    asked: list[int] = []
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not the main thread: leave signals to whoever runs us
-            previous[number] = signal.signal(number, lambda received, _: asked.append(received))
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

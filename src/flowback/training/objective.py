@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -16,7 +17,7 @@ from flowback.flow import Flow, Location
 from flowback.flow.block import Labels
 from flowback.flow.likelihood import nll_per_dim
 
-__all__ = ["Losses", "Objective", "Targets"]
+__all__ = ["Losses", "Objective", "Targets", "weighted_mean"]
 
 
 @runtime_checkable
@@ -48,6 +49,22 @@ class Losses(NamedTuple):
     """Minus the mean cosine between projected features and targets."""
     cosine: dict[Location, Float[Tensor, ""]]
     """Mean cosine at each location."""
+
+
+@torch.no_grad()
+def weighted_mean(parts: Sequence[tuple[float, Losses]]) -> Losses:
+    """Losses of a batch from those of its parts and their shares, which sum to 1; without a graph."""
+
+    def mean(value: Callable[[Losses], Tensor]) -> Tensor:
+        return torch.stack([share * value(losses) for share, losses in parts]).sum()
+
+    first = parts[0][1]
+    return Losses(
+        mean(lambda losses: losses.total),
+        mean(lambda losses: losses.nll),
+        None if first.alignment is None else mean(lambda losses: cast(Tensor, losses.alignment)),
+        {place: mean(lambda losses: losses.cosine[place]) for place in first.cosine},  # noqa: B023 - called at once
+    )
 
 
 class Objective(nn.Module):

@@ -6,6 +6,8 @@ nothing else. A resumed run needs no generator state, and 1 or 8 processes see t
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from flowback.config import RunConfig
 from flowback.data.images import ImageSet
+from flowback.errors import InputError
 from flowback.flow.likelihood import dequantise, to_unit_range
 
-__all__ = ["Batch", "batches", "generator", "global_indices"]
+__all__ = ["Batch", "batches", "generator", "global_indices", "noticing_dead_workers"]
 
 _ORDER, _STEP = 0, 1
 """Purposes of a generator, so that no two draws share a seed."""
@@ -69,14 +72,20 @@ class Batch:
 
 
 class _Reader(Dataset):
-    """Reads a batch of images for the indices that the sampler yields."""
+    """Reads a batch of images for the indices that the sampler yields.
+
+    A bad image comes back as the error itself, which a worker would otherwise wrap in its traceback.
+    """
 
     def __init__(self, images: ImageSet, originals: ImageSet | None) -> None:
         self.images, self.originals = images, originals
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        originals = None if self.originals is None else self.originals.read(indices)
-        return indices, self.images.read(indices), originals
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | InputError:
+        try:
+            originals = None if self.originals is None else self.originals.read(indices)
+            return indices, self.images.read(indices), originals
+        except InputError as error:
+            return error
 
 
 class _Order:
@@ -93,6 +102,27 @@ class _Order:
             ]
 
 
+def _leave_signals(worker: int) -> None:
+    """A signal to the whole group is the training process's to answer: it still needs its workers."""
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def noticing_dead_workers() -> Iterator[None]:
+    """Say in one sentence that a worker died; PyTorch raises it wherever the training happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"A process that decodes images died ({str(error).splitlines()[0].rstrip('. ')}); "
+            "the same command goes on from the last checkpoint, with fewer --data.workers if memory ran out."
+        ) from None
+
+
 def batches(
     images: ImageSet,
     config: RunConfig,
@@ -105,6 +135,9 @@ def batches(
     """The batches of steps ``step``, ``step`` + 1, ... until the last, as one of ``processes`` sees them.
 
     ``originals`` are the same images as ``images``, of the size that the encoder sees.
+
+    Raises:
+        InputError: an image cannot be read.
     """
     train, model = config.train, config.model
     size = train.batch_size // processes
@@ -116,9 +149,12 @@ def batches(
         sampler=_Order(config, len(images), step, share),
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals,
     )
-    for offset, (indices, pixels, larger) in enumerate(loader):
+    for offset, found in enumerate(loader):
+        if isinstance(found, InputError):
+            raise found
+        indices, pixels, larger = found
         # Draw for the whole batch and take the share: the same numbers for any number of processes.
         random = generator(device, train.seed, _STEP, step + offset)
         flipped = torch.rand(train.batch_size, generator=random, device=device)[share] < 0.5
