@@ -1,0 +1,25 @@
+"""kill -9, wherever it hits, costs nothing but the time since the last checkpoint."""
+
+import numpy as np
+import pytest
+
+import runs
+
+pytestmark = pytest.mark.faults
+
+
+def test_killed_at_ten_moments_equals_the_run_that_was_not(replaced, tmp_path):
+    """A moment is any call or return of a function. Five of the ten are drawn from those inside of a save."""
+    config, log = replaced(steps=80), tmp_path / "log"  # 20 saves
+    assert runs.run(runs.counting, config, tmp_path / "whole", log=log) == [0]
+    moments, saving = map(int, runs.printed(log).splitlines()[-1].split())
+    random = np.random.default_rng(0)
+    # Even the latest moments leave steps to go: 5/16 of the run, and 5 · 2 saves.
+    kills = [(int(random.integers(moments // 16)), False) for _ in range(5)]
+    kills += [(int(random.integers(saving // 10)), True) for _ in range(5)]
+    for moment, inside in random.permutation(kills).tolist():
+        assert runs.run(runs.killed, config, tmp_path / "run", moment, bool(inside), log=log) == [-9]
+    assert runs.run(runs.training, config, tmp_path / "run", log=log) == [0], runs.printed(log)
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "whole")
