@@ -152,3 +152,20 @@ def test_two_processes_killed_and_finished(flowback, checkpoint, tmp_path):
     )
     assert len(whole) == there + 3
     assert {name: found[name] for name in whole} == whole
+
+
+def test_the_grid_has_a_row_for_each_class(flowback, checkpoint, tmp_path):
+    """Five images of three classes: the third row is half empty, and no class slips into another's row."""
+    words = ("sample", checkpoint[0], "--out", tmp_path / "s", "--count", 5, "--labels", 0, 1, 2, *CPU)
+    assert flowback(*words, "--grid", tmp_path / "g.png")[0] == 0
+    whole = read_png(tmp_path / "g.png")[0]
+    files = sorted((tmp_path / "s").glob("*.png"))
+    images = [read_png(file)[0] for file in files]
+    cell = (whole.shape[1] - 2) // 3 - 2, (whole.shape[2] - 2) // 2 - 2  # gaps of 2 pixels
+    for number in range(6):
+        row, column = number % 3, number // 3
+        top, left = 2 + row * (cell[0] + 2), 2 + column * (cell[1] + 2)
+        shown = whole[:, top : top + cell[0], left : left + cell[1]]
+        scale = cell[0] // images[0].shape[1]
+        expected = images[number] if number < 5 else torch.zeros_like(images[0])
+        assert torch.equal(shown[:, ::scale, ::scale], expected), number

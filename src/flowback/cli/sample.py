@@ -200,11 +200,14 @@ def _extras(
     """The grid, the .npz and the trajectory."""
     there = [n for n in range(options.count) if folder.file(n).is_file()]
     if (options.grid or options.npz) and there:
-        order = sorted(there, key=lambda n: (n % len(labels), n)) if labels else there
         pixels = {n: read_png(folder.file(n))[0] for n in there}
         if options.grid:
             columns = -(-options.count // len(labels)) if labels else max(1, round(len(there) ** 0.5))
-            save_grid(torch.stack([pixels[n] for n in order]).float() / 127.5 - 1, options.grid, columns)
+            # Classes in rows; where one has fewer images than another, the rest of its row stays black.
+            order = [n for k in range(len(labels)) for n in range(k, columns * len(labels), len(labels))]
+            black = torch.zeros_like(pixels[there[0]])
+            shown = [pixels.get(n, black) for n in order or there]
+            save_grid(torch.stack(shown).float() / 127.5 - 1, options.grid, columns)
         if options.npz:
             own = [labels[n % len(labels)] for n in there] if labels else None
             save_npz(torch.stack([pixels[n] for n in there]), options.npz, own)
