@@ -10,7 +10,7 @@ from torch import Tensor
 from flowback.alignment.encoders import Encoder, load_encoder
 from flowback.alignment.features import FeatureTable, cached_features
 from flowback.config import RunConfig
-from flowback.data.images import ImageSet, load_images
+from flowback.data.images import ImageSet, load_images, pixels_of
 from flowback.data.subset import Subset
 from flowback.errors import InputError
 
@@ -57,7 +57,9 @@ def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTarg
         return None
     encoder = load_encoder(config.alignment.encoder, config.alignment.weights)
     grid = config.alignment.grid or config.model.grid
-    originals = _originals(config, images, encoder.input_size(grid)) if config.alignment.originals else None
+    originals = None if pixels_of(images) is images else pixels_of(images)
+    if config.alignment.originals:
+        originals = _originals(config, images, encoder.input_size(grid))
     copies = 2 if config.data.flip else 1
     if copies * len(images) * grid**2 * encoder.dim * 4 > CACHE_LIMIT:
         return ComputedTargets(encoder, grid, originals)

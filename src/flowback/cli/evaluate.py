@@ -19,7 +19,8 @@ from flowback.cli.processes import Processes
 from flowback.cli.sampler import Precision, Sampler, choose
 from flowback.cli.subject import held_out, is_checkpoint, out_folder, parse
 from flowback.config import DataConfig, to_dict
-from flowback.data.images import ImageSet
+from flowback.data.codec import Codec, open_codec
+from flowback.data.images import ImageSet, pixels_of
 from flowback.errors import InputError
 from flowback.evaluation.inception import load_inception
 from flowback.evaluation.likelihood import likelihood
@@ -90,6 +91,10 @@ class Options:
     """Seed of the first sample and of the noise on the first test image."""
     batch_size: int = 64
     """Images at once."""
+    vae: str | None = None
+    """Folder or hub name of the VAE, in place of the one that the checkpoint names; for latents only."""
+    force_vae: bool = False
+    """Decode with a VAE of other weights than those of training."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     out: Path | None = None
@@ -137,6 +142,9 @@ def _write(record: dict[str, Any], options: Options) -> None:
 
 def _checkpoint(options: Options, processes: Processes) -> dict[str, Any]:
     flow = checkpoints.load(options.subject, processes.device)
+    codec = open_codec(
+        checkpoints.load_config(options.subject).codec, flow.device, options.vae, options.force_vae
+    )
     scales = guidance_scales(options.guidance)
     if any(scales) and not flow.config.num_classes:
         raise InputError("--guidance needs classes, and this model is unconditional; leave it out.")
@@ -166,7 +174,7 @@ def _checkpoint(options: Options, processes: Processes) -> dict[str, Any]:
         for scale in scales:
             faults = Faults()
             plans, notice = _plans(options, flow, scale)
-            drawn = _draw(options, flow, scale, plans, numbers, faults)
+            drawn = _draw(options, flow, codec, scale, plans, numbers, faults)
             start = int(numbers[0]) if len(numbers) else 0
             samples = processes.merged(judge.gather(drawn, options.samples, start))
             found.append({"guidance": scale, **judge.figures(samples)})
@@ -212,7 +220,10 @@ def _held_out_figures(options: Options, flow: Flow, images: ImageSet, processes:
             share=processes.share, progress=True,
         )  # fmt: skip
         found = processes.merged(part)
-        for name, estimate in (("nll", found.nll), ("bits_per_dim", found.bits_per_dim)):
+        estimates = {"nll": found.nll, "bits_per_dim": found.bits_per_dim}
+        if pixels_of(images) is not images:
+            del estimates["bits_per_dim"]  # of 8-bit pixels, which latents are not
+        for name, estimate in estimates.items():
             figures[name] = estimate.mean
             figures[f"{name}_error"], figures[f"{name}_draw_error"] = estimate.error, estimate.draw_error
     if options.classification and flow.config.num_classes and images.labels is not None:
@@ -230,8 +241,10 @@ def _held_out_figures(options: Options, flow: Flow, images: ImageSet, processes:
 def _reference(options: Options, flow: Flow) -> Reference:
     config = flow.config
     if options.reference is not None:
-        return load_reference(options.reference, config.image_size, config.channels)
-    images = held_out(options.data, config, "train")
+        codec = checkpoints.load_config(options.subject).codec
+        size, channels = (config.image_size, config.channels) if codec.vae is None else (codec.image_size, 3)
+        return load_reference(options.reference, size, channels)
+    images = pixels_of(held_out(options.data, config, "train"))
     return Reference(images.name, images.fingerprint, images)
 
 
@@ -260,6 +273,7 @@ def _plans(options: Options, flow: Flow, scale: float) -> tuple[tuple[BlockPlan,
 def _draw(
     options: Options,
     flow: Flow,
+    codec: Codec,
     scale: float,
     plans: tuple[BlockPlan, ...] | None,
     numbers: Tensor,
@@ -284,7 +298,10 @@ def _draw(
             )
             names = [f"seed {seed}" for seed in seeds]
             yield quantise(
-                images, names, faults, "truncate" if options.protocol == "tarflow" else "nearest"
+                codec.decode(images),
+                names,
+                faults,
+                "truncate" if options.protocol == "tarflow" else "nearest",
             ).cpu()
             progress.advance(task, len(index))
 

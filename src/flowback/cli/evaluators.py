@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowback.classification import classify
 from flowback.config import RunConfig
+from flowback.data.codec import open_codec
 from flowback.data.images import ImageSet
 from flowback.flow import Flow
 from flowback.flow.likelihood import nll_per_dim, to_unit_range
@@ -75,7 +76,8 @@ def picture_evaluator(config: RunConfig, folder: Path) -> Evaluator:
     def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
         classes = min(flow.config.num_classes or 0, 8)
         labels = [k for k in range(classes) for _ in range(8)] or None
-        images = sample(flow, labels, seeds=range(8 * (classes or 8)))
+        drawn = sample(flow, labels, seeds=range(8 * (classes or 8)))
+        images = open_codec(config.codec, flow.device).decode(drawn)
         sheet = grid(images, columns=8)
         save_png(sheet, folder / f"step-{step:08d}.png")
         return {"samples": sheet}

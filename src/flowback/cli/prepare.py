@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from flowback.cli.output import say, show_table
+from flowback.cli.subject import pick_device
+from flowback.config import CodecConfig
+from flowback.data.codec import Vae, open_codec
 from flowback.data.decode import Crop
 from flowback.data.prepare import Settings, prepare
 from flowback.data.sources import open_source
@@ -49,6 +53,16 @@ class Options:
     """Where torchvision's files lie."""
     download: bool = False
     """Download torchvision's set if its files are not there."""
+    vae: str | None = None
+    """Also write latents of this AutoencoderKL or AutoencoderTiny: a folder, or a name on the hub."""
+    vae_revision: str | None = None
+    """Revision of the VAE on the hub."""
+    vae_scale: float = 0.18215
+    """Factor of the latents; 0.18215 is that of Stable Diffusion's VAEs."""
+    vae_shift: float = 0.0
+    """Subtracted from the latents before they are scaled."""
+    device: str = "auto"
+    """Where the VAE encodes: `auto`, `cpu`, `cuda`, ..."""
     workers: int | None = None
     """Processes that decode; None: one for each core, 0: none but this one."""
     json: Path | None = None
@@ -73,10 +87,14 @@ def run(argv: list[str]) -> None:
         options.data, options.image_size, options.channels, options.holdout, options.labels, options.path,
         options.download,
     )  # fmt: skip
-    settings = Settings(options.image_size, options.channels, options.crop, options.holdout)
+    codec, latent = _codec(options)
+    settings = Settings(
+        options.image_size, options.channels, options.crop, options.holdout,
+        None if codec is None else codec.config, latent,
+    )  # fmt: skip
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     complete = (options.out / "prepared.json").is_file()
-    summary = prepare(sources, options.out, options.data, settings, options.bad_images, workers)
+    summary = prepare(sources, options.out, options.data, settings, options.bad_images, workers, codec)
     seconds = time.perf_counter() - started
     rows = [
         [split, found["images"], len(summary["classes"]), len(found["skipped"]), found["fingerprint"]]
@@ -88,8 +106,23 @@ def run(argv: list[str]) -> None:
         say(f"Left out: {', '.join(skipped[:8])}{', ...' if len(skipped) > 8 else ''}")
     if complete:
         say("The set was complete: the source and every byte are as they were.")
-    say(f"Train with: flowback train PRESET --data.path {options.out}")
+    shape = f" --model.channels {latent[0]} --model.image-size {latent[1]}" if latent else ""
+    say(f"Train with: flowback train PRESET --data.path {options.out}{shape}")
     if options.json:
         images = sum(found["images"] for found in summary["splits"].values())
         record = {"environment": environment(), "set": summary, "seconds": seconds}
         write_json(options.json, {**record, "images_per_second": images / seconds})
+
+
+def _codec(options: Options) -> tuple[Vae | None, tuple[int, int, int] | None]:
+    """The VAE, and the shape of its latents."""
+    if options.vae is None:
+        return None, None
+    size = options.image_size
+    config = CodecConfig(
+        options.vae, options.vae_revision, None, options.vae_scale, options.vae_shift, image_size=size
+    )
+    codec = open_codec(config, pick_device(options.device))
+    assert isinstance(codec, Vae)
+    channels, height, width = codec.encode(torch.zeros(1, options.channels, size, size)).shape[2:]
+    return codec, (channels, height, width)

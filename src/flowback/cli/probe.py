@@ -14,7 +14,7 @@ from flowback.classification import topk_accuracy
 from flowback.cli.output import say, show_table
 from flowback.cli.subject import held_out, out_folder, parse, pick_device
 from flowback.config import DataConfig, to_dict
-from flowback.data.images import ImageSet
+from flowback.data.images import ImageSet, pixels_of
 from flowback.data.subset import evenly
 from flowback.errors import InputError
 from flowback.evaluation.plots import plot_probe
@@ -122,7 +122,7 @@ def _labels(images: ImageSet, limit: int | None) -> torch.Tensor:
 
 def _aligned(options: Options, test: ImageSet, device: torch.device) -> torch.Tensor:
     encoder = load_encoder(options.encoder or "", options.encoder_weights).to(device)
-    return encoder_features(encoder, test, options.test_limit, options.batch_size)
+    return encoder_features(encoder, pixels_of(test), options.test_limit, options.batch_size)
 
 
 def _without_location(row: Probe) -> dict[str, float | None]:

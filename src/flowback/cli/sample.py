@@ -17,6 +17,7 @@ from torch import Tensor
 from flowback import checkpoint as checkpoints
 from flowback.cli.output import say, show_table
 from flowback.cli.sampler import Precision, Sampler, choose
+from flowback.data.codec import Codec, open_codec
 from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.progress import bar
@@ -80,6 +81,10 @@ class Options:
     """Also write all images as the file that ADM's evaluator reads."""
     trajectory: Path | None = None
     """Also write the picture of the way from noise to image, for the first 8 images."""
+    vae: str | None = None
+    """Folder or hub name of the VAE, in place of the one that the checkpoint names; for latents only."""
+    force_vae: bool = False
+    """Decode with a VAE of other weights than those of training."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     json: Path | None = None
@@ -92,6 +97,9 @@ def run(argv: list[str]) -> None:
     _check(options)
     state = PartialState(cpu=options.device == "cpu")
     flow = checkpoints.load(options.checkpoint, state.device if options.device == "auto" else options.device)
+    codec = open_codec(
+        checkpoints.load_config(options.checkpoint).codec, flow.device, options.vae, options.force_vae
+    )
     labels = _labels(flow, options)
     guidance = Guidance(
         options.guidance, options.ramp, options.formula, options.attention_temperature, options.guided_blocks
@@ -107,7 +115,7 @@ def run(argv: list[str]) -> None:
         options.precision,
         options.guidance,
     )
-    settings = _settings(options, labels, plans)
+    settings = _settings(options, labels, plans, codec)
     folder = SampleFolder(options.out, settings, options.count, options.batch_size)
     state.wait_for_everyone()  # all have looked at the folder before the first one changes it
     if state.is_main_process:
@@ -115,7 +123,7 @@ def run(argv: list[str]) -> None:
     state.wait_for_everyone()
 
     def draw(numbers: list[int], redraw: int) -> Tensor:
-        return sample(
+        drawn = sample(
             flow,
             [labels[n % len(labels)] for n in numbers] if labels else None,
             [options.seed + n for n in numbers],
@@ -126,6 +134,7 @@ def run(argv: list[str]) -> None:
             plans=plans,
             redraw=redraw,
         )
+        return codec.decode(drawn)
 
     def notes(number: int) -> dict[str, object]:
         own = {"label": labels[number % len(labels)]} if labels else {}
@@ -144,7 +153,7 @@ def run(argv: list[str]) -> None:
     parts: list[Drawn] = gather_object(done) if state.num_processes > 1 else done
     seconds = time.perf_counter() - started
     if state.is_main_process:
-        _extras(flow, options, labels, guidance, plans, folder)
+        _extras(flow, codec, options, labels, guidance, plans, folder)
         if notice:
             say(notice)
         _report(flow, options, settings, parts, len(missing), seconds)
@@ -176,7 +185,9 @@ def _labels(flow: Flow, options: Options) -> list[int]:
     return [] if options.unconditional else list(range(flow.config.num_classes or 0))
 
 
-def _settings(options: Options, labels: Sequence[int], plans: tuple[BlockPlan, ...] | None) -> dict[str, Any]:
+def _settings(
+    options: Options, labels: Sequence[int], plans: tuple[BlockPlan, ...] | None, codec: Codec
+) -> dict[str, Any]:
     """All that decides how an image looks."""
     keep = ("seed", "guidance", "ramp", "formula", "attention_temperature", "guided_blocks", "denoise")
     swept = any(plan.window > 1 for plan in plans or ())
@@ -186,11 +197,13 @@ def _settings(options: Options, labels: Sequence[int], plans: tuple[BlockPlan, .
         **{name: getattr(options, name) for name in keep},
         "precision": options.precision,
         "plans": [asdict(plan) for plan in plans or ()] if swept else None,
+        **({"vae": codec.config.weights} if codec.config.vae else {}),
     }
 
 
 def _extras(
     flow: Flow,
+    codec: Codec,
     options: Options,
     labels: Sequence[int],
     guidance: Guidance,
@@ -218,7 +231,7 @@ def _extras(
         states = trajectory(
             flow, own, seeds, guidance, options.denoise, precision=options.precision, plans=plans
         )
-        save_trajectory(states, options.trajectory)
+        save_trajectory([codec.decode(state) for state in states], options.trajectory)
 
 
 def _report(

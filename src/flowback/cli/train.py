@@ -19,6 +19,7 @@ from flowback.cli.evaluators import likelihood_evaluator, picture_evaluator
 from flowback.cli.output import say, show_table
 from flowback.config import (
     AlignmentConfig,
+    CodecConfig,
     DataConfig,
     ModelConfig,
     RunConfig,
@@ -26,7 +27,8 @@ from flowback.config import (
     from_dict,
     to_dict,
 )
-from flowback.data.images import load_images
+from flowback.data.images import ImageSet, load_images
+from flowback.data.latents import PreparedLatents
 from flowback.errors import InputError
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
 from flowback.record import environment, write_json
@@ -53,19 +55,20 @@ class Options:
     data: DataConfig = field(default_factory=DataConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
 
 
 def run(argv: list[str]) -> int | None:
     """Train; returns 75 if a signal stopped the run after saving, 74 if another process of it is gone."""
     options = _parse(argv)
-    config = RunConfig(options.model, options.data, options.alignment, options.train)
+    config = RunConfig(options.model, options.data, options.alignment, options.train, options.codec)
     if options.dry_run:
         _dry_run(config)
         return None
     state = start(config.train)
     model = config.model
     images = load_images(config.data, model.image_size, model.channels, "train")
-    config = resolve_classes(config, len(images.classes))
+    config = _resolve_codec(resolve_classes(config, len(images.classes)), images)
     test = load_images(config.data, model.image_size, model.channels, "test")
     evaluators = [likelihood_evaluator(config, test)]
     if config.train.sample_every:
@@ -98,6 +101,19 @@ def resolve_classes(config: RunConfig, classes: int) -> RunConfig:
     return replace(config, model=replace(config.model, num_classes=classes))
 
 
+def _resolve_codec(config: RunConfig, images: ImageSet) -> RunConfig:
+    """Take the VAE from the data; refuse another one in the settings."""
+    asked, found = config.codec, images.codec if isinstance(images, PreparedLatents) else CodecConfig()
+    other = asked.weights is not None and asked.weights != found.weights
+    if asked.vae is not None and (asked.vae != found.vae or other):
+        made = f"latents of {found.vae}" if found.vae else "pixels"
+        raise InputError(
+            f"The settings ask for latents of --codec.vae {asked.vae}, but {images.name} holds {made}; "
+            f"prepare the data with --vae {asked.vae}, or set --codec.vae {found.vae}."
+        )
+    return replace(config, codec=found)
+
+
 def _parse(argv: Sequence[str]) -> Options:
     """Options on top of YAML on top of the preset."""
     named = argv[0] if argv and not argv[0].startswith("-") else None
@@ -120,6 +136,7 @@ def _parse(argv: Sequence[str]) -> Options:
         data=base.data,
         alignment=base.alignment,
         train=base.train,
+        codec=base.codec,
     )
     return tyro.cli(Options, args=argv, default=default, prog="flowback train")
 

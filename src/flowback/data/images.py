@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import Literal, Protocol, runtime_checkable
 
-from jaxtyping import Int, Int64, UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
 from flowback.config import DataConfig
 from flowback.data.folder import load_folder
+from flowback.data.latents import PreparedLatents, load_latents
 from flowback.data.named import digits, torchvision_images
-from flowback.data.prepared import is_prepared, load_prepared
+from flowback.data.prepared import is_prepared, load_prepared, read_summary
 from flowback.errors import InputError
 
-__all__ = ["ImageSet", "load_images"]
+__all__ = ["ImageSet", "load_images", "pixels_of"]
 
 
 @runtime_checkable
@@ -53,8 +54,8 @@ class ImageSet(Protocol):
         """Number of images."""
         ...
 
-    def read(self, indices: Int[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
-        """The images at ``indices``."""
+    def read(self, indices: Int[Tensor, " b"]) -> UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"]:
+        """The images at ``indices``; of latents, their means."""
         ...
 
     def file_name(self, index: int) -> str:
@@ -83,14 +84,20 @@ def load_images(
         >>> len(images), images.read(torch.tensor([0, 5])).shape
         (360, torch.Size([2, 1, 8, 8]))
     """
-    if channels not in (1, 3):
-        raise InputError(f"--model.channels {channels}: images have 1 (grey) or 3 (RGB) channels.")
     if data.name == "prepared" and data.path is None:
         raise InputError("The data set is a prepared one, but --data.path does not say which.")
     if data.path is not None and (data.name == "prepared" or is_prepared(data.path)):
-        return load_prepared(data.path, image_size, channels, split)
+        latent = read_summary(data.path)["settings"].get("latent") is not None
+        return (load_latents if latent else load_prepared)(data.path, image_size, channels, split)
+    if channels not in (1, 3):
+        raise InputError(f"--model.channels {channels}: images have 1 (grey) or 3 (RGB) channels.")
     if data.name == "folder" or (data.name == "digits" and data.path is not None):
         return load_folder(data, image_size, channels, split)
     if data.name == "digits":
         return digits(image_size, channels, split)
     return torchvision_images(data, image_size, channels, split)
+
+
+def pixels_of(images: ImageSet) -> ImageSet:
+    """The images themselves, where ``images`` are latents of them: what encoders and references see."""
+    return images.pixels if isinstance(images, PreparedLatents) else images

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,14 +21,17 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+import torch
 from PIL import __version__ as pillow
 
+from flowback.config import CodecConfig, to_dict
+from flowback.data.codec import Vae
 from flowback.data.column import Column
 from flowback.data.decode import Crop, UnreadableImageError, decode, fit
 from flowback.data.prepared import FORMAT
@@ -52,6 +56,10 @@ class Settings:
     channels: int
     crop: Crop
     holdout: float
+    codec: CodecConfig | None = None
+    """The VAE whose latents are written beside the images."""
+    latent: tuple[int, int, int] | None = None
+    """Channels, height and width of a latent."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class _Part:
     labels: np.ndarray
     names: list[bytes]
     skipped: list[str]
+    latents: np.ndarray | None = None
 
 
 @dataclass
@@ -87,6 +96,7 @@ def prepare(
     settings: Settings,
     bad_images: Literal["refuse", "skip"] = "refuse",
     workers: int = 0,
+    codec: Vae | None = None,
 ) -> dict[str, Any]:
     """Write the set in ``out``; goes on where a killed call stopped, and checks a set that is complete.
 
@@ -97,6 +107,7 @@ def prepare(
         settings: size, channels and crop.
         bad_images: stop at an image that cannot be read, or leave it out.
         workers: processes that decode; 0 decodes in this one.
+        codec: the VAE of ``settings.codec``; it encodes in this process.
 
     Returns:
         What prepared.json holds.
@@ -108,7 +119,7 @@ def prepare(
     head = {
         "format": FORMAT,
         "source": {"data": data, **prints},
-        "settings": {name: getattr(settings, name) for name in settings.__dataclass_fields__},
+        "settings": to_dict(settings),
         "pillow": pillow,
         "classes": list(sources["train"].classes),
     }
@@ -124,7 +135,7 @@ def prepare(
         write_json(begun, head)
     splits = {}
     for split, source in sources.items():
-        commits = _fill(out / split, source, split, settings, bad_images, workers)
+        commits = _fill(out / split, source, split, settings, bad_images, workers, codec)
         if not commits or not commits[-1].images:
             raise InputError(f"{data} has no readable image for the {split} split; look at its files.")
         rows = [[state.images, state.names, state.digest] for state in commits]
@@ -175,7 +186,8 @@ def _check_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty and holds no prepared set; choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    needed = sum(len(source) for source in sources.values()) * settings.channels * settings.image_size**2
+    each = settings.channels * settings.image_size**2 + 8 * math.prod(settings.latent or (0,))
+    needed = sum(len(source) for source in sources.values()) * each
     free = shutil.disk_usage(out).free
     if needed > free:
         raise InputError(
@@ -185,7 +197,13 @@ def _check_folder(
 
 
 def _fill(
-    folder: Path, source: Source, split: str, settings: Settings, bad_images: str, workers: int
+    folder: Path,
+    source: Source,
+    split: str,
+    settings: Settings,
+    bad_images: str,
+    workers: int,
+    codec: Vae | None,
 ) -> list[_State]:
     """Decode what is missing of a split; returns all its commits."""
     folder.mkdir(exist_ok=True)
@@ -211,7 +229,7 @@ def _fill(
                         f"{', '.join(part.skipped[:3])}; repair or remove them, or leave such images out "
                         "with --bad-images skip."
                     )
-                waiting.append(part)
+                waiting.append(part if codec is None else replace(part, latents=_encode(codec, part.pixels)))
                 done = min(first + TASK, len(source))
                 progress.update(task, completed=done)
                 if len(waiting) == COMMIT or done == len(source):
@@ -227,16 +245,28 @@ def _fill(
 @contextlib.contextmanager
 def _columns(folder: Path, settings: Settings) -> Iterator[dict[str, Column]]:
     size = settings.image_size
+    columns: list[tuple[str, str, Any, tuple[int, ...]]] = [
+        ("images", "images.npy", np.uint8, (settings.channels, size, size)),
+        ("labels", "labels.npy", np.int64, ()),
+        ("ends", "ends.npy", np.int64, ()),
+        ("names", "names.txt", np.uint8, ()),
+    ]
+    if settings.latent is not None:
+        columns.append(("latents", "latents.npy", np.float16, (2, 2, *settings.latent)))
     with contextlib.ExitStack() as stack:
         yield {
             name: stack.enter_context(contextlib.closing(Column(folder / file, dtype, shape)))
-            for name, file, dtype, shape in (
-                ("images", "images.npy", np.uint8, (settings.channels, size, size)),
-                ("labels", "labels.npy", np.int64, ()),
-                ("ends", "ends.npy", np.int64, ()),
-                ("names", "names.txt", np.uint8, ()),
-            )
+            for name, file, dtype, shape in columns
         }
+
+
+def _encode(codec: Vae, pixels: np.ndarray) -> np.ndarray:
+    """Moments of images and of their mirror images, (b, 2 mirrors, 2 moments, c, h, w)."""
+    images = torch.from_numpy(pixels).float() / 127.5 - 1
+    if not len(images):
+        return np.empty((0, 2, 2, 0, 0, 0), dtype=np.float16)
+    moments = torch.stack([codec.encode(images), codec.encode(images.flip(3))], dim=1)
+    return moments.half().numpy()
 
 
 def _note(journal: IO[str], state: _State) -> None:
@@ -259,6 +289,9 @@ def _commit(columns: dict[str, Column], parts: list[_Part], state: _State, items
         "ends": ends,
         "names": np.frombuffer(b"".join(names), dtype=np.uint8),
     }
+    latents = [part.latents for part in parts if part.latents is not None and len(part.latents)]
+    if "latents" in columns and latents:
+        added["latents"] = np.concatenate(latents)
     digest = hashlib.blake2b(digest_size=16)
     for name, rows in added.items():
         columns[name].append(rows)

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from flowback.errors import InputError
 
-__all__ = ["FORMAT", "PreparedImages", "is_prepared", "load_prepared", "mapped", "read_summary"]
+__all__ = ["AGAIN", "FORMAT", "PreparedImages", "is_prepared", "load_prepared", "mapped", "read_summary"]
 
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 
 AGAIN = "run the same `flowback prepare` into an empty folder."
+"""What mends a damaged set, at the end of an error message."""
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ def bits_per_dim(log_prob: Scalar, dims: int) -> Scalar:
     return nll_per_dim(log_prob, dims) / math.log(2) + math.log2(128)
 
 
-def to_unit_range(images: UInt8[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """8-bit values as floats on [-1, 1]."""
-    return images.float() / 127.5 - 1
+def to_unit_range(images: UInt8[Tensor, "*s"] | Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """8-bit values as floats on [-1, 1]; floats are latents, which have their scale already."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def dequantise(images: Float[Tensor, "*s"], noise: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:

@@ -55,11 +55,11 @@ _STRATEGIES = (
 )
 _BLOCKS = {"": (), "all": tuple(range(1, 9)), "first": (1, 2), "last": (7, 8)}
 
-# Encoder; the same figures, for reverse alignment of blocks 7 and 8, layer 6.
+# Name, encoder; the same figures, for reverse alignment of blocks 7 and 8, layer 6.
 _ENCODERS = (
-    ("clip-b", "timm:vit_base_patch16_clip_quickgelu_224.openai", 12.41, 33.99, 41.99, 38.99),
-    ("mae-b", "timm:vit_base_patch16_224.mae", 12.32, 34.00, 39.69, 37.57),
-    ("dinov2-l", "timm:vit_large_patch14_dinov2.lvd142m", 11.74, 33.87, 45.00, 58.80),
+    ("clip-b", "CLIP-B", "timm:vit_base_patch16_clip_quickgelu_224.openai", 12.41, 33.99, 41.99, 38.99),
+    ("mae-b", "MAE-B (weights: CC BY-NC 4.0)", "timm:vit_base_patch16_224.mae", 12.32, 34.00, 39.69, 37.57),
+    ("dinov2-l", "DINOv2-L", "timm:vit_large_patch14_dinov2.lvd142m", 11.74, 33.87, 45.00, 58.80),
 )
 
 # Size, strategy, thousands of steps; FID, accuracy. What else the row changes stands in its name.
@@ -116,9 +116,9 @@ def _encoders() -> dict[str, Preset]:
     base = _with(_IMAGENET64, strategy="reverse")
     return {
         f"imagenet64-reverse-{short}": Preset(
-            _with(base, encoder=encoder), f"reverse alignment with {short}", _figures(*figures)
+            _with(base, encoder=encoder), f"reverse alignment with {about}", _figures(*figures)
         )
-        for short, encoder, *figures in _ENCODERS
+        for short, about, encoder, *figures in _ENCODERS
     }
 
 

@@ -36,6 +36,7 @@ MAY_CHANGE = {
     | {"checkpoint_activations"},
     "data": {"path", "workers", "download", "bad_images"},
     "alignment": {"weights"},
+    "codec": {"vae", "revision"},
 }
 """Options that a resumed run may change; all others would make it another run."""
 

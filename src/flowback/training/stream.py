@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flowback.config import RunConfig
 from flowback.data.images import ImageSet
+from flowback.data.latents import PreparedLatents, sample_posterior
 from flowback.errors import InputError
 from flowback.flow.likelihood import dequantise, to_unit_range
 
@@ -83,6 +84,8 @@ class _Reader(Dataset):
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | InputError:
         try:
             originals = None if self.originals is None else self.originals.read(indices)
+            if isinstance(self.images, PreparedLatents):
+                return indices, self.images.posterior(indices), originals
             return indices, self.images.read(indices), originals
         except InputError as error:
             return error
@@ -162,7 +165,11 @@ def batches(
         shape = (train.batch_size, model.channels, model.image_size, model.image_size)
         if not config.data.flip:
             flipped = torch.zeros_like(flipped)
-        clean = _shown(pixels, flipped)
+        if isinstance(images, PreparedLatents):
+            noise = torch.randn(shape, generator=random, device=device)[share]
+            clean = sample_posterior(pixels.to(device, non_blocking=True), flipped, noise)
+        else:
+            clean = _shown(pixels, flipped)
         seen = clean if larger is None else _shown(larger, flipped)
         if model.noise == "gaussian":
             noise = torch.randn(shape, generator=random, device=device)[share]

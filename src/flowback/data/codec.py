@@ -1,0 +1,153 @@
+"""What stands between images and flow: nothing, or the encoder and decoder of a VAE.
+
+One contract for both: ``encode`` turns images on [-1, 1] into what the flow models, with its uncertainty, and
+``decode`` turns what the flow draws into images on [-1, 1]. With a VAE (latent diffusion, arXiv 2112.10752)
+the flow models z = (latent - shift) · scale; noise, denoising and likelihood are those of z.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowback.config import CodecConfig
+from flowback.errors import InputError
+
+__all__ = ["Codec", "Pixels", "Vae", "open_codec"]
+
+CHUNK = 16
+"""Images that a VAE encodes or decodes at once."""
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Images to what the flow models, and back."""
+
+    config: CodecConfig
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 d p q"]:
+        """Mean and standard deviation of each image as the flow sees it."""
+        ...
+
+    def decode(self, drawn: Float[Tensor, "b d p q"]) -> Float[Tensor, "b c h w"]:
+        """What the flow drew, as images on [-1, 1]."""
+        ...
+
+
+class Pixels:
+    """No codec: the flow models the images themselves."""
+
+    config = CodecConfig()
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 c h w"]:
+        """The images, without uncertainty."""
+        return torch.stack([images, torch.zeros_like(images)], dim=1)
+
+    def decode(self, drawn: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The images as they are."""
+        return drawn
+
+
+class Vae:
+    """An AutoencoderKL or AutoencoderTiny of diffusers, frozen.
+
+    Args:
+        config: with the hash of its weights.
+        model: the network, in eval mode.
+    """
+
+    def __init__(self, config: CodecConfig, model: Any) -> None:
+        self.config, self.model = config, model
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 d p q"]:
+        """Mean and standard deviation of the posterior of z, computed in chunks.
+
+        Raises:
+            InputError: the VAE gives values that are not finite.
+        """
+        parts = []
+        for chunk in images.split(CHUNK):
+            found = self.model.encode(chunk.to(self.model.device))
+            if hasattr(found, "latent_dist"):
+                mean, deviation = found.latent_dist.mean, found.latent_dist.std
+            else:  # AutoencoderTiny has no posterior
+                mean, deviation = found.latents, torch.zeros_like(found.latents)
+            mean = (mean - self.config.shift) * self.config.scale
+            parts.append(torch.stack([mean, deviation * self.config.scale], dim=1).float().cpu())
+        moments = torch.cat(parts)
+        if not bool(moments.isfinite().all()):
+            raise InputError(f"The VAE {self.config.vae} gives latents that are not finite; take another.")
+        return moments
+
+    @torch.no_grad()
+    def decode(self, drawn: Float[Tensor, "b d p q"]) -> Float[Tensor, "b c h w"]:
+        """Images of z, computed in chunks."""
+        parts = [
+            self.model.decode(chunk.to(self.model.device) / self.config.scale + self.config.shift).sample
+            for chunk in drawn.split(CHUNK)
+        ]
+        return torch.cat(parts).to(drawn)
+
+
+def open_codec(
+    config: CodecConfig, device: torch.device | str = "cpu", vae: str | None = None, force: bool = False
+) -> Pixels | Vae:
+    """The codec of a checkpoint or of prepared data; without a VAE in ``config``, :class:`Pixels`.
+
+    Args:
+        config: as stored.
+        device: of the VAE.
+        vae: where the VAE lies now, in place of the stored name.
+        force: take one with other weights than the stored ones.
+
+    Raises:
+        InputError: no package, no such VAE, or other weights.
+    """
+    if config.vae is None:
+        if vae is not None:
+            raise InputError(f"--vae {vae}: the model works on pixels, not on latents; leave it out.")
+        return Pixels()
+    model = _load(vae or config.vae, config.revision if vae is None else None)
+    weights = _hash(model)
+    if config.weights not in (None, weights) and not force:
+        raise InputError(
+            f"{vae or config.vae} is not the VAE of the latents that this model was trained on "
+            f"({config.vae}, SHA-256 {config.weights[:12]}...); give that one with --vae, or --force-vae."
+        )
+    return Vae(replace(config, vae=vae or config.vae, weights=weights), model.to(device))
+
+
+def _load(name: str, revision: str | None) -> Any:
+    try:
+        import diffusers
+    except ImportError:
+        raise InputError(f"The VAE {name} needs diffusers: pip install flowback-nf[latent].") from None
+    try:
+        kind = diffusers.AutoencoderKL.load_config(name, revision=revision).get("_class_name")
+        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise InputError(f"{name} holds a {kind}; an AutoencoderKL or AutoencoderTiny is needed.")
+        model = getattr(diffusers, kind).from_pretrained(name, revision=revision, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        where = "is damaged or incomplete" if Path(name).is_dir() else "cannot be loaded"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"The VAE {name} {where} ({reason}); give a folder with config.json and safetensors weights, "
+            "or a name on the hub."
+        ) from None
+    return model.eval().requires_grad_(False)
+
+
+def _hash(model: Any) -> str:
+    """SHA-256 of the weights by name, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes() if tensor.ndim else b"")
+    return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""A tiny VAE, saved to disk, from prepare to evaluate; and what must not be mixed up."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from flowback import checkpoint
+from flowback.config import CodecConfig, DataConfig
+from flowback.data.codec import open_codec
+from flowback.data.images import load_images
+from flowback.data.latents import sample_posterior
+from flowback.sampling.output import read_png
+
+
+def save_vae(folder, seed):
+    """A random AutoencoderKL: 32x32 images to 4 channels of 16x16."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae"), 0)
+
+
+@pytest.fixture
+def prepared(flowback, photos, vae, tmp_path):
+    words = ("prepare", photos, "--out", tmp_path / "set", "--image-size", 32, "--vae", vae)
+    code, printed, err = flowback(*words, "--device", "cpu", "--workers", 0)
+    assert code == 0, err
+    assert "--model.channels 4 --model.image-size 16" in printed
+    return tmp_path / "set"
+
+
+LATENT = ("--model.channels", 4, "--model.image-size", 16, "--model.noise-std", 0.2)
+
+
+def test_moments_are_the_vaes_and_their_samples_follow_them(prepared, vae):
+    import diffusers
+
+    model = diffusers.AutoencoderKL.from_pretrained(vae).eval()
+    latents = load_images(DataConfig(path=prepared), 16, 4, "train")
+    images = latents.pixels.read(torch.tensor([3])).float() / 127.5 - 1
+    stored = latents.posterior(torch.tensor([3]))[0]
+    for mirror, own in enumerate((images, images.flip(3))):
+        with torch.no_grad():
+            expected = model.encode(own).latent_dist
+        # float16 keeps 11 bits.
+        torch.testing.assert_close(stored[mirror, 0], 0.18215 * expected.mean[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stored[mirror, 1], 0.18215 * expected.std[0], rtol=1e-3, atol=1e-4)
+    noise = torch.randn(2, 4, 16, 16)
+    both = stored.expand(2, *stored.shape)
+    drawn = sample_posterior(both, torch.tensor([False, True]), noise)
+    torch.testing.assert_close(drawn[0], stored[0, 0] + stored[0, 1] * noise[0])
+    torch.testing.assert_close(drawn[1], stored[1, 0] + stored[1, 1] * noise[1])
+    codec = open_codec(latents.codec)
+    with torch.no_grad():
+        expected = model.decode(drawn / 0.18215).sample
+    torch.testing.assert_close(codec.decode(drawn), expected)
+
+
+def test_prepare_train_sample_decode_evaluate(flowback, small, prepared, vae, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = flowback(
+        "train", "folder-32-reverse", "--data.path", prepared, "--out", out, *LATENT, *small,
+        "--train.sample-every", 4,
+    )  # fmt: skip
+    assert code == 0, err
+    config = checkpoint.load_config(out)
+    assert config.codec.vae == str(vae)
+    assert len(config.codec.weights) == 64
+    assert (out / "samples/step-00000004.png").is_file()
+    moved = tmp_path / "moved"
+    shutil.copytree(vae, moved)
+    code, _, err = flowback("sample", out, "--out", tmp_path / "drawn", "--count", 3, "--vae", moved)
+    assert code == 0, err
+
+    pictures = sorted((tmp_path / "drawn").rglob("*.png"))
+    assert [read_png(file)[0].shape for file in pictures] == [(3, 32, 32)] * 3
+    code, _, err = flowback("evaluate", out, "--samples", 8, "--draws", 1)
+    assert code == 0, err
+    figures = json.loads((out / "evaluation/evaluate.json").read_text())["figures"]
+    assert {"nll", "top1_gradient", "fd_efficientnet_lite0"} <= set(figures)
+    assert "bits_per_dim" not in figures
+
+    other = save_vae(tmp_path / "other", 1)
+    words = ("sample", out, "--out", tmp_path / "wrong", "--count", 1, "--vae", other)
+    code, _, err = flowback(*words)
+    assert code == 2
+    assert "is not the VAE of the latents that this model was trained on" in err
+    assert not (tmp_path / "wrong").exists()
+    assert flowback(*words, "--force-vae")[0] == 0
+
+
+def test_latents_that_do_not_fit(flowback, small, prepared, tmp_path):
+    words = ("train", "folder-32", "--data.path", prepared, "--out", tmp_path / "run", *small)
+    code, _, err = flowback(*words)
+    assert code == 2
+    assert "holds latents of 4 channels and 16x16" in err
+    code, _, err = flowback(*words, *LATENT, "--codec.vae", "stabilityai/sd-vae-ft-ema")
+    assert code == 2
+    assert "The settings ask for latents of --codec.vae stabilityai/sd-vae-ft-ema" in err
+    assert not (tmp_path / "run").exists()
+    latents = np.load(prepared / "train/latents.npy", mmap_mode="r+")
+    latents[5, 0, 0, 2, 3, 4] = np.nan
+    latents.flush()
+    code, _, err = flowback(*words, *LATENT)
+    assert code == 2
+    assert "latents.npy holds values that are not finite" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "is damaged or incomplete"),
+        (
+            lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(),
+            "is damaged or incomplete",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text('{"_class_name": "UNet2DModel"}'),
+            "holds a UNet2DModel; an AutoencoderKL or AutoencoderTiny is needed",
+        ),
+    ],
+)
+def test_a_folder_that_holds_no_vae(flowback, photos, vae, tmp_path, change, sentence):
+    shutil.copytree(vae, tmp_path / "vae")
+    change(tmp_path / "vae")
+    code, _, err = flowback(
+        "prepare", photos, "--out", tmp_path / "set", "--image-size", 32, "--vae", tmp_path / "vae"
+    )
+    assert code == 2
+    assert sentence in err
+    assert not (tmp_path / "set").exists()
+
+
+def test_pixels_take_no_vae():
+    assert torch.equal(open_codec(CodecConfig()).decode(torch.ones(1, 3, 2, 2)), torch.ones(1, 3, 2, 2))
