@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowback.data.prepare import Settings, prepare
+from flowback.data.decoding import Settings
+from flowback.data.prepare import prepare
 from flowback.data.prepared import load_prepared
 from flowback.data.sources import FileSource
 from flowback.progress import track

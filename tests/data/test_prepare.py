@@ -16,10 +16,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from flowback import DataConfig, InputError
+from flowback.data import decoding
 from flowback.data import prepare as module
 from flowback.data.decode import decode, fit
+from flowback.data.decoding import Settings
 from flowback.data.images import load_images
-from flowback.data.prepare import Settings, prepare
+from flowback.data.prepare import prepare
 from flowback.data.prepared import load_prepared
 from flowback.data.sources import open_source
 
@@ -51,6 +53,7 @@ def tree(folder):
 @pytest.fixture
 def small_commits(monkeypatch):
     monkeypatch.setattr(module, "TASK", 4)
+    monkeypatch.setattr(decoding, "TASK", 4)
     monkeypatch.setattr(module, "COMMIT", 2)
 
 
@@ -135,10 +138,10 @@ def test_a_stopped_preparation_resumes_to_the_same_bytes(tmp_path, small_commits
             raise KeyboardInterrupt
         return decode(path, *rest)
 
-    monkeypatch.setattr(module, "decode", failing)
+    monkeypatch.setattr(decoding, "decode", failing)
     with pytest.raises(KeyboardInterrupt):
         make(data, tmp_path / "out")
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(decoding, "decode", decode)
     with pytest.raises(InputError, match="is not complete; run the same `flowback prepare` again"):
         load_prepared(tmp_path / "out", 16, 3, "train")
     with (tmp_path / "out/train/images.npy").open("ab") as file:
@@ -158,7 +161,7 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(tmp_path, small_commits,
         time.sleep(0.05)  # so that the kill comes long before the end
         return decode(*words)
 
-    monkeypatch.setattr(module, "decode", slow)
+    monkeypatch.setattr(decoding, "decode", slow)
     fork = multiprocessing.get_context("fork")
     running = fork.Process(target=make, args=(data, tmp_path / "out"), kwargs={"workers": 2})
     running.start()
@@ -171,7 +174,7 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(tmp_path, small_commits,
     assert len(children) == 2
     assert not (tmp_path / "out/prepared.json").exists()
     assert psutil.wait_procs(children, timeout=30)[1] == []
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(decoding, "decode", decode)
     make(data, tmp_path / "out", workers=2)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

@@ -16,7 +16,8 @@ from flowback.cli.subject import pick_device
 from flowback.config import CodecConfig
 from flowback.data.codec import Vae, open_codec
 from flowback.data.decode import Crop
-from flowback.data.prepare import Settings, prepare
+from flowback.data.decoding import Settings
+from flowback.data.prepare import prepare
 from flowback.data.sources import open_source
 from flowback.errors import InputError
 from flowback.record import environment, write_json

@@ -90,7 +90,10 @@ def load_images(
         latent = read_summary(data.path)["settings"].get("latent") is not None
         return (load_latents if latent else load_prepared)(data.path, image_size, channels, split)
     if channels not in (1, 3):
-        raise InputError(f"--model.channels {channels}: images have 1 (grey) or 3 (RGB) channels.")
+        raise InputError(
+            f"--model.channels {channels}: images have 1 (grey) or 3 (RGB) channels; "
+            "for latents give --data.path a set that was prepared with --vae."
+        )
     if data.name == "folder" or (data.name == "digits" and data.path is not None):
         return load_folder(data, image_size, channels, split)
     if data.name == "digits":

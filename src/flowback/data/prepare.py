@@ -14,15 +14,8 @@ import json
 import math
 import os
 import shutil
-import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -30,47 +23,20 @@ import numpy as np
 import torch
 from PIL import __version__ as pillow
 
-from flowback.config import CodecConfig, to_dict
+from flowback.config import to_dict
 from flowback.data.codec import Vae
 from flowback.data.column import Column
-from flowback.data.decode import Crop, UnreadableImageError, decode, fit
+from flowback.data.decoding import TASK, Part, Settings, decoded
 from flowback.data.prepared import FORMAT
 from flowback.data.sources import Source, Split
 from flowback.errors import InputError
 from flowback.progress import bar
 from flowback.record import write_json
 
-__all__ = ["Settings", "prepare"]
+__all__ = ["prepare"]
 
-TASK = 64
-"""Images that a process decodes before it hands them over."""
 COMMIT = 16
 """Tasks between commits."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of a prepared set, beside its source."""
-
-    image_size: int
-    channels: int
-    crop: Crop
-    holdout: float
-    codec: CodecConfig | None = None
-    """The VAE whose latents are written beside the images."""
-    latent: tuple[int, int, int] | None = None
-    """Channels, height and width of a latent."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some images of a source, ready to be appended."""
-
-    pixels: np.ndarray
-    labels: np.ndarray
-    names: list[bytes]
-    skipped: list[str]
-    latents: np.ndarray | None = None
 
 
 @dataclass
@@ -217,11 +183,11 @@ def _fill(
         for commit in commits:
             _note(journal, commit)
         with (
-            contextlib.closing(_decoded(source, settings, state.items, workers)) as parts,
+            contextlib.closing(decoded(source, settings, state.items, workers)) as parts,
             bar() as progress,
         ):
             task = progress.add_task(f"preparing {split}", total=len(source), note="")
-            waiting: list[_Part] = []
+            waiting: list[Part] = []
             for first, part in zip(range(state.items, len(source), TASK), parts, strict=True):
                 if part.skipped and bad_images == "refuse":
                     raise InputError(
@@ -279,7 +245,7 @@ def _rows(column: str, state: _State) -> int:
     return state.names if column == "names" else state.images
 
 
-def _commit(columns: dict[str, Column], parts: list[_Part], state: _State, items: int) -> _State:
+def _commit(columns: dict[str, Column], parts: list[Part], state: _State, items: int) -> _State:
     """Append and flush; returns the new line of the journal."""
     names = [name for part in parts for name in part.names]
     ends = state.names + np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -340,88 +306,3 @@ def _verify(folder: Path, commits: list[list[Any]], settings: Settings) -> str:
             whole.update(digest.digest())
             images, names = until_image, until_name
     return whole.hexdigest()
-
-
-# --- decoding ---
-
-
-def _decoded(source: Source, settings: Settings, start: int, workers: int) -> Generator[_Part, None, None]:
-    """The images from ``start`` on, in order, at most a few tasks ahead of whoever takes them."""
-    starts = iter(range(start, len(source), TASK))
-    decoder = _Decoder(source, settings)
-    if workers == 0:
-        yield from map(decoder, starts)
-        return
-    # Forking costs nothing and shares the listing; the children only decode, and never touch PyTorch.
-    method = "fork" if "fork" in get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, get_context(method), _begin_process, (decoder, os.getpid()))
-    ahead: deque[Future[_Part]] = deque()
-    try:
-        for begin in starts:
-            ahead.append(pool.submit(_decode_from, begin))
-            if len(ahead) >= 4 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    except BrokenProcessPool:
-        raise InputError(
-            "A process that decodes was killed, maybe for want of memory; run the same command again, which "
-            "goes on, with fewer --workers."
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Decoder:
-    """Decodes TASK images from a given one on."""
-
-    def __init__(self, source: Source, settings: Settings) -> None:
-        self.source, self.settings = source, settings
-
-    def __call__(self, start: int) -> _Part:
-        source, settings = self.source, self.settings
-        size = settings.image_size
-        span = range(start, min(start + TASK, len(source)))
-        pixels = np.empty((len(span), settings.channels, size, size), dtype=np.uint8)
-        good: list[int] = []
-        skipped: list[str] = []
-        for index in span:
-            try:
-                pixels[len(good)] = self._image(index)
-                good.append(index)
-            except UnreadableImageError as error:
-                skipped.append(f"{source.file_name(index)} ({error})")
-        labels = np.full(len(good), -1, dtype=np.int64)
-        if source.labels is not None:
-            labels[:] = source.labels[good].numpy()
-        names = [source.file_name(index).replace("\n", " ").encode() + b"\n" for index in good]
-        return _Part(pixels[: len(good)], labels, names, skipped)
-
-    def _image(self, index: int) -> np.ndarray:
-        settings, content = self.settings, self.source.open(index)
-        if isinstance(content, (bytes, Path)):
-            return decode(content, settings.image_size, settings.channels, settings.crop)
-        return fit(content, settings.image_size, settings.channels, settings.crop)
-
-
-_decoder: _Decoder | None = None
-"""Of a decoding process, which keeps nothing else; never set in the main process."""
-
-
-def _begin_process(decoder: _Decoder, parent: int) -> None:
-    """In a new process: keep the decoder, leave Ctrl-C to the parent, and end when the parent has ended."""
-    global _decoder
-    _decoder = decoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _decode_from(start: int) -> _Part:
-    assert _decoder is not None
-    return _decoder(start)
