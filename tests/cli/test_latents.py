@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowback import checkpoint
+from flowback.cli import main
 from flowback.config import CodecConfig, DataConfig
 from flowback.data.codec import open_codec
 from flowback.data.images import load_images
@@ -36,13 +37,12 @@ def vae(tmp_path_factory):
     return save_vae(tmp_path_factory.mktemp("vae"), 0)
 
 
-@pytest.fixture
-def prepared(flowback, photos, vae, tmp_path):
-    words = ("prepare", photos, "--out", tmp_path / "set", "--image-size", 32, "--vae", vae)
-    code, printed, err = flowback(*words, "--device", "cpu", "--workers", 0)
-    assert code == 0, err
-    assert "--model.channels 4 --model.image-size 16" in printed
-    return tmp_path / "set"
+@pytest.fixture(scope="module")
+def prepared(photos, vae, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    words = ("prepare", photos, "--out", out, "--image-size", 32, "--vae", vae)
+    assert main([str(word) for word in (*words, "--device", "cpu", "--workers", 0)]) == 0
+    return out
 
 
 LATENT = ("--model.channels", 4, "--model.image-size", 16, "--model.noise-std", 0.2)
@@ -114,10 +114,12 @@ def test_latents_that_do_not_fit(flowback, small, prepared, tmp_path):
     assert code == 2
     assert "The settings ask for latents of --codec.vae stabilityai/sd-vae-ft-ema" in err
     assert not (tmp_path / "run").exists()
-    latents = np.load(prepared / "train/latents.npy", mmap_mode="r+")
-    latents[5, 0, 0, 2, 3, 4] = np.nan
-    latents.flush()
-    code, _, err = flowback(*words, *LATENT)
+    broken = tmp_path / "broken"
+    shutil.copytree(prepared, broken)
+    latents = np.load(broken / "train/latents.npy")
+    latents[:, 0, 0, 2, 3, 4] = np.nan
+    np.save(broken / "train/latents.npy", latents)
+    code, _, err = flowback(*words, *LATENT, "--data.path", broken)
     assert code == 2
     assert "latents.npy holds values that are not finite" in err
 
