@@ -7,7 +7,8 @@ loop's objective with the fused optimiser, theirs the loss and optimiser of thei
 average of the weights here. ``ratio`` is theirs over ours, ``memory_ratio`` ours over theirs (weights,
 gradients, optimiser and activations, in a fresh process), ``to_peak`` the share of the speed of a large
 matrix product of the same dtype and run; FLOPs are counted with causal attention, for both alike.
-Rows of the width 256 are named `ours-fp32`, others `ours-fp32-width512`.
+Compiled rows (`ours-fp32-compiled`): ours the Transformers of the blocks, as ``--train.compile`` does, theirs
+the whole model. Rows of the width 256 are named `ours-fp32`, others `ours-fp32-width512`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from flowback import ModelConfig, RunConfig, TrainConfig
 from flowback.flow.cost import flops_per_image
 from flowback.interop import to_tarflow
 from flowback.record import environment
+from flowback.training.bodies import set_up_bodies
 from flowback.training.objective import Objective
 from harness import interleave, peak_bytes, peak_in_fresh_process, write_rows
 
@@ -73,10 +75,11 @@ def model_config(width: int) -> ModelConfig:
     return ModelConfig(image_size=64, patch_size=4, width=width, blocks=4, layers=4, num_classes=CLASSES)
 
 
-def our_step(width: int, precision: Precision, device: torch.device) -> Callable[..., Tensor]:
+def our_step(width: int, precision: Precision, device: torch.device, compiled: bool) -> Callable[..., Tensor]:
     """A step of flowback from fixed weights; returns the loss."""
-    train = TrainConfig(precision=precision, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    train = TrainConfig(precision=precision, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, compile=compiled)
     objective = _objective(width, train).to(device)
+    set_up_bodies(objective.flow, objective.config)
     optimiser = torch.optim.AdamW(
         objective.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -92,7 +95,7 @@ def our_step(width: int, precision: Precision, device: torch.device) -> Callable
 
 
 def their_step(
-    width: int, precision: Precision, device: torch.device, checkout: Path
+    width: int, precision: Precision, device: torch.device, compiled: bool, checkout: Path
 ) -> Callable[..., Tensor]:
     """The same of ml-tarflow."""
     file = checkout / "transformer_flow.py"
@@ -108,12 +111,13 @@ def their_step(
     flow = _objective(width, TrainConfig()).flow
     model.load_state_dict(to_tarflow(config, flow.state_dict()))
     model.to(device)
+    run = torch.compile(model) if compiled else model
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         optimiser.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            z, _, log_dets = model(images, labels)
+            z, _, log_dets = run(images, labels)
             loss = model.get_loss(z, log_dets)
         loss.backward()
         optimiser.step()
@@ -134,13 +138,12 @@ def make(name: str, options: Options, device: torch.device) -> Callable[[], Tens
     """The step of a row, with its batch."""
     width = int(name.split("-width")[1]) if "-width" in name else 256
     precision: Precision = "bf16" if "bf16" in name else "fp32"
+    compiled = "compiled" in name
     if name.startswith("ours"):
-        step = our_step(width, precision, device)
+        step = our_step(width, precision, device, compiled)
     else:
         assert options.reference is not None
-        step = their_step(width, precision, device, options.reference)
-    if "compiled" in name:
-        step = torch.compile(step)
+        step = their_step(width, precision, device, compiled, options.reference)
     generator = torch.Generator().manual_seed(0)
     images = (2 * torch.rand(options.batch, 3, 64, 64, generator=generator) - 1).to(device)
     labels = torch.randint(CLASSES, (options.batch,), generator=generator).to(device)

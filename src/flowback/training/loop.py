@@ -154,7 +154,6 @@ class _Run:
         average = copy.deepcopy(self.objective.flow).eval().requires_grad_(False)
         self.averages = {decay: copy.deepcopy(average).to(self.device) for decay in config.train.averages}
         self.average = self.averages[config.train.ema_decay]
-        set_up_bodies(self.objective.flow, config)
         self.guard, self.known_bad = Guard(config.train.spike, self.device), 0
         self.step, self.seconds = 0, 0.0
         self.last: dict[str, Any] = {}
@@ -167,6 +166,7 @@ class _Run:
         )
         model, self.optimizer = self.accelerator.prepare(self.objective, self.adamw)
         self.model: nn.Module = model
+        set_up_bodies(self.objective.flow, config)
         self.folder = RunFolder(out, config)
         if stored := self.folder.newest():
             self._restore(stored)

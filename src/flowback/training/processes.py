@@ -35,6 +35,12 @@ def start(train: TrainConfig) -> PartialState:
     Raises:
         InputError: the device that was asked for is not there, or takes no several processes.
     """
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise InputError(
+                f"accelerate was configured for {engine}, which flowback does not train with; "
+                "every process holds the whole model: run accelerate config again, or launch with torchrun."
+            )
     there = torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
     # Accelerate joins processes on the CPU only where it is told to use it.
     cpu = train.device == "cpu" or (train.device == "auto" and not there)
