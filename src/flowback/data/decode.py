@@ -13,13 +13,14 @@ tarflow   TARFlow's (torchvision's Resize and CenterCrop): bilinear, then the ce
 
 from __future__ import annotations
 
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["EXTENSIONS", "Crop", "UnreadableImageError", "decode", "fit"]
 
@@ -85,7 +86,8 @@ def fit(image: Image.Image, size: int, channels: int, crop: Crop = "bicubic") ->
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
     if crop == "adm":
         while min(image.size) >= 2 * size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -114,6 +116,7 @@ def _box(sides: tuple[int, int], size: int, crop: Crop) -> tuple[float, float, f
     return left, top, right, bottom
 
 
+@lru_cache(maxsize=1)
 def _known_formats() -> list[str]:
     """The formats of this list that the installed Pillow can open; an unknown one would be an error."""
     Image.init()
@@ -122,7 +125,8 @@ def _known_formats() -> list[str]:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # which would copy it
     except Exception:  # a damaged EXIF block, beside pixels that have already been read
         return image
 
