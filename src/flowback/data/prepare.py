@@ -249,25 +249,24 @@ def _commit(columns: dict[str, Column], parts: list[Part], state: _State, items:
     """Append and flush; returns the new line of the journal."""
     names = [name for part in parts for name in part.names]
     ends = state.names + np.cumsum([len(name) for name in names], dtype=np.int64)
-    added = {
-        "images": np.concatenate([part.pixels for part in parts]),
-        "labels": np.concatenate([part.labels for part in parts]),
-        "ends": ends,
-        "names": np.frombuffer(b"".join(names), dtype=np.uint8),
+    added: dict[str, list[np.ndarray]] = {
+        "images": [part.pixels for part in parts],
+        "labels": [part.labels for part in parts],
+        "ends": [ends],
+        "names": [np.frombuffer(b"".join(names), dtype=np.uint8)],
+        "latents": [part.latents for part in parts if part.latents is not None and len(part.latents)],
     }
-    latents = [part.latents for part in parts if part.latents is not None and len(part.latents)]
-    if "latents" in columns and latents:
-        added["latents"] = np.concatenate(latents)
     digest = hashlib.blake2b(digest_size=16)
-    for name, rows in added.items():
-        columns[name].append(rows)
-        digest.update(rows.data)
+    for name, column in columns.items():
+        for rows in added[name]:
+            column.append(rows)
+            digest.update(rows.data)
     for column in columns.values():
         column.flush()
     return _State(
         items,
         state.images + len(names),
-        state.names + len(added["names"]),
+        state.names + sum(map(len, names)),
         digest.hexdigest(),
         [name for part in parts for name in part.skipped],
     )
