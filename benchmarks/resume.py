@@ -93,7 +93,10 @@ def killed_and_resumed(out: Path, options: Options, environment: dict[str, str])
     before = losses(out)
     resumed_at = int(checkpoint.resolve(out).name.removeprefix("step-"))
     subprocess.run(command(out, options, 1), env=environment, stdout=subprocess.DEVNULL, check=True)
-    return {"before": before, "after": losses(out), "resumed_at": resumed_at}
+    first = json.loads((out / "environment.json").read_text())
+    every = (first, *first["resumed"])
+    starts = [{"step": start.get("step", 0), "processes": start["processes"]} for start in every]
+    return {"before": before, "after": losses(out), "resumed_at": resumed_at, "starts": starts}
 
 
 def draw(path: Path, whole: dict[int, float], cut: dict[str, Any], options: Options) -> None:
@@ -141,7 +144,7 @@ def main() -> None:
         draw(options.plot, whole, cut, options)
     if options.json:
         rows = [{"step": step, "whole": whole[step], "cut": cut["after"][step]} for step in whole]
-        more = {"resumed_at": cut["resumed_at"], "killed_after": max(cut["before"])}
+        more = {"resumed_at": cut["resumed_at"], "killed_after": max(cut["before"]), "starts": cut["starts"]}
         settings = {"preset": options.preset, "steps": options.steps, "processes": options.processes}
         write_rows(
             options.json,

@@ -62,7 +62,7 @@ class Options:
     """Widths whose checkpoints are timed."""
     folder: Path = Path(tempfile.gettempdir())
     """On the disk that checkpoints go to."""
-    run: Path | None = None
+    worker: Path | None = None
     """Train into this folder, and stop; the script calls itself so."""
 
 
@@ -81,7 +81,7 @@ def run_config(width: int, options: Options) -> RunConfig:
     return RunConfig(model=model, train=train_config)
 
 
-def worker(out: Path, options: Options) -> None:
+def work(out: Path, options: Options) -> None:
     """One process of a run."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (256, 3, 64, 64), generator=generator, dtype=torch.uint8)
@@ -94,7 +94,7 @@ def rates(processes: int, options: Options) -> list[float]:
     """Images/s of one run, look by look, without the first."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        arguments = ["--run", f"{name}/run", "--width", str(options.width), "--batch", str(options.batch)]
+        arguments = ["--worker", f"{name}/run", "--width", str(options.width), "--batch", str(options.batch)]
         arguments += ["--steps", str(options.steps)]
         subprocess.run(
             [sys.executable, *(launcher if processes > 1 else []), __file__, *arguments],
@@ -146,8 +146,8 @@ def saving(width: int, options: Options) -> dict[str, Any]:
 def main() -> None:
     """Time, print and write."""
     options = tyro.cli(Options, prog="scale.py")
-    if options.run:
-        worker(options.run, options)
+    if options.worker:
+        work(options.worker, options)
         return
     device, console = torch.device("cpu"), Console()
     torch.set_num_threads(options.threads)
