@@ -1,6 +1,7 @@
 """Whatever happens to the files of the newest checkpoint, it is named and the one before it is used."""
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -91,6 +92,8 @@ def test_the_clock_jumps_back(config, digits, tmp_path, monkeypatch):
     os.utime(new, (late - 86400, late - 86400))
     os.utime(old, (late, late))
     row = train(config, digits, tmp_path / "run")
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["resumed"][0]["step"] == 8
     runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
     assert row["images_per_second"] > 0
     assert row["seconds"] > 0
