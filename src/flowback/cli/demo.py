@@ -10,9 +10,11 @@ from typing import Any
 import matplotlib
 import torch
 import tyro
+from torch import Tensor
 from torch.nn import functional
 
 from flowback import checkpoint, presets
+from flowback.alignment.encoders import load_encoder
 from flowback.alignment.targets import make_targets
 from flowback.cache import cache_folder
 from flowback.cli.evaluators import held_out_figures, likelihood_evaluator
@@ -20,7 +22,7 @@ from flowback.cli.output import say, show_table
 from flowback.cli.train import resolve_classes
 from flowback.config import RunConfig, to_dict
 from flowback.data.images import ImageSet, load_images
-from flowback.evaluation.frechet import fd_efficientnet_lite0
+from flowback.evaluation.frechet import Moments, frechet_distance, pooled_moments
 from flowback.flow import Flow
 from flowback.record import environment, replacing, write_json
 from flowback.sampling import sample
@@ -74,6 +76,8 @@ def run(argv: list[str]) -> None:
         "environment": environment(),
     }
     flows = {}
+    encoder = load_encoder("efficientnet_lite0")
+    real: Moments | None = None  # of the training images, which both runs share
     for name, (preset, about) in RUNS.items():
         config = presets.get(preset).config
         steps = options.steps or config.train.steps
@@ -87,7 +91,11 @@ def run(argv: list[str]) -> None:
         targets = make_targets(config, images, cache_folder() / "features")
         row = train(config, images, out, targets, [likelihood_evaluator(config, test)], f"{name}: {about}")
         flows[name] = checkpoint.load(out)
-        report["runs"][name] = _figures(flows[name], config, images, test, row, options)
+        if real is None:
+            real = pooled_moments(encoder, images.read(torch.arange(len(images))).split(64))
+        figures = _figures(flows[name], config, test, row)
+        drawn = pooled_moments(encoder, to_bytes(_samples(flows[name], config, options)).split(64))
+        report["runs"][name] = {"fd_efficientnet_lite0": frechet_distance(drawn, real), **figures}
         report["settings"]["configs"][name] = to_dict(config)
     options.out.mkdir(parents=True, exist_ok=True)
     _draw_samples(flows, options)
@@ -102,18 +110,20 @@ def run(argv: list[str]) -> None:
     say(f"Look at {options.out}/samples.png, curves.png and report.md")
 
 
-def _figures(
-    flow: Flow, config: RunConfig, images: ImageSet, test: ImageSet, row: dict[str, Any], options: Options
-) -> dict[str, float]:
-    """The figures of one run."""
-    figures = held_out_figures(flow, test, len(test), exhaustive=True)
+def _figures(flow: Flow, config: RunConfig, test: ImageSet, row: dict[str, Any]) -> dict[str, float]:
+    """Likelihood, accuracy and speed of one run."""
+    seen = row["step"] * config.train.batch_size
+    return held_out_figures(flow, test, len(test), exhaustive=True) | {
+        "seconds": row["seconds"],
+        "images_per_second": seen / row["seconds"],
+    }
+
+
+def _samples(flow: Flow, config: RunConfig, options: Options) -> Tensor:
+    """Samples of all classes in turn."""
     classes = config.model.num_classes or 1
     labels = [index % classes for index in range(options.samples)]
-    drawn = sample(flow, labels, seeds=range(options.samples), guidance=options.guidance)
-    real = images.read(torch.arange(len(images)))
-    figures["fd_efficientnet_lite0"] = fd_efficientnet_lite0(to_bytes(drawn), real)
-    seen = row["step"] * config.train.batch_size
-    return figures | {"seconds": row["seconds"], "images_per_second": seen / row["seconds"]}
+    return sample(flow, labels, seeds=range(options.samples), guidance=options.guidance)
 
 
 def _draw_samples(flows: dict[str, Flow], options: Options) -> None:
