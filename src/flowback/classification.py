@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from flowback.data.images import ImageSet
-from flowback.data.subset import evenly
+from flowback.data.subset import evenly, in_batches
 from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.flow.likelihood import to_unit_range
@@ -221,10 +221,10 @@ def topk_accuracy(
     classes = flow.config.num_classes or 0
     if classes and classes != len(images.classes):
         raise InputError(f"{images.name} has {len(images.classes)} classes, the model {classes}.")
-    chosen = evenly(len(images), limit).tensor_split(share[1])[share[0]]
+    chosen = evenly(len(images), limit, share)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     right1 = right5 = nonfinite = 0
-    batches = chosen.split(batch_size) if len(chosen) else ()
+    batches = in_batches(chosen, batch_size)
     start = time.perf_counter()
     for index in track(batches, len(batches), f"classify ({method})", "batches") if progress else batches:
         batch = to_unit_range(images.read(index))

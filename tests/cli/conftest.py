@@ -1,3 +1,6 @@
+import os
+import sys
+
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -27,6 +30,18 @@ def flowback(capsys, monkeypatch, tmp_path):
         return code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def launched():
+    """Arguments and environment of a command in two processes, as ``subprocess`` takes them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def two(*words):
+        command = [*launcher, "-m", "flowback", *map(str, words)]
+        return {"args": command, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+    return two
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -53,22 +51,12 @@ def test_everything_that_needs_no_download(flowback, model, tmp_path):
     assert "fd_efficientnet_lite0" in text
 
 
-def test_two_processes_find_what_one_finds(flowback, model, tmp_path):
+def test_two_processes_find_what_one_finds(flowback, launched, model, tmp_path):
     words = ["evaluate", model, "--samples", 5, "--limit", 7, "--draws", 2, "--device", "cpu"]
     words = [*words, "--sampler", "jacobi", "--window", 2, "--tolerance", 1e-6]
     assert flowback(*words, "--out", tmp_path / "one")[0] == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29519",
-    ]
     run = subprocess.run(
-        [*launch, "-m", "flowback", *map(str, words), "--out", str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **launched(*words, "--out", tmp_path / "two"),
         capture_output=True,
         text=True,
     )

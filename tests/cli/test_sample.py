@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -109,25 +107,14 @@ def test_other_images_in_the_folder(flowback, checkpoint, tmp_path):
     assert "other images" in err
 
 
-def test_two_processes_killed_and_finished(flowback, checkpoint, tmp_path):
+def test_two_processes_killed_and_finished(flowback, launched, checkpoint, tmp_path):
     """Both processes are killed half-way; two more finish, to the bytes of one undisturbed process."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29517",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def words(name, count):
         return ["sample", checkpoint[0], "--out", tmp_path / name, "--count", count, "--batch-size", 2, *CPU]
 
     def start(count):
-        arguments = [*command, "-m", "flowback", *map(str, words("cut", count))]
-        return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(**launched(*words("cut", count)), stdout=subprocess.DEVNULL)
 
     run, deadline = start(5000), time.monotonic() + 120
     while (

@@ -21,6 +21,7 @@ from flowback.cli.subject import held_out, is_checkpoint, out_folder, parse
 from flowback.config import DataConfig, to_dict
 from flowback.data.codec import Codec, open_codec
 from flowback.data.images import ImageSet, pixels_of
+from flowback.data.subset import evenly, in_batches
 from flowback.errors import InputError
 from flowback.evaluation.inception import load_inception
 from flowback.evaluation.likelihood import likelihood
@@ -170,7 +171,7 @@ def _checkpoint(options: Options, processes: Processes) -> dict[str, Any]:
         figures |= _held_out_figures(options, flow, images, processes)
     if judge is not None:
         found, samplers = [], []
-        numbers = torch.arange(options.samples).tensor_split(processes.share[1])[processes.share[0]]
+        numbers = evenly(options.samples, share=processes.share)
         for scale in scales:
             faults = Faults()
             plans, notice = _plans(options, flow, scale)
@@ -198,8 +199,8 @@ def _images(options: Options, processes: Processes) -> dict[str, Any]:
     first = images.read(torch.tensor([0]))
     reference = load_reference(options.reference, first.shape[-1], first.shape[1])
     judge = _judge(options, processes, reference)
-    numbers = torch.arange(len(images)).tensor_split(processes.share[1])[processes.share[0]]
-    parts = numbers.split(options.batch_size) if len(numbers) else ()
+    numbers = evenly(len(images), share=processes.share)
+    parts = in_batches(numbers, options.batch_size)
     drawn = (images.read(index) for index in track(parts, len(parts), "features", "batches"))
     start = int(numbers[0]) if len(numbers) else 0
     figures: dict[str, Any] = dict(judge.figures(processes.merged(judge.gather(drawn, len(images), start))))
@@ -283,7 +284,7 @@ def _draw(
     classes = flow.config.num_classes or 0
     with bar() as progress:
         task = progress.add_task(f"sampling, guidance {scale:g}", total=len(numbers), note="")
-        for index in numbers.split(options.batch_size) if len(numbers) else ():
+        for index in in_batches(numbers, options.batch_size):
             labels = (index % classes).tolist() if classes else None
             seeds = (options.seed + index).tolist()
             images = sample(

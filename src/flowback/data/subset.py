@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from flowback.data.images import ImageSet
 
-__all__ = ["Subset", "evenly"]
+__all__ = ["Subset", "evenly", "in_batches"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,22 @@ class Subset:
         return self.whole.file_name(int(self.chosen[index]))
 
 
-def evenly(total: int, limit: int | None) -> Int64[Tensor, " n"]:
+def evenly(total: int, limit: int | None = None, share: tuple[int, int] = (0, 1)) -> Int64[Tensor, " n"]:
     """Indices of ``limit`` images spread evenly over ``total``; all if there are fewer.
 
+    Args:
+        total: images of the set.
+        limit: how many of them; None is all.
+        share: (r, p) gives part r, from 0, of these indices in p parts.
+
     Example:
-        >>> evenly(10, 4).tolist()
-        [0, 2, 5, 7]
+        >>> evenly(10, 4).tolist(), evenly(10, 4, (1, 3)).tolist()
+        ([0, 2, 5, 7], [5])
     """
-    if limit is None or limit >= total:
-        return torch.arange(total)
-    return torch.arange(limit) * total // limit
+    count = total if limit is None else min(limit, total)
+    return (torch.arange(count) * total // max(count, 1)).tensor_split(share[1])[share[0]]
+
+
+def in_batches(indices: Int64[Tensor, " n"], size: int) -> tuple[Int64[Tensor, " _"], ...]:
+    """``indices`` in batches of ``size``; of none, no batch."""
+    return indices.split(size) if len(indices) else ()

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowback.data.images import ImageSet
-from flowback.data.subset import evenly
+from flowback.data.subset import evenly, in_batches
 from flowback.errors import InputError
 from flowback.flow import Flow
 from flowback.flow.likelihood import bits_per_dim, nll_per_dim, to_unit_range
@@ -104,9 +104,9 @@ def likelihood(
         raise InputError("--draws must be at least 1.")
     conditional = conditional and bool(flow.config.num_classes) and images.labels is not None
     dequantising = replace(flow.config, noise="uniform")
-    chosen = evenly(len(images), limit).tensor_split(share[1])[share[0]]
+    chosen = evenly(len(images), limit, share)
     values = torch.zeros(2, draws, len(chosen), dtype=torch.float64)
-    parts, done = chosen.split(batch_size) if len(chosen) else (), 0
+    parts, done = in_batches(chosen, batch_size), 0
     for index in track(parts, len(parts), "likelihood", "batches") if progress else parts:
         clean = to_unit_range(images.read(index)).to(flow.device, flow.dtype)
         labels = images.labels[index] if conditional and images.labels is not None else None
