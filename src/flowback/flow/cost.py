@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
-
 from flowback.config import ModelConfig
-from flowback.flow.tarflow import Flow
 
 __all__ = ["H100_FLOPS", "flops_per_image", "parameters", "training_bytes", "training_days"]
 
@@ -15,23 +10,29 @@ H100_FLOPS = 989e12
 """Dense bf16 operations a second of one NVIDIA H100 SXM, by its data sheet."""
 
 
+def _mlp(model: ModelConfig) -> tuple[int, int]:
+    """Outputs of the MLP's first matrix, and inputs of its second."""
+    hidden = model.mlp_ratio * model.width
+    if model.mlp == "swiglu":
+        hidden = round(hidden * 2 / 3 / 8) * 8
+        return 2 * hidden, hidden
+    return hidden, hidden
+
+
 def _layer_weights(model: ModelConfig) -> int:
     """Weights in the matrices of one Transformer layer: attention and MLP."""
-    w = model.width
-    hidden = model.mlp_ratio * w
-    if model.mlp == "swiglu":
-        return 4 * w * w + 3 * w * (round(hidden * 2 / 3 / 8) * 8)
-    return 4 * w * w + 2 * w * hidden
+    return 4 * model.width**2 + model.width * sum(_mlp(model))
 
 
-@lru_cache(maxsize=128)
 def parameters(model: ModelConfig) -> int:
-    """Number of weights of the flow.
-
-    Counted on the meta device, so that the largest preset costs nothing.
-    """
-    with torch.device("meta"):
-        return sum(p.numel() for p in Flow(model).parameters())
+    """Number of weights of the flow, without building it."""
+    w, d = model.width, model.token_dim
+    biases = 4 * w + _mlp(model)[0] + w  # q, k, v and the attention's output; the MLP
+    norms = 2 * 2 * w + (2 * model.head_dim if model.qk_norm else 0)
+    layer = _layer_weights(model) + biases + norms
+    ends = (d * w + w) + (w * 2 * d + 2 * d)  # tokens in; shift and log-scale out
+    tables = w * (model.num_classes or 0) + (w * model.tokens if model.position == "learned" else 0)
+    return model.blocks * (model.layers * layer + ends + tables)
 
 
 def flops_per_image(model: ModelConfig) -> int:

@@ -1,0 +1,35 @@
+"""Costs by formula are those of the model itself, to the last weight and the last product."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowback.config import ModelConfig
+from flowback.flow import Flow
+from flowback.flow.cost import flops_per_image, parameters
+
+SMALL = dict(image_size=8, channels=3, patch_size=2, width=32, blocks=3, layers=2, head_dim=8)  # noqa: C408
+MODELS = {
+    "tarflow": ModelConfig(**SMALL, num_classes=5),
+    "unconditional": ModelConfig(**SMALL, num_classes=0, mlp_ratio=3),
+    "rope-swiglu-qk-norm": ModelConfig(**SMALL, position="rope", mlp="swiglu", qk_norm=True),
+    "swiglu": ModelConfig(**SMALL, mlp="swiglu", num_classes=2),
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_parameters_are_those_of_the_whole_model(model):
+    assert parameters(model) == sum(weights.numel() for weights in Flow(model).parameters())
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_operations_are_those_of_an_encode_pass(model):
+    """The counter sees the whole matrix of scores, of which causal attention needs (n + 1)/2n."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        Flow(model)(torch.zeros(1, 3, 8, 8), None)
+    counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+    scores = counts.pop("aten.bmm")
+    n = model.tokens
+    assert scores == model.blocks * model.layers * 4 * n * n * model.width
+    assert flops_per_image(model) == sum(counts.values()) + scores * (n + 1) // (2 * n)
