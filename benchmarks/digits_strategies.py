@@ -22,13 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flowback import checkpoint, presets
-from flowback.alignment.targets import make_targets
-from flowback.cache import cache_folder
-from flowback.cli.evaluators import held_out_figures, likelihood_evaluator
-from flowback.cli.train import resolve_classes
+from flowback.cli.evaluators import held_out_figures
+from flowback.cli.train import fit
 from flowback.config import to_dict
-from flowback.data.images import load_images
-from flowback.training import train
 from harness import write_rows
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -69,11 +65,9 @@ def one_run(name: str, seed: int, options: Options) -> dict[str, Any]:
         alignment=replace(base.alignment, **STRATEGIES[name]),
         train=replace(base.train, steps=options.steps or base.train.steps, seed=seed, device="cpu"),
     )
-    images, test = (load_images(config.data, 8, 1, split) for split in ("train", "test"))
-    config = resolve_classes(config, len(images.classes))
     out = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-    targets = make_targets(config, images, cache_folder() / "features")
-    last = train(config, images, out, targets, [likelihood_evaluator(config, test)], f"{name}, seed {seed}")
+    fitted = fit(config, out, f"{name}, seed {seed}")
+    test, last = fitted.test, fitted.last
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     curve = [
         {
@@ -89,7 +83,7 @@ def one_run(name: str, seed: int, options: Options) -> dict[str, Any]:
     if "alignment" in last:
         final["cosine"] = -last["alignment"]
     final["seconds"] = last["seconds"]
-    return {"name": name, "seed": seed, "final": final, "curve": curve, "config": to_dict(config)}
+    return {"name": name, "seed": seed, "final": final, "curve": curve, "config": to_dict(fitted.config)}
 
 
 def spread(runs: list[dict[str, Any]], figure: str) -> tuple[float, float] | None:

@@ -3,6 +3,8 @@
 Not those of ``cli``: the option parser fills its dataclasses with marks of its own.
 """
 
+import os
+
 from jaxtyping import install_import_hook
 
 CHECKED = "alignment checkpoint classification config data evaluation flow interop nn sampling training"
@@ -12,8 +14,28 @@ hook.__enter__()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import runs  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """The digits' features are computed once for all tests, and the user's own cache is left alone."""
+    os.environ["FLOWBACK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def config():
+    """A run that takes a second; :mod:`runs` trains it in processes of its own, too."""
+    return runs.tiny_config()
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The images it trains on."""
+    return runs.digits(runs.tiny_config())

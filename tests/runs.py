@@ -194,7 +194,8 @@ def digits(config):
 
 def training(config, out: Path, *, targets=None, evaluators=(), images=None) -> int:
     """Train on the digits; 75 if a signal stopped it, 74 if another process is gone, as the command."""
-    from flowback.training import Interrupted, ProcessLostError, train
+    from flowback.errors import Interrupted, ProcessLostError
+    from flowback.training import train
 
     try:
         row = train(config, images or digits(config), out, targets, evaluators)

@@ -1,7 +1,7 @@
-"""The one error that a user can mend: wrong options, files or data.
+"""What ends a command without being a defect of flowback, which keeps its traceback.
 
-The command line prints its text as a single sentence and exits with code 2; every other exception
-is a defect of flowback and keeps its traceback.
+The command line prints an :class:`InputError` as a single sentence and exits with code 2, and says of a run
+that was stopped, or has lost a process, that the same command goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "nearest"]
+__all__ = ["InputError", "Interrupted", "ProcessLostError", "nearest"]
 
 
 class InputError(Exception):
@@ -17,6 +17,14 @@ class InputError(Exception):
 
     Not a ValueError: the option parser would catch that and frame it in text of its own.
     """
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """The run was asked to stop by SIGINT or SIGTERM; its state is saved."""
+
+
+class ProcessLostError(Exception):
+    """Another process of the run is gone. Started again, the run goes on from its last checkpoint."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-__all__ = ["environment", "replacing", "write_json"]
+__all__ = ["environment", "plain", "replacing", "write_json"]
 
 _PACKAGES = (
     "flowback-nf",
@@ -97,22 +97,25 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically; NaN and infinities become null, so that any reader takes it.
-
-    Arrays and tensors become lists and numbers; what else JSON does not know is written as text.
-    """
+    """Write :func:`plain` data atomically; what else JSON does not know is written as text."""
     with replacing(path) as file:
-        json.dump(_plain(data), file, indent=2, default=str, allow_nan=False)
+        json.dump(plain(data), file, indent=2, default=str, allow_nan=False)
         file.write("\n")
 
 
-def _plain(data: Any) -> Any:
+def plain(data: Any) -> Any:
+    """Data that any reader of JSON takes: null for NaN and infinity, lists for arrays and tensors.
+
+    Example:
+        >>> plain({"nll": float("nan"), "z2": torch.ones(2)})
+        {'nll': None, 'z2': [1.0, 1.0]}
+    """
     if isinstance(data, dict):
-        return {str(key): _plain(value) for key, value in data.items()}
+        return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
+        return [plain(value) for value in data]
     if isinstance(data, (torch.Tensor, np.ndarray, np.generic)):
-        return _plain(data.tolist())
+        return plain(data.tolist())
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return data

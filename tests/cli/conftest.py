@@ -16,9 +16,8 @@ SMALL = """
 
 
 @pytest.fixture
-def flowback(capsys, monkeypatch, tmp_path):
+def flowback(capsys, monkeypatch):
     """Run a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*words):

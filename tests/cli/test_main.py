@@ -6,6 +6,7 @@ import pytest
 
 from flowback import __version__
 from flowback.cli import VERBS
+from flowback.errors import Interrupted, ProcessLostError
 
 
 def test_help_lists_every_verb(flowback):
@@ -51,3 +52,21 @@ def test_presets_lists_all_with_published_numbers(flowback, tmp_path):
     # 8 blocks of 8 layers of 12 · 1024² weights, and little else.
     assert rows["imagenet64"]["parameters"] == pytest.approx(64 * 12 * 1024**2, rel=0.02)
     assert rows["imagenet64"]["flops_per_image"] == pytest.approx(2 * 256 * 64 * 12 * 1024**2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        (Interrupted("Stopped by signal 15"), 75, "Stopped by signal 15. The same command goes on."),
+        (ProcessLostError("A process is gone"), 74, "the same command goes on from the last checkpoint."),
+    ],
+)
+def test_a_run_that_was_stopped_says_how_it_goes_on(flowback, monkeypatch, stop, code, said):
+    def stopped(argv):
+        raise stop
+
+    monkeypatch.setattr("flowback.cli.demo.run", stopped)
+    found, _, err = flowback("demo")
+    assert found == code
+    assert err.startswith(f"flowback: {stop}")
+    assert err.endswith(f"{said}\n")

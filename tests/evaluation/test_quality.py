@@ -8,7 +8,10 @@ import torch
 
 from fake_inception import FakeInception
 from flowback.alignment.encoders import load_encoder
+from flowback.config import DataConfig
+from flowback.data.images import load_images
 from flowback.data.memory import MemoryImages
+from flowback.data.subset import Subset
 from flowback.errors import InputError
 from flowback.evaluation.frechet import Moments, frechet_distance
 from flowback.evaluation.protocol import InceptionStatistics, adm_figures, batches, reference_statistics
@@ -129,6 +132,20 @@ def test_judge_with_and_without_inception():
     assert adm.warnings(50_000) == []
     tarflow = Judge(reference, encoder, "tarflow", FakeInception())
     assert "fid_tarflow" in tarflow.figures(tarflow.gather(batches(samples, 4), 10))
+
+
+def test_distance_in_an_encoders_features_orders_images_by_their_distortion():
+    digits = load_images(DataConfig(), 8, 1, "train")
+    first, second = Subset(digits, torch.arange(36)), digits.read(torch.arange(36, 72))
+    noised = (second.float() + 20 * torch.randn(second.shape)).clamp(0, 255).byte()
+    judge = Judge(Reference("first", first.fingerprint, first), load_encoder("efficientnet_lite0"))
+
+    def distance(images):
+        return judge.figures(judge.gather(images.split(20), len(images)))["fd_efficientnet_lite0"]
+
+    near = distance(second)
+    assert 0 < near < 0.5 * distance(noised)
+    assert abs(distance(first.read(torch.arange(36)))) < 1e-4 * near
 
 
 def test_parts_that_other_processes_gathered_give_the_same_figures():

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import runs
 from flowback import checkpoint
 from flowback.config import AlignmentConfig
-from flowback.errors import InputError
-from flowback.training import Evaluator, Interrupted, train
+from flowback.errors import InputError, Interrupted
+from flowback.training import Evaluator, train
 from flowback.training.loop import BadGradientError
 from flowback.training.objective import Objective
 from flowback.training.stream import global_indices
@@ -168,6 +168,16 @@ def test_a_step_left_out_changes_no_weight(config, digits, tmp_path):
     fresh = Objective(few, 6).state_dict()
     assert all(torch.equal(fresh[name], value) for name, value in state["objective"].items())
     assert all(float(one["step"]) == 0 for one in state["optimizer"]["state"].values())
+
+
+def test_rows_with_nan_are_json_all_the_same(config, digits, tmp_path):
+    train(replaced(aligned(config), steps=2, bad_steps=None), digits, tmp_path, NaNTargets(range(100)))
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1], parse_constant=refuse)["grad_norm"] is None
 
 
 def test_resuming_with_another_setting_names_it(config, digits, tmp_path):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from flowback.errors import InputError, nearest
+from flowback.errors import InputError, Interrupted, ProcessLostError, nearest
 
 __all__ = ["main"]
 
@@ -33,8 +33,9 @@ BAD_INPUT = 2
 """Exit code for options, files or data that the user can mend."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 """What the system says of a full disk, a limit on files, or a folder of others."""
-INTERRUPTED = 75
-"""Exit code of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to go on)."""
+INTERRUPTED, PROCESS_LOST = 75, 74
+"""Exit codes of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to go on), and of
+one that has lost another of its processes (EX_IOERR)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="flowback: %(message)s", level=logging.WARNING)
     module = importlib.import_module(f"flowback.cli.{verb.replace('-', '_')}")
     try:
-        return module.run(arguments[1:]) or 0
+        module.run(arguments[1:])
+        return 0
     except InputError as error:
         return _refuse(str(error))
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":  # once, whatever the number of processes
+            sys.stderr.write(f"flowback: {stop}. The same command goes on.\n")
+        return INTERRUPTED
+    except ProcessLostError as lost:
+        sys.stderr.write(f"flowback: {lost}; the same command goes on from the last checkpoint.\n")
+        return PROCESS_LOST
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise

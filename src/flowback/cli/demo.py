@@ -8,26 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 import tyro
-from torch import Tensor
 from torch.nn import functional
 
 from flowback import checkpoint, presets
 from flowback.alignment.encoders import load_encoder
-from flowback.alignment.targets import make_targets
-from flowback.cache import cache_folder
-from flowback.cli.evaluators import held_out_figures, likelihood_evaluator
+from flowback.cli.evaluators import held_out_figures
 from flowback.cli.output import say, show_table
-from flowback.cli.train import resolve_classes
-from flowback.config import RunConfig, to_dict
-from flowback.data.images import ImageSet, load_images
-from flowback.evaluation.frechet import Moments, frechet_distance, pooled_moments
+from flowback.cli.train import Fitted, fit
+from flowback.config import to_dict
+from flowback.evaluation.quality import Judge
+from flowback.evaluation.references import Reference
 from flowback.flow import Flow
 from flowback.record import environment, replacing, write_json
 from flowback.sampling import sample
 from flowback.sampling.output import grid, to_bytes
-from flowback.training import train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -76,27 +71,18 @@ def run(argv: list[str]) -> None:
         "environment": environment(),
     }
     flows = {}
-    encoder = load_encoder("efficientnet_lite0")
-    real: Moments | None = None  # of the training images, which both runs share
+    judge: Judge | None = None  # knows the training images, which both runs share
     for name, (preset, about) in RUNS.items():
         config = presets.get(preset).config
         steps = options.steps or config.train.steps
         config = replace(config, train=replace(config.train, steps=steps, seed=options.seed, device="cpu"))
-        images, test = (
-            load_images(config.data, config.model.image_size, config.model.channels, s)
-            for s in ("train", "test")
-        )
-        config = resolve_classes(config, len(images.classes))
-        out = options.out / name
-        targets = make_targets(config, images, cache_folder() / "features")
-        row = train(config, images, out, targets, [likelihood_evaluator(config, test)], f"{name}: {about}")
-        flows[name] = checkpoint.load(out)
-        if real is None:
-            real = pooled_moments(encoder, images.read(torch.arange(len(images))).split(64))
-        figures = _figures(flows[name], config, test, row)
-        drawn = pooled_moments(encoder, to_bytes(_samples(flows[name], config, options)).split(64))
-        report["runs"][name] = {"fd_efficientnet_lite0": frechet_distance(drawn, real), **figures}
-        report["settings"]["configs"][name] = to_dict(config)
+        fitted = fit(config, options.out / name, f"{name}: {about}")
+        flows[name] = checkpoint.load(options.out / name)
+        if judge is None:
+            reference = Reference(fitted.images.name, fitted.images.fingerprint, fitted.images)
+            judge = Judge(reference, load_encoder("efficientnet_lite0"))
+        report["runs"][name] = _figures(flows[name], fitted, judge, options)
+        report["settings"]["configs"][name] = to_dict(fitted.config)
     options.out.mkdir(parents=True, exist_ok=True)
     _draw_samples(flows, options)
     _draw_curves(options.out)
@@ -110,20 +96,15 @@ def run(argv: list[str]) -> None:
     say(f"Look at {options.out}/samples.png, curves.png and report.md")
 
 
-def _figures(flow: Flow, config: RunConfig, test: ImageSet, row: dict[str, Any]) -> dict[str, float]:
-    """Likelihood, accuracy and speed of one run."""
-    seen = row["step"] * config.train.batch_size
-    return held_out_figures(flow, test, len(test), exhaustive=True) | {
-        "seconds": row["seconds"],
-        "images_per_second": seen / row["seconds"],
-    }
-
-
-def _samples(flow: Flow, config: RunConfig, options: Options) -> Tensor:
-    """Samples of all classes in turn."""
-    classes = config.model.num_classes or 1
-    labels = [index % classes for index in range(options.samples)]
-    return sample(flow, labels, seeds=range(options.samples), guidance=options.guidance)
+def _figures(flow: Flow, fitted: Fitted, judge: Judge, options: Options) -> dict[str, float]:
+    """Likelihood, accuracy, speed and samples of one run."""
+    labels = [index % len(fitted.images.classes) for index in range(options.samples)]
+    drawn = to_bytes(sample(flow, labels, seeds=range(options.samples), guidance=options.guidance))
+    quality = judge.figures(judge.gather(drawn.split(64), options.samples))
+    held_out = held_out_figures(flow, fitted.test, len(fitted.test), exhaustive=True)
+    seconds = fitted.last["seconds"]
+    speed = {"seconds": seconds, "images_per_second": fitted.last["images"] / seconds}
+    return {**quality, **held_out, **speed}
 
 
 def _draw_samples(flows: dict[str, Flow], options: Options) -> None:

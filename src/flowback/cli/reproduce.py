@@ -63,8 +63,8 @@ class Options:
             raise InputError(f"{self.table} needs its images: give --data, or --mini for the small siblings.")
 
 
-def run(argv: list[str]) -> int | None:
-    """Train, evaluate, tabulate; returns 75 if a signal stopped a training after saving."""
+def run(argv: list[str]) -> None:
+    """Train, evaluate, tabulate."""
     options = tyro.cli(Options, args=argv, prog="flowback reproduce")
     options.check()
     presets = table(options.table, options.mini)
@@ -76,9 +76,7 @@ def run(argv: list[str]) -> int | None:
             say(f"{preset}, seed {seed}: {folder}")
             record = _done(folder, options)
             if record is None:
-                stopped = train.run(_train_words(preset, folder, seed, options))
-                if stopped:
-                    return stopped
+                train.run(_train_words(preset, folder, seed, options))
                 evaluate.run(_evaluate_words(folder, seed, options))
                 record = json.loads((folder / "result.json").read_text())
             rows[preset].append(record)
@@ -93,7 +91,6 @@ def run(argv: list[str]) -> int | None:
         [[row["preset"], *map(row["mean"].get, columns)] for row in summary["rows"]],
     )
     say(f"Written to {options.out / name}.json and .md")
-    return None
 
 
 def _done(folder: Path, options: Options) -> dict[str, Any] | None:

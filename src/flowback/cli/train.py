@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,9 +31,9 @@ from flowback.data.latents import PreparedLatents
 from flowback.errors import InputError
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
 from flowback.record import environment, write_json
-from flowback.training import Interrupted, ProcessLostError, noticing_loss, start, train
+from flowback.training import noticing_loss, start, train
 
-__all__ = ["Options", "resolve_classes", "run"]
+__all__ = ["Fitted", "Options", "fit", "run"]
 
 
 @dataclass(frozen=True)
@@ -58,51 +57,56 @@ class Options:
     codec: CodecConfig = field(default_factory=CodecConfig)
 
 
-def run(argv: list[str]) -> int | None:
-    """Train; returns 75 if a signal stopped the run after saving, 74 if another process of it is gone."""
+@dataclass(frozen=True)
+class Fitted:
+    """A run that reached its last step."""
+
+    config: RunConfig
+    """The settings, with what they left to the data."""
+    images: ImageSet
+    test: ImageSet
+    last: dict[str, Any]
+    """Its last row of metrics."""
+
+
+def run(argv: list[str]) -> None:
+    """Train, and show where it ended."""
     options = _parse(argv)
     config = RunConfig(options.model, options.data, options.alignment, options.train, options.codec)
     if options.dry_run:
         _dry_run(config)
-        return None
-    state = start(config.train)
-    model = config.model
-    images = load_images(config.data, model.image_size, model.channels, "train")
-    config = _resolve_codec(resolve_classes(config, len(images.classes)), images)
-    test = load_images(config.data, model.image_size, model.channels, "test")
-    evaluators = [likelihood_evaluator(config, test)]
-    if config.train.sample_every:
-        evaluators.append(picture_evaluator(config, options.out / "samples"))
-    try:
-        with noticing_loss(state), state.main_process_first():  # it computes the features that all read
-            targets = make_targets(config, images, cache_folder() / "features")
-        row = train(config, images, options.out, targets, evaluators, options.preset)
-    except Interrupted as stop:
-        if state.is_main_process:
-            say(f"{stop}; saved in {options.out}. The same command goes on.")
-        return 75
-    except ProcessLostError as lost:
-        sys.stderr.write(f"flowback: {lost}; the same command goes on from the last checkpoint.\n")
-        return 74
+        return
+    fitted = fit(config, options.out, options.preset)
+    state, row = start(config.train), fitted.last
     if not state.is_main_process:
-        return None
+        return
     show_table(f"{options.preset} after {row['step']} steps", ["metric", "value"], list(row.items()))
     say(f"Checkpoint: {options.out}   (flowback sample {options.out} --out samples)")
     if options.json:
-        record = {"environment": environment(state.device), "config": to_dict(config), "result": row}
+        record = {"environment": environment(state.device), "config": to_dict(fitted.config), "result": row}
         write_json(options.json, record)
-    return None
 
 
-def resolve_classes(config: RunConfig, classes: int) -> RunConfig:
-    """Fill in the number of classes where the settings leave it to the data."""
-    if config.model.num_classes is not None:
-        return config
-    return replace(config, model=replace(config.model, num_classes=classes))
+def fit(config: RunConfig, out: Path, description: str) -> Fitted:
+    """Train on the data that the settings name, or go on; looks at the test images on the way.
+
+    Raises:
+        Interrupted: a signal stopped the run after saving.
+        ProcessLostError: another process of the run is gone.
+    """
+    state, model = start(config.train), config.model
+    images, test = (load_images(config.data, model.image_size, model.channels, s) for s in ("train", "test"))
+    config = _resolve(config, images)
+    evaluators = [likelihood_evaluator(config, test)]
+    if config.train.sample_every:
+        evaluators.append(picture_evaluator(config, out / "samples"))
+    with noticing_loss(state), state.main_process_first():  # it computes the features that all read
+        targets = make_targets(config, images, cache_folder() / "features")
+    return Fitted(config, images, test, train(config, images, out, targets, evaluators, description))
 
 
-def _resolve_codec(config: RunConfig, images: ImageSet) -> RunConfig:
-    """Take the VAE from the data; refuse another one in the settings."""
+def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:
+    """Take the number of classes and the VAE from the data; refuse another VAE in the settings."""
     asked, found = config.codec, images.codec if isinstance(images, PreparedLatents) else CodecConfig()
     other = asked.weights is not None and asked.weights != found.weights
     if asked.vae is not None and (asked.vae != found.vae or other):
@@ -111,7 +115,10 @@ def _resolve_codec(config: RunConfig, images: ImageSet) -> RunConfig:
             f"The settings ask for latents of --codec.vae {asked.vae}, but {images.name} holds {made}; "
             f"prepare the data with --vae {asked.vae}, or set --codec.vae {found.vae}."
         )
-    return replace(config, codec=found)
+    model = config.model
+    if model.num_classes is None:
+        model = replace(model, num_classes=len(images.classes))
+    return replace(config, model=model, codec=found)
 
 
 def _parse(argv: Sequence[str]) -> Options:

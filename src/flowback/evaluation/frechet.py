@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from flowback.alignment.encoders import Encoder, load_encoder
+from flowback.alignment.encoders import Encoder
 from flowback.errors import InputError
 from flowback.flow.likelihood import to_unit_range
 
-__all__ = ["Moments", "fd_efficientnet_lite0", "frechet_distance", "pooled_moments"]
+__all__ = ["Moments", "frechet_distance", "pooled_moments"]
 
 
 class Moments:
@@ -142,21 +142,3 @@ def pooled_moments(encoder: Encoder, images: Iterable[UInt8[Tensor, "_ c h w"]])
     for batch in images:
         moments.add(encoder.pooled(to_unit_range(batch.to(device))).cpu())
     return moments
-
-
-def fd_efficientnet_lite0(
-    samples: UInt8[Tensor, "n c h w"], references: UInt8[Tensor, "m d v u"], batch_size: int = 64
-) -> float:
-    """Fréchet distance in pooled features of EfficientNet-Lite0: needs no download, and is no FID.
-
-    Useful for following a training and comparing runs on the same data; no paper's number compares with it.
-
-    Args:
-        samples: 8-bit images of any size.
-        references: 8-bit images of any size.
-        batch_size: images in one pass.
-    """
-    encoder = load_encoder("efficientnet_lite0")
-    return frechet_distance(
-        *(pooled_moments(encoder, images.split(batch_size)) for images in (samples, references))
-    )

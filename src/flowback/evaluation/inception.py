@@ -59,7 +59,8 @@ class Inception(nn.Module):
 
     def __init__(self, network: nn.Module, fingerprint: str) -> None:
         super().__init__()
-        self.network = _fused(network.eval().requires_grad_(False))
+        # Convolutions on a CPU are 1.5 times faster with the channels innermost.
+        self.network = _fused(network.eval().requires_grad_(False)).to(memory_format=torch.channels_last)
         self.fingerprint = fingerprint
 
     @torch.inference_mode()

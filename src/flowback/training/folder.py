@@ -24,7 +24,7 @@ from torch import Tensor
 from flowback import checkpoint
 from flowback.config import RunConfig, to_dict
 from flowback.errors import InputError
-from flowback.record import environment, replacing, write_json
+from flowback.record import environment, plain, replacing, write_json
 
 __all__ = ["RunFolder", "Stored"]
 
@@ -162,7 +162,7 @@ class RunFolder:
         file = self.path / name
         try:
             with file.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+                stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
         except OSError as error:
             error.filename = str(file)  # writing, unlike opening, does not know it
             raise

@@ -19,7 +19,7 @@ from flowback import checkpoint
 from flowback.alignment.diagnostics import gradient_balance
 from flowback.config import RunConfig
 from flowback.data.images import ImageSet
-from flowback.errors import InputError
+from flowback.errors import InputError, Interrupted
 from flowback.flow import Flow
 from flowback.progress import bar
 from flowback.training.bodies import set_up_bodies
@@ -32,13 +32,9 @@ from flowback.training.speed import peak_flops, peak_memory, step_flops
 from flowback.training.stream import Batch, batches, noticing_dead_workers
 from flowback.training.trackers import check_trackers, open_trackers, show, tracker_settings
 
-__all__ = ["BadGradientError", "Evaluator", "Interrupted", "train"]
+__all__ = ["BadGradientError", "Evaluator", "train"]
 
 log = logging.getLogger("flowback")
-
-
-class Interrupted(Exception):  # noqa: N818 - a request, not an error
-    """The run was asked to stop by SIGINT or SIGTERM; its state is saved."""
 
 
 class BadGradientError(InputError):
@@ -130,9 +126,8 @@ def _loop(run: _Run, evaluators: Sequence[Evaluator], description: str) -> None:
             if stop or run.due(config.train.save_every):
                 run.save()
             if stop:
-                raise Interrupted(
-                    f"Stopped by signal {asked[0]}" if asked else "Stopped by a signal to another process"
-                )
+                by = f"signal {asked[0]}" if asked else "a signal to another process"
+                raise Interrupted(f"Stopped by {by}; saved in {run.folder.path}")
             started = time.perf_counter()
 
 

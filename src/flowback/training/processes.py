@@ -20,13 +20,9 @@ from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
 from flowback.config import TrainConfig
-from flowback.errors import InputError
+from flowback.errors import InputError, ProcessLostError
 
-__all__ = ["ProcessLostError", "Vote", "noticing_loss", "signals", "start"]
-
-
-class ProcessLostError(Exception):
-    """Another process of the run is gone. Started again, the run goes on from its last checkpoint."""
+__all__ = ["Vote", "noticing_loss", "signals", "start"]
 
 
 def start(train: TrainConfig) -> PartialState:
