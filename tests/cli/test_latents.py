@@ -1,16 +1,23 @@
 """A tiny VAE, saved to disk, from prepare to evaluate; and what must not be mixed up."""
 
+import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from flowback import checkpoint
+from flowback import InputError, checkpoint
 from flowback.cli import main
 from flowback.config import CodecConfig, DataConfig
-from flowback.data.codec import open_codec
+from flowback.data import decoding, prepare
+from flowback.data.codec import CHUNK, open_codec
+from flowback.data.column import Column
 from flowback.data.images import load_images
 from flowback.data.latents import sample_posterior
 from flowback.sampling.output import read_png
@@ -38,10 +45,30 @@ def vae(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared(photos, vae, tmp_path_factory):
+def words(photos, vae):
+    """Latents and features of the photographs, without --out."""
+    encoder = ("--encoder", "efficientnet_lite0", "--encoder-grid", 4)
+    words = ("prepare", photos, "--image-size", 32, "--vae", vae, *encoder, "--device", "cpu", "--workers", 0)
+    return [str(word) for word in words]
+
+
+@pytest.fixture
+def small_commits(monkeypatch):
+    make_commits_small(monkeypatch)
+
+
+def make_commits_small(monkeypatch):
+    monkeypatch.setattr(prepare, "TASK", 4)
+    monkeypatch.setattr(decoding, "TASK", 4)
+    monkeypatch.setattr(prepare, "COMMIT", 2)
+
+
+@pytest.fixture(scope="module")
+def prepared(words, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "set"
-    words = ("prepare", photos, "--out", out, "--image-size", 32, "--vae", vae)
-    assert main([str(word) for word in (*words, "--device", "cpu", "--workers", 0)]) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_commits_small(monkeypatch)
+        assert main([*words, "--out", str(out)]) == 0
     return out
 
 
@@ -72,13 +99,50 @@ def test_moments_are_the_vaes_and_their_samples_follow_them(prepared, vae):
     torch.testing.assert_close(codec.decode(drawn), expected)
 
 
-def test_prepare_train_sample_decode_evaluate(flowback, small, prepared, vae, tmp_path):
+WRITES = 10
+"""Of a commit: images, labels, latents and features of its two parts, and their names and where these end."""
+
+
+@pytest.mark.parametrize("write", [6, 2 * WRITES + 8])
+def test_killed_it_resumes_to_the_same_bytes(flowback, words, prepared, tmp_path, small_commits, write):
+    """SIGKILL after a write, counted from 0: latents of the first commit, and features of the third."""
+    out = tmp_path / "set"
+
+    def killed():
+        left = itertools.count(write, -1)
+        append = Column.append
+
+        def last(column, rows):
+            append(column, rows)
+            column.file.flush()  # what the system has is there after a kill
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Column.append = last
+        main([*words, "--out", str(out)])
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    assert not (out / "prepared.json").exists()
+    code, _, err = flowback(*words, "--out", out)
+    assert code == 0, err
+    files = {file.relative_to(prepared) for file in prepared.rglob("*") if file.is_file()}
+    assert files == {file.relative_to(out) for file in out.rglob("*") if file.is_file()}
+    assert {str(file) for file in files} > {"train/latents.npy", "train/features.npy", "test/latents.npy"}
+    for file in files:
+        assert (out / file).read_bytes() == (prepared / file).read_bytes(), file
+
+
+def test_prepare_train_sample_decode_evaluate(flowback, small, prepared, vae, tmp_path, caplog):
     out = tmp_path / "run"
     code, _, err = flowback(
         "train", "folder-32-reverse", "--data.path", prepared, "--out", out, *LATENT, *small,
         "--train.sample-every", 4,
     )  # fmt: skip
     assert code == 0, err
+    assert f"read from {prepared}/train/features.npy; the encoder is not loaded." in caplog.text
     config = checkpoint.load_config(out)
     assert config.codec.vae == str(vae)
     assert len(config.codec.weights) == 64
@@ -147,6 +211,35 @@ def test_a_folder_that_holds_no_vae(flowback, photos, vae, tmp_path, change, sen
     assert code == 2
     assert sentence in err
     assert not (tmp_path / "set").exists()
+
+
+def test_a_tiny_autoencoder_has_no_posterior(tmp_path):
+    """AutoencoderTiny: means without uncertainty, decoded again; and its own hash."""
+    import diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()
+    model.save_pretrained(tmp_path / "tiny")
+    config = CodecConfig(str(tmp_path / "tiny"), scale=0.7, shift=0.1, image_size=16)
+    codec = open_codec(config)
+    images = 2 * torch.rand(CHUNK + 1, 3, 16, 16) - 1
+    moments = codec.encode(images)
+    with torch.no_grad():
+        latents = model.encode(images).latents
+        decoded = model.decode(latents).sample
+    assert latents.shape == (CHUNK + 1, 4, 8, 8)
+    # fp32: chunks of 16 and 1 images against one of 17.
+    torch.testing.assert_close(moments[:, 0], 0.7 * (latents - 0.1), rtol=1e-5, atol=1e-6)
+    assert not moments[:, 1].any()
+    torch.testing.assert_close(codec.decode(moments[:, 0]), decoded, rtol=1e-4, atol=1e-5)
+    assert open_codec(codec.config).config.weights == codec.config.weights
+    with pytest.raises(InputError, match="is not the VAE of the latents"):
+        open_codec(replace(codec.config, weights="0" * 64))
 
 
 def test_pixels_take_no_vae():

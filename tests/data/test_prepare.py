@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -14,12 +15,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torch.nn import functional
 
 from flowback import DataConfig, InputError
 from flowback.data import decoding
 from flowback.data import prepare as module
 from flowback.data.decode import decode, fit
 from flowback.data.decoding import Settings
+from flowback.data.features import FeatureSettings
 from flowback.data.images import load_images
 from flowback.data.prepare import prepare
 from flowback.data.prepared import load_prepared
@@ -190,6 +193,89 @@ def test_a_complete_set_is_checked(tmp_path):
         file.write(b"\xff\x00\xff")
     with pytest.raises(InputError, match="damaged between images 0 and"):
         make(data, tmp_path / "out")
+
+
+# --- encoder features ---
+
+FEATURES = replace(BICUBIC, features=FeatureSettings("pooled", None, "0" * 32, 4, 16, 3))
+
+
+def pooled(images):
+    """16 patches of 4 x 4 pixels, their mean colours: (b, 16, 3)."""
+    return functional.avg_pool2d(images, 4).flatten(2).transpose(1, 2)
+
+
+def test_features_are_those_of_the_stored_images_and_of_their_mirror_images(tmp_path, small_commits):
+    """For training images alone; four unreadable ones in a row, which are a part without an image."""
+    data = write_images(tmp_path / "data")
+    listed = [split.files for split in open_source(str(data), 16, 3, 0.25).values()]
+    for name in listed[0][4:8]:
+        (data / name).write_bytes(b"no image")
+    make(data, tmp_path / "out", FEATURES, encoder=pooled, bad_images="skip")
+    images = load_prepared(tmp_path / "out", 16, 3, "train")
+    assert len(images) == len(listed[0]) - 4
+    everything = torch.arange(len(images))
+    pixels = images.read(everything).float() / 127.5 - 1
+    for mirror, own in ((False, pixels), (True, pixels.flip(3))):
+        found = images.feature_table.rows(everything, torch.full((len(images),), mirror))
+        assert torch.equal(found, pooled(own).half())
+    test = load_prepared(tmp_path / "out", 16, 3, "test")
+    assert test.features is None
+    assert not (tmp_path / "out/test/features.npy").exists()
+    again = pickle.loads(pickle.dumps(images))
+    assert again.features == images.features == FEATURES.features
+
+
+def test_features_and_pixels_are_checked_alike(tmp_path):
+    data = write_images(tmp_path / "data")
+    make(data, tmp_path / "out", FEATURES, encoder=pooled)
+    with pytest.raises(InputError, match="other settings: features"):
+        make(data, tmp_path / "out", encoder=None)
+    file = tmp_path / "out/train/features.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="damaged between images 0 and"):
+        make(data, tmp_path / "out", FEATURES, encoder=pooled)
+    file.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=r"features.npy is cut short"):
+        _ = load_prepared(tmp_path / "out", 16, 3, "train").feature_table
+
+
+def test_features_beyond_half_precision_are_refused(tmp_path):
+    data = write_images(tmp_path / "data")
+    with pytest.raises(InputError, match="features have values beyond half precision"):
+        make(data, tmp_path / "out", FEATURES, encoder=lambda images: pooled(images) + 7e4)
+    assert not (tmp_path / "out/prepared.json").exists()
+
+
+@pytest.mark.parametrize("settings", [BICUBIC, FEATURES], ids=["pixels", "features"])
+def test_the_disk_must_have_room_for_all_columns(tmp_path, monkeypatch, settings):
+    """768 bytes of pixels, 16 of label and name's end, 1 of the name, 2 · 16 · 3 · 2 of features."""
+    data = write_images(tmp_path / "data")
+    train, test = (len(source) for source in open_source(str(data), 16, 3, 0.25).values())
+    needed = (train + test) * (768 + 16 + 1) + (train * 192 if settings.features else 0)
+    usage = module.shutil.disk_usage(tmp_path)
+    for free, enough in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=free))  # noqa: B023
+        if enough:
+            make(data, tmp_path / "enough", settings, encoder=pooled)
+        else:
+            with pytest.raises(
+                InputError, match=r"The set needs 0.0 GB, .* make room, or choose another --out"
+            ):
+                make(data, tmp_path / "out", settings, encoder=pooled)
+
+
+def test_large_rows_are_committed_before_they_fill_the_memory(tmp_path, small_commits, monkeypatch):
+    """Of 784 bytes a row, four make a part, and two parts a commit; half of that room makes it one."""
+    data = write_images(tmp_path / "data")
+    commits = []
+    for limit in (2**28, 4 * 800):
+        monkeypatch.setattr(module, "COMMIT_BYTES", limit)
+        found = make(data, tmp_path / f"{limit}")
+        commits.append([until for until, *_ in found["splits"]["train"]["commits"]])
+    assert np.diff(commits[0], prepend=0).max() == 8
+    assert np.diff(commits[1], prepend=0).max() == 4
 
 
 # --- sources ---

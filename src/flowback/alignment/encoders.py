@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from flowback.alignment.loss import resample
 from flowback.errors import InputError, nearest
 
-__all__ = ["Encoder", "Recipe", "load_encoder"]
+__all__ = ["Encoder", "Recipe", "load_encoder", "weights_hash"]
 
 logger = logging.getLogger(__name__)
 
@@ -319,6 +319,21 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise InputError(f"{file} holds no tensors by name; give a state dict.")
     return tensors
+
+
+def weights_hash(path: Path | None) -> str | None:
+    """SHA-256 of the file of weights that ``path`` means; None for None, the weights that a name stands for.
+
+    Raises:
+        InputError: no such file.
+    """
+    if path is None:
+        return None
+    try:
+        with _weights_file(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        raise InputError(f"No encoder weights at {path}; check --alignment.weights.") from None
 
 
 def _weights_file(path: Path) -> Path:

@@ -1,9 +1,9 @@
 """Encoder features of a whole data set, computed once and kept on disk.
 
-A table is one .npy file, (mirrors, images, patches, width) in fp32, read through the memory map; beside it a
-.json says what it holds. The file's name carries the hash of everything the features depend on: the
-encoder's weights and way of feeding, the images, the grid and whether mirror images are in it. Other
-weights, another size or another data set hence look for another file, and never find this one.
+A table is a :class:`~flowback.data.features.FeatureTable` in fp32; beside it a .json says what it holds. The
+file's name carries the hash of everything the features depend on: the encoder's weights and way of feeding,
+the images, the grid and whether mirror images are in it. Other weights, another size or another data set
+hence look for another file, and never find this one.
 """
 
 from __future__ import annotations
@@ -14,45 +14,23 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
-from torch import Tensor
 
 from flowback.alignment.encoders import Encoder
+from flowback.data.features import FeatureTable
 from flowback.data.images import ImageSet
 from flowback.errors import InputError
 from flowback.flow.likelihood import to_unit_range
 from flowback.progress import track
 from flowback.record import write_json
 
-__all__ = ["FeatureTable", "cached_features"]
+__all__ = ["cached_features"]
 
-_VERSION = 1
+_VERSION = 2
 _BATCH = 64
-
-
-@dataclass(frozen=True)
-class FeatureTable:
-    """Patch features of every image of a set, and of its mirror image if there are two planes."""
-
-    path: Path
-    array: Float32[np.ndarray, "f n m c"]
-    """(mirrors, images, patches, width); plane 1 holds the features of the mirrored images."""
-
-    def rows(self, indices: Int[Tensor, " b"], flipped: Bool[Tensor, " b"]) -> Float[Tensor, "b m c"]:
-        """Features of the images at ``indices``, of the mirror image where ``flipped``; on the CPU.
-
-        Raises:
-            ValueError: a mirror image is asked for, and the table has none.
-        """
-        planes = flipped.long()
-        if len(self.array) == 1 and bool(flipped.any()):
-            raise ValueError(f"{self.path} holds no features of mirror images.")
-        return torch.from_numpy(self.array[planes.cpu().numpy(), indices.cpu().numpy()])
 
 
 def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, folder: Path) -> FeatureTable:
@@ -70,7 +48,7 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
     Raises:
         InputError: the disk has no room, or the encoder fails on the images.
     """
-    shape = [2 if flip else 1, len(images), grid**2, encoder.dim]
+    shape = [len(images), 2 if flip else 1, grid**2, encoder.dim]
     content = {
         "version": _VERSION,
         "encoder": encoder.name,
@@ -116,9 +94,9 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
         batches = torch.arange(len(images)).split(_BATCH)
         for batch in track(batches, len(images), f"Features of {encoder.name}", step=_BATCH):
             clean = to_unit_range(images.read(batch)).to(encoder.mean.device)
-            for plane in range(shape[0]):
-                features = encoder(clean.flip(-1) if plane else clean, grid)
-                array[plane, batch[0] : batch[-1] + 1] = features.cpu().numpy()
+            for mirror in range(shape[1]):
+                features = encoder(clean.flip(-1) if mirror else clean, grid)
+                array[batch[0] : batch[-1] + 1, mirror] = features.cpu().numpy()
         array.flush()
         del array
         with open(temporary, "rb") as file:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import filecmp
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowback.alignment.encoders import Encoder, load_encoder
-from flowback.alignment.features import FeatureTable, cached_features
-from flowback.config import RunConfig
+from flowback.alignment.encoders import Encoder, load_encoder, weights_hash
+from flowback.alignment.features import cached_features
+from flowback.config import AlignmentConfig, RunConfig
+from flowback.data.features import FeatureTable
 from flowback.data.images import ImageSet, load_images, pixels_of
+from flowback.data.prepared import PreparedImages, load_prepared, read_summary
 from flowback.data.subset import Subset
 from flowback.errors import InputError
 
 __all__ = ["CachedTargets", "ComputedTargets", "make_targets"]
+
+logger = logging.getLogger(__name__)
 
 CACHE_LIMIT = 4 * 2**30
 """Bytes up to which features are computed once and kept on disk; beyond it, at every step."""
@@ -30,7 +36,7 @@ class CachedTargets:
 
     def __call__(self, indices: Tensor, flipped: Tensor, seen: Tensor) -> Tensor:
         """Features of the images at ``indices``, mirrored where ``flipped``."""
-        return self.table.rows(indices, flipped.cpu()).to(seen.device, non_blocking=True)
+        return self.table.rows(indices, flipped).to(seen.device, non_blocking=True).float()
 
 
 class ComputedTargets:
@@ -46,7 +52,10 @@ class ComputedTargets:
 
 
 def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTargets | ComputedTargets | None:
-    """The targets of a run: a table for a set that fits, else the encoder itself; None without alignment.
+    """The targets of a run, None without alignment: a table of features, or the encoder itself.
+
+    The table is the one that `flowback prepare` wrote beside the images; else, for a set that fits, one that
+    is computed first and kept in ``cache``.
 
     Args:
         config: the run.
@@ -55,20 +64,71 @@ def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTarg
     """
     if not config.alignment.active:
         return None
-    encoder = load_encoder(config.alignment.encoder, config.alignment.weights)
-    grid = config.alignment.grid or config.model.grid
-    originals = None if pixels_of(images) is images else pixels_of(images)
-    if config.alignment.originals:
-        originals = _originals(config, images, encoder.input_size(grid))
+    wanted, pixels = config.alignment, pixels_of(images)
+    grid = wanted.grid or config.model.grid
+    seen = pixels if wanted.originals_path is None else _same_images(wanted.originals_path, pixels)
+    prepared = None if wanted.originals else _prepared(seen, wanted, grid)
+    if prepared is not None:
+        return CachedTargets(prepared, prepared.array.shape[-1])
+    encoder = load_encoder(wanted.encoder, wanted.weights)
+    if wanted.originals:
+        seen = _originals(config, pixels, encoder.input_size(grid))
+    originals = None if seen is images else seen
     copies = 2 if config.data.flip else 1
     if copies * len(images) * grid**2 * encoder.dim * 4 > CACHE_LIMIT:
         return ComputedTargets(encoder, grid, originals)
-    table = cached_features(encoder, originals or images, grid, config.data.flip, cache)
+    table = cached_features(encoder, seen, grid, config.data.flip, cache)
     return CachedTargets(table, encoder.dim)
 
 
+def _prepared(seen: ImageSet, wanted: AlignmentConfig, grid: int) -> FeatureTable | None:
+    """The features that were prepared with the images, if they are those of the encoder and the grid."""
+    if not isinstance(seen, PreparedImages) or seen.features is None:
+        return None
+    found = seen.features
+    own = (found.encoder, found.grid, found.file)
+    if own != (wanted.encoder, grid, weights_hash(wanted.weights)):
+        logger.info(
+            "%s was prepared with features of %s on a %dx%d grid%s, not what is asked for: the encoder runs.",
+            *(seen.name, found.encoder, found.grid, found.grid),
+            f" (weights with SHA-256 {found.file[:12]}...)" if found.file else "",
+        )
+        return None
+    table = seen.feature_table
+    logger.info("Features of %s are read from %s; the encoder is not loaded.", found.encoder, table.path)
+    return table
+
+
+def _same_images(path: Path, images: ImageSet) -> PreparedImages:
+    """The training images of the prepared set ``path``, at its own size.
+
+    Raises:
+        InputError: they are not those of ``images``, in the same order.
+    """
+    settings = read_summary(path)["settings"]
+    other = load_prepared(path, settings["image_size"], settings["channels"], "train")
+    same = isinstance(images, PreparedImages) and filecmp.cmp(
+        images.folder / "names.txt", other.folder / "names.txt", shallow=False
+    )
+    if not same:
+        raise InputError(
+            f"--alignment.originals-path {path} does not hold the images of {images.name} in the same order; "
+            "prepare both from the same files with the same options but --image-size."
+        )
+    return other
+
+
 def _originals(config: RunConfig, images: ImageSet, size: int) -> ImageSet:
-    """The same images in the same order, made anew from their files at the encoder's input size."""
+    """The same images in the same order, made anew from their files at the encoder's input size.
+
+    Raises:
+        InputError: they come from a prepared set, or a file cannot be read.
+    """
+    if isinstance(images, PreparedImages):
+        raise InputError(
+            f"--alignment.originals needs the image files, and {images.name} is prepared; prepare them with "
+            f"--image-size {size} into another folder, and give that as --alignment.originals-path."
+        )
     whole = load_images(config.data, size, config.model.channels, "train")
     number = {whole.file_name(index): index for index in range(len(whole))}
     names = [images.file_name(index) for index in range(len(images))]

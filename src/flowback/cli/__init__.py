@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return _refuse(f"There is no verb {verb!r}; {nearest(verb, VERBS)}")
     logging.basicConfig(format="flowback: %(message)s", level=logging.WARNING)
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("flowback").setLevel(logging.INFO)
     module = importlib.import_module(f"flowback.cli.{verb.replace('-', '_')}")
     try:
         module.run(arguments[1:])

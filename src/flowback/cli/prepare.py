@@ -11,12 +11,15 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from flowback.alignment.encoders import load_encoder, weights_hash
 from flowback.cli.output import say, show_table
 from flowback.cli.subject import pick_device
 from flowback.config import CodecConfig
 from flowback.data.codec import Vae, open_codec
 from flowback.data.decode import Crop
 from flowback.data.decoding import Settings
+from flowback.data.features import FeatureSettings
+from flowback.data.layout import Maker
 from flowback.data.prepare import prepare
 from flowback.data.sources import open_source
 from flowback.errors import InputError
@@ -62,8 +65,14 @@ class Options:
     """Factor of the latents; 0.18215 is that of Stable Diffusion's VAEs."""
     vae_shift: float = 0.0
     """Subtracted from the latents before they are scaled."""
+    encoder: str | None = None
+    """Also write the patch features of this encoder, for alignment: as in `--alignment.encoder`."""
+    encoder_grid: int | None = None
+    """Patches along one side: the model's tokens (size over patch size), or its `--alignment.grid`."""
+    encoder_weights: Path | None = None
+    """Local file of the encoder's weights, in place of a download; training then needs it, too."""
     device: str = "auto"
-    """Where the VAE encodes: `auto`, `cpu`, `cuda`, ..."""
+    """Where VAE and encoder compute: `auto`, `cpu`, `cuda`, ..."""
     workers: int | None = None
     """Processes that decode; None: one for each core, 0: none but this one."""
     json: Path | None = None
@@ -75,6 +84,15 @@ class Options:
             raise InputError("--image-size must be at least 1.")
         if not 0 <= self.holdout < 1:
             raise InputError("--holdout must be in [0, 1); 0 keeps no test images.")
+        if (self.encoder is None) != (self.encoder_grid is None):
+            raise InputError(
+                "--encoder and --encoder-grid go together; the grid is the model's tokens along one side: "
+                "its image size over its patch size."
+            )
+        if self.encoder_weights is not None and self.encoder is None:
+            raise InputError("--encoder-weights needs --encoder, which says whose they are.")
+        if self.encoder_grid is not None and self.encoder_grid < 1:
+            raise InputError("--encoder-grid must be at least 1.")
         if self.workers is not None and self.workers < 0:
             raise InputError("--workers must not be negative.")
 
@@ -89,13 +107,16 @@ def run(argv: list[str]) -> None:
         options.download,
     )  # fmt: skip
     codec, latent = _codec(options)
+    encoder, features = _encoder(options)
     settings = Settings(
         options.image_size, options.channels, options.crop, options.holdout,
-        None if codec is None else codec.config, latent,
+        None if codec is None else codec.config, latent, features,
     )  # fmt: skip
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     complete = (options.out / "prepared.json").is_file()
-    summary = prepare(sources, options.out, options.data, settings, options.bad_images, workers, codec)
+    summary = prepare(
+        sources, options.out, options.data, settings, options.bad_images, workers, codec, encoder
+    )
     seconds = time.perf_counter() - started
     rows = [
         [split, found["images"], len(summary["classes"]), len(found["skipped"]), found["fingerprint"]]
@@ -108,7 +129,8 @@ def run(argv: list[str]) -> None:
     if complete:
         say("The set was complete: the source and every byte are as they were.")
     shape = f" --model.channels {latent[0]} --model.image-size {latent[1]}" if latent else ""
-    say(f"Train with: flowback train PRESET --data.path {options.out}{shape}")
+    aligned = f" --alignment.encoder {options.encoder}" if options.encoder else ""
+    say(f"Train with: flowback train PRESET --data.path {options.out}{shape}{aligned}")
     if options.json:
         images = sum(found["images"] for found in summary["splits"].values())
         record = {"environment": environment(), "set": summary, "seconds": seconds}
@@ -127,3 +149,16 @@ def _codec(options: Options) -> tuple[Vae | None, tuple[int, int, int] | None]:
     assert isinstance(codec, Vae)
     channels, height, width = codec.encode(torch.zeros(1, options.channels, size, size)).shape[2:]
     return codec, (channels, height, width)
+
+
+def _encoder(options: Options) -> tuple[Maker | None, FeatureSettings | None]:
+    """The encoder's features of images, and what decides them."""
+    if options.encoder is None or options.encoder_grid is None:
+        return None, None
+    grid, file = options.encoder_grid, weights_hash(options.encoder_weights)
+    device = pick_device(options.device)
+    encoder = load_encoder(options.encoder, options.encoder_weights).to(device)
+    settings = FeatureSettings(
+        options.encoder, file, encoder.fingerprint, grid, encoder.input_size(grid), encoder.dim
+    )
+    return lambda images: encoder(images.to(device), grid), settings

@@ -7,10 +7,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from flowback.config import CodecConfig
 from flowback.data.decode import Crop, UnreadableImageError, decode, fit
+from flowback.data.features import FeatureSettings
 from flowback.data.sources import Source
 from flowback.errors import InputError
 
@@ -39,6 +40,8 @@ class Settings:
     """The VAE whose latents are written beside the images."""
     latent: tuple[int, int, int] | None = None
     """Channels, height and width of a latent."""
+    features: FeatureSettings | None = None
+    """The encoder whose features of the training images are written, too."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Part:
     labels: np.ndarray
     names: list[bytes]
     skipped: list[str]
-    latents: np.ndarray | None = None
+    derived: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What a VAE or an encoder made of the pixels."""
 
 
 def decoded(source: Source, settings: Settings, start: int, workers: int) -> Generator[Part, None, None]:

@@ -62,7 +62,7 @@ class PreparedLatents:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of images, latents, labels and names."""
+        """Hash of all that is stored of the images."""
         return self.pixels.fingerprint
 
     def file_name(self, index: int) -> str:

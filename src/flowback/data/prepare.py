@@ -11,22 +11,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
-import torch
 from PIL import __version__ as pillow
 
 from flowback.config import to_dict
-from flowback.data.codec import Vae
+from flowback.data.codec import Codec
 from flowback.data.column import Column
 from flowback.data.decoding import TASK, Part, Settings, decoded
+from flowback.data.layout import Maker, bytes_of_image, derive, open_columns, settings_of
 from flowback.data.prepared import FORMAT
 from flowback.data.sources import Source, Split
 from flowback.errors import InputError
@@ -36,7 +35,9 @@ from flowback.record import write_json
 __all__ = ["prepare"]
 
 COMMIT = 16
-"""Tasks between commits."""
+"""Most tasks between commits."""
+COMMIT_BYTES = 2**28
+"""Fewer tasks, where they would hold more memory than this before they are written."""
 
 
 @dataclass
@@ -62,7 +63,8 @@ def prepare(
     settings: Settings,
     bad_images: Literal["refuse", "skip"] = "refuse",
     workers: int = 0,
-    codec: Vae | None = None,
+    codec: Codec | None = None,
+    encoder: Maker | None = None,
 ) -> dict[str, Any]:
     """Write the set in ``out``; goes on where a killed call stopped, and checks a set that is complete.
 
@@ -74,6 +76,7 @@ def prepare(
         bad_images: stop at an image that cannot be read, or leave it out.
         workers: processes that decode; 0 decodes in this one.
         codec: the VAE of ``settings.codec``; it encodes in this process.
+        encoder: the encoder of ``settings.features``: (b, patches, width) of (b, c, h, w) on [-1, 1].
 
     Returns:
         What prepared.json holds.
@@ -94,18 +97,22 @@ def prepare(
     if done.is_file():
         summary = json.loads(done.read_text())
         for split, found in summary["splits"].items():
-            _verify(out / split, found["commits"], settings)
+            _verify(out / split, found["commits"], settings_of(split, settings))
         _tidy(out)
         return summary
     if not begun.is_file():
         write_json(begun, head)
     splits = {}
     for split, source in sources.items():
-        commits = _fill(out / split, source, split, settings, bad_images, workers, codec)
+        own = settings_of(split, settings)
+        makers: dict[str, Maker] = {} if codec is None else {"latents": codec.encode}
+        if encoder is not None and own.features is not None:
+            makers["features"] = encoder
+        commits = _fill(out / split, source, split, own, bad_images, workers, makers)
         if not commits or not commits[-1].images:
             raise InputError(f"{data} has no readable image for the {split} split; look at its files.")
         rows = [[state.images, state.names, state.digest] for state in commits]
-        fingerprint = _verify(out / split, rows, settings)
+        fingerprint = _verify(out / split, rows, own)
         splits[split] = {
             "images": commits[-1].images,
             "fingerprint": fingerprint,
@@ -152,13 +159,15 @@ def _check_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty and holds no prepared set; choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    each = settings.channels * settings.image_size**2 + 8 * math.prod(settings.latent or (0,))
-    needed = sum(len(source) for source in sources.values()) * each
+    needed = sum(
+        len(source) * bytes_of_image(settings_of(split, settings)) for split, source in sources.items()
+    )
     free = shutil.disk_usage(out).free
     if needed > free:
+        less = ", a smaller --encoder-grid" if settings.features else ""
         raise InputError(
-            f"The images need {needed / 1e9:.1f} GB, {out} has {free / 1e9:.1f}: make room, or choose "
-            "another --out."
+            f"The set needs {needed / 1e9:.1f} GB, {out} has {free / 1e9:.1f}: make room, or choose "
+            f"another --out{less}."
         )
 
 
@@ -169,12 +178,13 @@ def _fill(
     settings: Settings,
     bad_images: str,
     workers: int,
-    codec: Vae | None,
+    makers: Mapping[str, Maker],
 ) -> list[_State]:
     """Decode what is missing of a split; returns all its commits."""
     folder.mkdir(exist_ok=True)
+    together = max(1, min(COMMIT, COMMIT_BYTES // (TASK * bytes_of_image(settings))))
     commits = _read_journal(folder / "journal.jsonl")
-    with _columns(folder, settings) as columns, (folder / "journal.jsonl").open("w") as journal:
+    with open_columns(folder, settings) as columns, (folder / "journal.jsonl").open("w") as journal:
         while commits and not all(column.holds(_rows(name, commits[-1])) for name, column in columns.items()):
             commits.pop()  # the journal is never ahead of the columns, unless the file system lost them
         state = commits[-1] if commits else _State()
@@ -195,10 +205,10 @@ def _fill(
                         f"{', '.join(part.skipped[:3])}; repair or remove them, or leave such images out "
                         "with --bad-images skip."
                     )
-                waiting.append(part if codec is None else replace(part, latents=_encode(codec, part.pixels)))
+                waiting.append(replace(part, derived=derive(makers, part.pixels)))
                 done = min(first + TASK, len(source))
                 progress.update(task, completed=done)
-                if len(waiting) == COMMIT or done == len(source):
+                if len(waiting) == together or done == len(source):
                     state = _commit(columns, waiting, state, done)
                     commits.append(state)
                     _note(journal, state)
@@ -206,33 +216,6 @@ def _fill(
         for name, column in columns.items():
             column.seal(_rows(name, state))
     return commits
-
-
-@contextlib.contextmanager
-def _columns(folder: Path, settings: Settings) -> Iterator[dict[str, Column]]:
-    size = settings.image_size
-    columns: list[tuple[str, str, Any, tuple[int, ...]]] = [
-        ("images", "images.npy", np.uint8, (settings.channels, size, size)),
-        ("labels", "labels.npy", np.int64, ()),
-        ("ends", "ends.npy", np.int64, ()),
-        ("names", "names.txt", np.uint8, ()),
-    ]
-    if settings.latent is not None:
-        columns.append(("latents", "latents.npy", np.float16, (2, 2, *settings.latent)))
-    with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(contextlib.closing(Column(folder / file, dtype, shape)))
-            for name, file, dtype, shape in columns
-        }
-
-
-def _encode(codec: Vae, pixels: np.ndarray) -> np.ndarray:
-    """Moments of images and of their mirror images, (b, 2 mirrors, 2 moments, c, h, w)."""
-    images = torch.from_numpy(pixels).float() / 127.5 - 1
-    if not len(images):
-        return np.empty((0, 2, 2, 0, 0, 0), dtype=np.float16)
-    moments = torch.stack([codec.encode(images), codec.encode(images.flip(3))], dim=1)
-    return moments.half().numpy()
 
 
 def _note(journal: IO[str], state: _State) -> None:
@@ -254,8 +237,9 @@ def _commit(columns: dict[str, Column], parts: list[Part], state: _State, items:
         "labels": [part.labels for part in parts],
         "ends": [ends],
         "names": [np.frombuffer(b"".join(names), dtype=np.uint8)],
-        "latents": [part.latents for part in parts if part.latents is not None and len(part.latents)],
     }
+    for name in columns.keys() - added.keys():
+        added[name] = [part.derived[name] for part in parts if part.names]
     digest = hashlib.blake2b(digest_size=16)
     for name, column in columns.items():
         for rows in added[name]:
@@ -291,7 +275,7 @@ def _verify(folder: Path, commits: list[list[Any]], settings: Settings) -> str:
     """
     whole = hashlib.blake2b(digest_size=16)
     images = names = 0
-    with _columns(folder, settings) as columns:
+    with open_columns(folder, settings) as columns:
         for until_image, until_name, expected in commits:
             digest = hashlib.blake2b(digest_size=16)
             for name, column in columns.items():

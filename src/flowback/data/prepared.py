@@ -6,13 +6,15 @@
     train/names.txt        the images' names, one a line; ends.npy holds where each one ends
     test/...               the same; absent with --holdout 0, and then the training images are the test
 
+Latents (:mod:`flowback.data.latents`) and encoder features (:mod:`flowback.data.features`) lie beside them.
+
 prepared.json is written last: a folder without it is not complete.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,8 @@ import torch
 from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 
+from flowback.config import from_dict
+from flowback.data.features import FeatureSettings, FeatureTable
 from flowback.errors import InputError
 
 __all__ = ["AGAIN", "FORMAT", "PreparedImages", "is_prepared", "load_prepared", "mapped", "read_summary"]
@@ -47,12 +51,13 @@ class PreparedImages:
     """Of the split."""
     shape: tuple[int, int, int, int]
     fingerprint: str
-    """Hash of the pixels, labels and names."""
+    """Hash of all that is stored of the images."""
     skipped: tuple[str, ...] = ()
+    features: FeatureSettings | None = None
+    """Of the features beside the images; None: there are none."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = (self.name, self.classes, self.folder, self.shape, self.fingerprint, self.skipped)
-        return PreparedImages, fields
+        return PreparedImages, tuple(getattr(self, field.name) for field in fields(self))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -80,6 +85,13 @@ class PreparedImages:
     def read(self, indices: Int[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
         """The images at ``indices``, copied once, from the page cache into the batch."""
         return self.pixels.index_select(0, indices)
+
+    @cached_property
+    def feature_table(self) -> FeatureTable:
+        """The encoder's features of all images, mapped; there must be some."""
+        assert self.features is not None
+        file = self.folder / "features.npy"
+        return FeatureTable(file, mapped(file, np.float16, (len(self), 2, *self.features.shape)).numpy())
 
     def file_name(self, index: int) -> str:
         """The image's file, relative to the source."""
@@ -118,7 +130,7 @@ def load_prepared(
             f"{image_size}x{image_size} with {channels}; prepare it again, or choose --model.image-size and "
             "--model.channels."
         )
-    part = split if split in splits else "train"
+    part, features = split if split in splits else "train", settings.get("features")
     found = splits[part]
     images = PreparedImages(
         name=f"{path.resolve().name}-{part}",
@@ -127,6 +139,7 @@ def load_prepared(
         shape=(found["images"], channels, image_size, image_size),
         fingerprint=found["fingerprint"],
         skipped=tuple(found["skipped"]),
+        features=from_dict(FeatureSettings, features) if part == "train" and features else None,
     )
     _ = images.pixels, images.labels  # a damaged set is known before it is used
     return images
