@@ -22,6 +22,7 @@ import torch
 from flowback.alignment.encoders import Encoder
 from flowback.data.features import FeatureTable
 from flowback.data.images import ImageSet
+from flowback.data.prepared import mapped
 from flowback.errors import InputError
 from flowback.flow.likelihood import to_unit_range
 from flowback.progress import track
@@ -59,22 +60,13 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
     }
     key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
     path = folder / (re.sub(r"[^\w.-]+", "-", f"{images.name}-{encoder.name}-{grid}x{grid}-{key}") + ".npy")
-    array = _open(path, shape)
-    if array is None:
+    try:
+        values = mapped(path, np.float32, tuple(shape))
+    except InputError:  # none, or not a whole one
         _write(path, encoder, images, grid, shape)
         write_json(path.with_suffix(".json"), content)
-        array = _open(path, shape)
-        assert array is not None
-    return FeatureTable(path, array)
-
-
-def _open(path: Path, shape: list[int]) -> np.ndarray | None:
-    """The table in a file; None if there is none, or not a whole one."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError):
-        return None
-    return array if list(array.shape) == shape and array.dtype == np.float32 else None
+        values = mapped(path, np.float32, tuple(shape))
+    return FeatureTable(path, values)
 
 
 def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: list[int]) -> None:

@@ -69,7 +69,7 @@ def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTarg
     seen = pixels if wanted.originals_path is None else _same_images(wanted.originals_path, pixels)
     prepared = None if wanted.originals else _prepared(seen, wanted, grid)
     if prepared is not None:
-        return CachedTargets(prepared, prepared.array.shape[-1])
+        return CachedTargets(prepared, prepared.values.shape[-1])
     encoder = load_encoder(wanted.encoder, wanted.weights)
     if wanted.originals:
         seen = _originals(config, pixels, encoder.input_size(grid))

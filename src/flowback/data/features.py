@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -49,7 +47,7 @@ class FeatureTable:
     """Patch features of every image of a set, and of its mirror image if there are two mirrors."""
 
     path: Path
-    array: np.ndarray
+    values: Float[Tensor, "n f m c"]
     """(images, mirrors, patches, width), mapped; mirror 1 is the mirrored image."""
 
     def rows(self, indices: Int[Tensor, " b"], flipped: Bool[Tensor, " b"]) -> Float[Tensor, "b m c"]:
@@ -58,6 +56,7 @@ class FeatureTable:
         Raises:
             ValueError: a mirror image is asked for, and the table has none.
         """
-        if self.array.shape[1] == 1 and bool(flipped.any()):
+        mirrors = self.values.shape[1]
+        if mirrors == 1 and bool(flipped.any()):
             raise ValueError(f"{self.path} holds no features of mirror images.")
-        return torch.from_numpy(self.array[indices.cpu().numpy(), flipped.long().cpu().numpy()])
+        return self.values.flatten(0, 1).index_select(0, mirrors * indices.cpu() + flipped.cpu())

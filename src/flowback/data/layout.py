@@ -66,7 +66,7 @@ def derive(makers: Mapping[str, Maker], pixels: np.ndarray) -> dict[str, np.ndar
         InputError: values that half precision cannot hold.
     """
     made: dict[str, np.ndarray] = {}
-    if not len(pixels):
+    if not makers or not len(pixels):
         return made
     images = torch.from_numpy(pixels).float() / 127.5 - 1
     for name, maker in makers.items():

@@ -91,7 +91,7 @@ class PreparedImages:
         """The encoder's features of all images, mapped; there must be some."""
         assert self.features is not None
         file = self.folder / "features.npy"
-        return FeatureTable(file, mapped(file, np.float16, (len(self), 2, *self.features.shape)).numpy())
+        return FeatureTable(file, mapped(file, np.float16, (len(self), 2, *self.features.shape)))
 
     def file_name(self, index: int) -> str:
         """The image's file, relative to the source."""
