@@ -1,15 +1,13 @@
 """``flowback sample`` and ``flowback plan`` on a small checkpoint."""
 
-import contextlib
 import json
-import subprocess
 import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
+import runs
 from flowback import sample
 from flowback.checkpoint import save
 from flowback.config import RunConfig
@@ -107,31 +105,25 @@ def test_other_images_in_the_folder(flowback, checkpoint, tmp_path):
     assert "other images" in err
 
 
-def test_two_processes_killed_and_finished(flowback, launched, checkpoint, tmp_path):
+def test_two_processes_killed_and_finished(flowback, checkpoint, tmp_path):
     """Both processes are killed half-way; two more finish, to the bytes of one undisturbed process."""
 
     def words(name, count):
-        return ["sample", checkpoint[0], "--out", tmp_path / name, "--count", count, "--batch-size", 2, *CPU]
+        options = ["--out", tmp_path / name, "--count", count, "--batch-size", 2, *CPU]
+        return ["sample", str(checkpoint[0]), *map(str, options)]
 
-    def start(count):
-        return subprocess.Popen(**launched(*words("cut", count)), stdout=subprocess.DEVNULL)
-
-    run, deadline = start(5000), time.monotonic() + 120
-    while (
-        len(list((tmp_path / "cut").glob("*.png"))) < 4 and time.monotonic() < deadline and run.poll() is None
-    ):
+    log, deadline = tmp_path / "log", time.monotonic() + 120
+    started = runs.start(runs.command, *words("cut", 5000), log=log, processes=2)
+    while len(list((tmp_path / "cut").glob("*.png"))) < 4 and time.monotonic() < deadline:
+        assert all(process.is_alive() for process in started), runs.printed(log)
         time.sleep(0.02)
-    workers = psutil.Process(run.pid).children(recursive=True)
-    for process in (run, *workers):  # the launcher gives its workers sessions of their own: no one signal
-        with contextlib.suppress(psutil.NoSuchProcess):  # a compiler that was done
-            process.kill()
-    run.wait()
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    assert len(workers) >= 2  # a worker may have a compiler under it
-    assert not alive
+    for process in started:
+        process.kill()
+        process.join()
     there = len(list((tmp_path / "cut").glob("*.png")))
     assert 4 <= there < 5000
-    assert start(there + 3).wait(timeout=200) == 0
+    codes = runs.run(runs.command, *words("cut", there + 3), log=log, processes=2)
+    assert codes == [0, 0], runs.printed(log)
     assert flowback(*words("whole", there + 3))[0] == 0
     found, whole = (
         {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.png")}
