@@ -120,7 +120,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert first["step"] == second["step"]
 
 
-def assert_near(one: Path, two: Path) -> None:
+def assert_near(one: Path, two: Path, ema: float | None = None) -> None:
     """The same run but for the order of sums.
 
     Losses to 1e-4 and all weights but the keys' biases to 1e-3, in fp32 after 12 steps at the large rate of
@@ -139,7 +139,7 @@ def assert_near(one: Path, two: Path) -> None:
         for name in first:
             if name.startswith(compared):
                 assert abs(second[name] - first[name]) < 1e-4 + 1e-3 * abs(first[name]), name
-    before, after = (checkpoint.load(run).state_dict() for run in (one, two))
+    before, after = (checkpoint.load(run, ema=ema).state_dict() for run in (one, two))
     for name, value in before.items():
         other = after[name]
         if name.endswith("qkv.bias"):  # queries, keys, values

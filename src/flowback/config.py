@@ -276,6 +276,8 @@ class TrainConfig:
     """Keep the input of each Transformer layer only, and compute the rest again for the gradient."""
     compile: bool = False
     """Compile the Transformer of each block; the first steps take minutes."""
+    shard: bool = False
+    """Each process holds a part of weights, gradients, optimiser and averages (FSDP2), not all of them."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others before it gives up; longer than an evaluation takes."""
 

@@ -102,9 +102,3 @@ def test_the_vote_of_one_is_its_own():
     vote = processes.Vote(processes.start(TrainConfig(device="cpu")), timeout=1.0)
     assert [vote(flag) for flag in (False, True)] == [False, True]
     assert not vote.close()
-
-
-def test_an_engine_that_shards_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="accelerate was configured for FSDP"):
-        processes.start(TrainConfig(device="cpu"))

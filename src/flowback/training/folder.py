@@ -33,7 +33,7 @@ log = logging.getLogger("flowback")
 MAY_CHANGE = {
     "train": {"steps", "micro_batch", "device", "log_every", "eval_every", "save_every", "sample_every"}
     | {"diagnose_every", "eval_images", "keep_last", "keep_every", "trackers", "timeout"}
-    | {"checkpoint_activations"},
+    | {"checkpoint_activations", "shard"},
     "data": {"path", "workers", "download", "bad_images"},
     "alignment": {"weights"},
     "codec": {"vae", "revision"},

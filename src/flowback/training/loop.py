@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.utils import patch_environment
+from torch import Tensor
 
 from flowback import checkpoint
 from flowback.alignment.diagnostics import gradient_balance
@@ -22,15 +22,16 @@ from flowback.data.images import ImageSet
 from flowback.errors import InputError, Interrupted
 from flowback.flow import Flow
 from flowback.progress import bar
-from flowback.training.bodies import set_up_bodies
 from flowback.training.folder import RunFolder, Stored
 from flowback.training.health import Guard, block_statistics
-from flowback.training.objective import Losses, Objective, Targets, weighted_mean
+from flowback.training.objective import Losses, Targets, weighted_mean
 from flowback.training.processes import Vote, noticing_loss, signals, start
-from flowback.training.schedule import average_decay, learning_rate, update_average
+from flowback.training.schedule import learning_rate
+from flowback.training.sharding import root_whole, sharded
 from flowback.training.speed import peak_flops, peak_memory, step_flops
 from flowback.training.stream import Batch, batches, noticing_dead_workers
 from flowback.training.trackers import check_trackers, open_trackers, show, tracker_settings
+from flowback.training.weights import Weights
 
 __all__ = ["BadGradientError", "Evaluator", "train"]
 
@@ -132,36 +133,28 @@ def _loop(run: _Run, evaluators: Sequence[Evaluator], description: str) -> None:
 
 
 class _Run:
-    """State of a run: weights, their average, optimiser, position."""
+    """State of a run: weights, position, and what was found on the way."""
 
     def __init__(self, config: RunConfig, images: ImageSet, out: Path, targets: Targets | None) -> None:
         self.config, self.images, self.targets = config, images, targets
         check_trackers(config)
         state = start(config.train)
-        self.accelerator = Accelerator(
-            cpu=state.device.type == "cpu", mixed_precision="no", **tracker_settings(config, out)
-        )
+        with patch_environment(ACCELERATE_USE_FSDP="false"):  # which Accelerate would do by itself
+            self.accelerator = Accelerator(
+                cpu=state.device.type == "cpu", mixed_precision="no", **tracker_settings(config, out)
+            )
         self.rank, self.processes = state.process_index, state.num_processes
         self.device = state.device
         self.vote = Vote(state, config.train.timeout)
-        torch.manual_seed(config.train.seed)
-        self.objective = Objective(config, targets.dim if targets and config.alignment.active else None)
-        average = copy.deepcopy(self.objective.flow).eval().requires_grad_(False)
-        self.averages = {decay: copy.deepcopy(average).to(self.device) for decay in config.train.averages}
-        self.average = self.averages[config.train.ema_decay]
+        self.weights = Weights(
+            config,
+            targets.dim if targets and config.alignment.active else None,
+            self.accelerator,
+            sharded(config.train, self.processes),
+        )
         self.guard, self.known_bad = Guard(config.train.spike, self.device), 0
         self.step, self.seconds = 0, 0.0
         self.last: dict[str, Any] = {}
-        self.adamw = torch.optim.AdamW(
-            self.objective.parameters(),
-            lr=config.train.lr,
-            betas=config.train.betas,
-            weight_decay=config.train.weight_decay,
-            fused=True,
-        )
-        model, self.optimizer = self.accelerator.prepare(self.objective, self.adamw)
-        self.model: nn.Module = model
-        set_up_bodies(self.objective.flow, config)
         self.folder = RunFolder(out, config)
         if stored := self.folder.newest():
             self._restore(stored)
@@ -178,13 +171,10 @@ class _Run:
 
     def _restore(self, stored: Stored) -> None:
         state = stored.training
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.weights.restore(state, stored.averages)
         self.guard.load_state_dict(state["guard"])
         self.known_bad = int(self.guard.bad)
         self.step, self.seconds = state["step"], state["seconds"]
-        for decay, average in self.averages.items():
-            average.load_state_dict(stored.averages[decay])
 
     # --- one step ---
 
@@ -194,14 +184,14 @@ class _Run:
         share = len(batch.noised)
         micro = train.micro_batch or share
         starts = range(0, share, micro)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, self.step)
         parts: list[tuple[float, Losses]] = []
         for first in starts:
             part = slice(first, first + micro)
             last = first + micro >= share
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self.model(
+            # Sharded gradients are joined after each part of the batch, so that none stays whole.
+            together = last or self.weights.sharded
+            with contextlib.nullcontext() if together else self.accelerator.no_sync(self.weights.model):
+                losses = self.weights.model(
                     batch.noised[part],
                     None if batch.labels is None else batch.labels[part],
                     None if batch.drop is None else batch.drop[part],
@@ -212,18 +202,10 @@ class _Run:
                 weight = len(batch.noised[part]) / share
                 (losses.total * weight).backward()
             parts.append((weight, losses))
-        gradient = nn.utils.clip_grad_norm_(self.objective.parameters(), train.grad_clip or float("inf"))
-        # The fused optimiser leaves a step out where found_inf is 1, on the device.
-        self.adamw.found_inf = self.guard.judge(gradient, self.step + 1)  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for decay, average in self.averages.items():
-            update_average(
-                average.parameters(), self.objective.flow.parameters(), average_decay(decay, self.step)
-            )
+        gradient = self.weights.gradient_norm()
+        self.weights.step(self.step, bad=self.guard.judge(gradient, self.step + 1))
         self.step += 1
         # Reading the tally waits for the device: every step on a CPU, elsewhere when somebody looks anyway.
-        train = self.config.train
         if self.device.type == "cpu" or self.due(train.log_every) or self.due(train.save_every):
             self._check_health()
         return weighted_mean(parts), gradient
@@ -234,8 +216,7 @@ class _Run:
         if bad == self.known_bad:
             return
         self.known_bad, step, allowed = bad, int(self.guard.last), self.config.train.bad_steps
-        if self.rank == 0:
-            self._keep_evidence(step)
+        self._keep_evidence(step)
         if allowed is not None and bad > allowed:
             raise BadGradientError(
                 f"Step {step}: the gradient is not finite or spikes, and {allowed} such steps may pass; "
@@ -247,13 +228,15 @@ class _Run:
     def _keep_evidence(self, step: int) -> None:
         """The images of a bad step, which the seed gives back, and what the blocks make of them now."""
         batch = next(batches(self.images, self.config, step - 1, 0, 1, self.device))
+        statistics = self._own_statistics(batch)
         row = {
             "step": step,
             "images": [self.images.file_name(index) for index in batch.indices.tolist()],
             "typical_grad_norm": float(self.guard.typical),
-            **block_statistics(self.objective.flow, batch.noised, batch.labels),
+            **statistics,
         }
-        self.folder.append("bad-steps.jsonl", row)
+        if self.rank == 0:
+            self.folder.append("bad-steps.jsonl", row)
 
     def due(self, every: int) -> bool:
         """Whether something that happens ``every`` so many steps, and at the end, happens now."""
@@ -276,6 +259,7 @@ class _Run:
             "images_per_second": rate * train.batch_size,
             "tflops": rate * step_flops(self.config) / 1e12,
             "peak_memory": peak_memory(self.device),
+            "state_memory": self.weights.held_bytes,
             "seconds": self.seconds,
             "bad_steps": self.known_bad,
             **self._block_statistics(batch),
@@ -292,9 +276,13 @@ class _Run:
     def _mean(self, value: Tensor) -> float:
         return float(self.accelerator.reduce(value.float(), "mean"))
 
+    def _own_statistics(self, batch: Batch) -> dict[str, float]:
+        with root_whole(self.weights.objective):
+            return block_statistics(self.weights.objective.flow, batch.noised, batch.labels)
+
     def _block_statistics(self, batch: Batch) -> dict[str, float]:
         """Those of the whole batch."""
-        own = block_statistics(self.objective.flow, batch.noised, batch.labels)
+        own = self._own_statistics(batch)
         values = torch.tensor([list(own.values())], dtype=torch.float64, device=self.device)
         rows = self.accelerator.gather(values)  # (processes, statistics)
         joined = {"min": rows.amin(0), "max": rows.amax(0), "z2": rows.mean(0)}
@@ -304,15 +292,16 @@ class _Run:
     def evaluate(self, evaluator: Evaluator) -> dict[str, Any]:
         """Call an evaluator in the main process."""
         found: dict[str, Any] = {}
-        if self.rank == 0:
+        flow = self.weights.averaged(keep=self.rank == 0)
+        if flow is not None:
             found = {"step": self.step, "images": self.step * self.config.train.batch_size}
-            found |= evaluator.call(self.step, self.average)
+            found |= evaluator.call(self.step, flow)
         self.accelerator.wait_for_everyone()
         return found
 
     def diagnose(self, batch: Batch) -> dict[str, Any]:
         """How the gradients of likelihood and alignment compare on this process's share of the batch."""
-        objective, config = self.objective, self.config.alignment
+        objective, config = self.weights.whole(), self.config.alignment
         assert objective.projector is not None
         assert self.targets is not None
         targets = self.targets(batch.indices, batch.flipped, batch.seen)
@@ -331,16 +320,10 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint and remove those that are too old."""
+        state, (weights, *more) = self.weights.state(keep=self.rank == 0)
         if self.rank == 0:
-            state = {
-                "objective": self.objective.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "guard": self.guard.state_dict(),
-                "step": self.step,
-                "seconds": self.seconds,
-            }
+            state |= {"guard": self.guard.state_dict(), "step": self.step, "seconds": self.seconds}
             folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
-            weights, *more = (average.state_dict() for average in self.averages.values())
             further = dict(zip(self.config.train.ema_more, more, strict=True))
             checkpoint.save(folder, self.config, weights, state, further)
             self.folder.remove_old()

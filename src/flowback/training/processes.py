@@ -22,7 +22,17 @@ from torch import distributed
 from flowback.config import TrainConfig
 from flowback.errors import InputError, ProcessLostError
 
-__all__ = ["Vote", "noticing_loss", "signals", "start"]
+__all__ = ["Vote", "launcher_engine", "noticing_loss", "signals", "start"]
+
+
+def launcher_engine() -> str | None:
+    """What ``accelerate launch`` was told to join gradients with; None: nothing in particular."""
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            return engine
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "FSDP" + os.environ.get("FSDP_VERSION", "1")
+    return None
 
 
 def start(train: TrainConfig) -> PartialState:
@@ -31,12 +41,11 @@ def start(train: TrainConfig) -> PartialState:
     Raises:
         InputError: the device that was asked for is not there, or takes no several processes.
     """
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise InputError(
-                f"accelerate was configured for {engine}, which flowback does not train with; "
-                "every process holds the whole model: run accelerate config again, or launch with torchrun."
-            )
+    if (engine := launcher_engine()) not in (None, "FSDP2"):
+        raise InputError(
+            f"accelerate was configured for {engine}, which flowback does not train with; launch with "
+            "--use_fsdp --fsdp_version 2, or with torchrun and --train.shard."
+        )
     there = torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
     # Accelerate joins processes on the CPU only where it is told to use it.
     cpu = train.device == "cpu" or (train.device == "auto" and not there)
