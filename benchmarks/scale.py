@@ -5,8 +5,9 @@
 64×64 images, patch 4, 4 blocks of 4 layers, the training loop itself on images in memory. ``processes-P`` are
 P gloo processes that share the threads, ``processes-1`` has them all; ``ratio`` is images/s over those of
 ``processes-1``. Runs take turns. ``save-WIDTH`` is a checkpoint with weights, one average and the optimiser's
-state, flushed to the disk; ``share`` is its part of a run that saves every five minutes, ``write`` the time
-that the same bytes take as one plain file.
+state, flushed to the disk. Training goes on meanwhile, and waits for the copy of its state alone:
+``wait_share`` is the wait's part of a run that saves every five minutes, ``share`` that of the whole
+checkpoint, ``write`` the time that the same bytes take as one plain file.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from flowback.data.memory import MemoryImages
 from flowback.record import environment
 from flowback.training import train
 from flowback.training.objective import Objective
+from flowback.training.writing import copied
 from harness import write_rows
 
 CLASSES = 10
@@ -118,10 +120,12 @@ def saving(width: int, options: Options) -> dict[str, Any]:
     state = {"objective": objective.state_dict(), "optimizer": optimiser.state_dict(), "step": 1}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        seconds, writes, size = [], [], 0
+        waits, seconds, writes, size = [], [], [], 0
         for turn in range(3):
             started = time.perf_counter()
-            checkpoint.save(folder / str(turn), config, objective.flow.state_dict(), state)
+            weights, held = copied([objective.flow.state_dict(), state])
+            waits.append(time.perf_counter() - started)
+            checkpoint.save(folder / str(turn), config, weights, held)
             seconds.append(time.perf_counter() - started)
             size = sum(file.stat().st_size for file in (folder / str(turn)).iterdir())
             shutil.rmtree(folder / str(turn))
@@ -140,6 +144,8 @@ def saving(width: int, options: Options) -> dict[str, Any]:
         "slowest": max(seconds),
         "write": statistics.median(writes),
         "share": median / INTERVAL,
+        "wait": statistics.median(waits),
+        "wait_share": statistics.median(waits) / INTERVAL,
     }
 
 
@@ -163,14 +169,15 @@ def main() -> None:
         if 1 in found:
             rows[-1]["ratio"] = rate / statistics.median(found[1])
     rows += [saving(width, options) for width in options.save_widths]
-    table = Table("row", "images/s", "ratio", "MB", "seconds", "write", "share of 5 min")
+    table = Table("row", "images/s", "ratio", "MB", "seconds", "write", "share of 5 min", "waits", "share")
     for row in rows:
         if "bytes" in row:
             cells = [f"{row['bytes'] / 1e6:.0f}", f"{row['seconds']:.2f}", f"{row['write']:.2f}"]
-            table.add_row(row["name"], "", "", *cells, f"{row['share']:.2%}")
+            cells += [f"{row['share']:.2%}", f"{row['wait']:.3f}", f"{row['wait_share']:.2%}"]
+            table.add_row(row["name"], "", "", *cells)
         else:
             ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
-            table.add_row(row["name"], f"{row['images_per_second']:.2f}", ratio, "", "", "", "")
+            table.add_row(row["name"], f"{row['images_per_second']:.2f}", ratio, *6 * [""])
     console.print(table)
     if options.json:
         settings = {"width": options.width, "batch": options.batch, "threads": options.threads}

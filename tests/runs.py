@@ -14,6 +14,8 @@ import resource
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -251,21 +253,25 @@ def killed(config, out: Path, moment: int, saving: bool) -> int:
 
 @contextlib.contextmanager
 def _moments(call: Callable[[bool], None]):
-    """Call at every call and return of a function, Python's or C's, with whether it is part of a save."""
-    depth = 0
+    """Call at every call and return of a function, Python's or C's, with whether it is part of a save.
+
+    Checkpoints are written in a thread of their own, which starts while this holds.
+    """
+    within = threading.local()
 
     def profile(frame, event, argument) -> None:
-        nonlocal depth
-        code = frame.f_code
+        code, depth = frame.f_code, getattr(within, "depth", 0)
         if code.co_name == "save" and code.co_filename.endswith("checkpoint.py"):
-            depth += {"call": 1, "return": -1}.get(event, 0)
+            within.depth = depth = depth + {"call": 1, "return": -1}.get(event, 0)
         call(depth > 0)
 
+    threading.setprofile(profile)
     sys.setprofile(profile)
     try:
         yield
     finally:
         sys.setprofile(None)
+        threading.setprofile(None)
 
 
 # --- what can be handed to them ---
@@ -286,16 +292,21 @@ class RandomTargets:
 
 
 class Trouble:
-    """Targets that nobody aligns with: at batch ``call``, counted from 1, they send a process a signal."""
+    """Targets that nobody aligns with: at batch ``call``, counted from 1, they send a process a signal.
+
+    ``after`` is a file that is waited for: checkpoints are written while the training goes on.
+    """
 
     dim = 6
     originals = None
 
-    def __init__(self, call: int, signal: int, rank: int) -> None:
-        self.call, self.signal, self.rank = call, signal, rank
+    def __init__(self, call: int, signal: int, rank: int, after: Path | None = None) -> None:
+        self.call, self.signal, self.rank, self.after = call, signal, rank, after
 
     def __call__(self, indices, flipped, seen):
         self.call -= 1
         if self.call == 0 and os.environ.get("RANK", "0") == str(self.rank):
+            while self.after is not None and not self.after.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), self.signal)
         return seen.new_zeros(len(seen), 4, self.dim)

@@ -32,6 +32,7 @@ from flowback.training.speed import peak_flops, peak_memory, step_flops
 from flowback.training.stream import Batch, batches, noticing_dead_workers
 from flowback.training.trackers import check_trackers, open_trackers, show, tracker_settings
 from flowback.training.weights import Weights
+from flowback.training.writing import Writer, copied
 
 __all__ = ["BadGradientError", "Evaluator", "train"]
 
@@ -126,10 +127,13 @@ def _loop(run: _Run, evaluators: Sequence[Evaluator], description: str) -> None:
             stop = run.vote(bool(asked))
             if stop or run.due(config.train.save_every):
                 run.save()
+            run.writer.check()
             if stop:
+                run.finish()
                 by = f"signal {asked[0]}" if asked else "a signal to another process"
                 raise Interrupted(f"Stopped by {by}; saved in {run.folder.path}")
             started = time.perf_counter()
+        run.finish()
 
 
 class _Run:
@@ -146,6 +150,7 @@ class _Run:
         self.rank, self.processes = state.process_index, state.num_processes
         self.device = state.device
         self.vote = Vote(state, config.train.timeout)
+        self.writer = Writer()
         self.weights = Weights(
             config,
             targets.dim if targets and config.alignment.active else None,
@@ -319,18 +324,28 @@ class _Run:
             show(self.accelerator, row, pictures, self.step)
 
     def save(self) -> None:
-        """Write a checkpoint and remove those that are too old."""
-        state, (weights, *more) = self.weights.state(keep=self.rank == 0)
+        """Begin to write a checkpoint as things are now, after which those that are too old go."""
+        self.writer.wait()  # so that no more than one copy of the state is held
+        state, averages = self.weights.state(keep=self.rank == 0)
         if self.rank == 0:
-            state |= {"guard": self.guard.state_dict(), "step": self.step, "seconds": self.seconds}
+            state |= {"guard": copied(self.guard.state_dict()), "step": self.step, "seconds": self.seconds}
             folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
-            further = dict(zip(self.config.train.ema_more, more, strict=True))
-            checkpoint.save(folder, self.config, weights, state, further)
-            self.folder.remove_old()
+            self.writer.start(self._write, folder, state, averages)
+
+    def _write(self, folder: Path, state: dict[str, Any], averages: Sequence[dict[str, Tensor]]) -> None:
+        weights, *more = averages
+        further = dict(zip(self.config.train.ema_more, more, strict=True))
+        checkpoint.save(folder, self.config, weights, state, further)
+        self.folder.remove_old()
+
+    def finish(self) -> None:
+        """All is on disk, and all processes know."""
+        self.writer.wait()
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
         """Leave nothing behind that a second run in this process, or the end of this one, would trip over."""
+        self.writer.close()
         with contextlib.suppress(RuntimeError):  # a process that is lost, which has been said
             self.vote.close()
         self.accelerator.free_memory()
