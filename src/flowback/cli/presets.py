@@ -60,8 +60,8 @@ def run(argv: list[str]) -> None:
                 row["flops_per_image"] / 1e9,
                 row["training_bytes"] / 2**30,
                 row["h100_days"],
-                ", ".join(f"{key} {value:g}" for key, value in row["published"].items()) or "–",
-                row["measured"],
+                _figures(row["published"]) or "–",
+                _figures(row["measured"]) or "none yet",
             ]
             for row in rows
         ],
@@ -70,8 +70,12 @@ def run(argv: list[str]) -> None:
         "GFLOP: an encode pass; a training step takes three times as much for each image. "
         f"GiB: estimated for {AT_ONCE} images at once (--train.micro-batch). "
         f"H100 days: estimated for one, at {UTILISATION:.0%} of its bf16 peak, without alignment. "
-        "Published: the papers' numbers."
+        "Published: the papers' numbers. Measured: by this project, on a CPU, seed 0 (docs/results.md)."
     )
     if options.json:
         record = {"environment": environment(), "utilisation": UTILISATION, "images_at_once": AT_ONCE}
         write_json(options.json, {**record, "presets": rows})
+
+
+def _figures(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in found.items())

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flowback.errors import InputError, nearest
+from flowback.presets.measured import MEASURED
 from flowback.presets.papers import TABLES
 from flowback.presets.preset import Preset
 from flowback.presets.small import SMALL, mini
@@ -17,7 +20,8 @@ def _all() -> dict[str, Preset]:
     rows = {name: row for group in TABLES.values() for name, row in group.items()}
     # With one encoder in place of all, the encoders' rows would be copies of one run.
     small = {f"{name}-mini": mini(name, row) for name, row in rows.items() if name not in TABLES["encoders"]}
-    return {**SMALL, **rows, **small}
+    every = {**SMALL, **rows, **small}
+    return {name: replace(row, measured=MEASURED.get(name, {})) for name, row in every.items()}
 
 
 PRESETS: dict[str, Preset] = _all()

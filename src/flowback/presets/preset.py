@@ -17,5 +17,5 @@ class Preset:
     about: str
     published: dict[str, float] = field(default_factory=dict)
     """Numbers of the paper, by metric; `fid` on 4,096 samples, `fid_50k` on 50,000."""
-    measured: str = "none yet"
-    """What this library measured, with device and seed."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What this library measured; empty: none yet."""
