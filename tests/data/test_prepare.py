@@ -202,6 +202,7 @@ FEATURES = replace(BICUBIC, features=FeatureSettings("pooled", None, "0" * 32, 4
 
 def pooled(images):
     """16 patches of 4 x 4 pixels, their mean colours: (b, 16, 3)."""
+    assert len(images) > 0  # networks refuse an empty batch
     return functional.avg_pool2d(images, 4).flatten(2).transpose(1, 2)
 
 
