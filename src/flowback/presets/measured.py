@@ -1,4 +1,4 @@
-"""What this project measured itself, by preset: seed 0, on a CPU; docs/results.md and README.md name the runs."""
+"""What this project measured, by preset: seed 0, on a CPU; docs/results.md and README.md name the runs."""
 
 from __future__ import annotations
 
