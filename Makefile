@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/flowback demo
 
 test: check
-	$(BIN)/pytest --durations=10
+	$(BIN)/pytest --durations=10 --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/installed
 	$(BIN)/ruff check
