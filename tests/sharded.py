@@ -47,6 +47,40 @@ def launched(config, out, evaluator) -> int:
     return runs.training(config, out, targets=Targets(2), evaluators=[evaluator])
 
 
+def keeps(config) -> int:
+    """Whether a state that was gathered, and scattered over weights of another seed, is the same again.
+
+    Of weights, moments and averages that all differ, since steps this late do not shorten the averages.
+    """
+    import dataclasses
+
+    import torch
+    from accelerate import Accelerator
+    from torch.utils._pytree import tree_leaves
+
+    from flowback.config import TrainConfig
+    from flowback.training import start
+    from flowback.training.weights import Weights
+
+    state = start(TrainConfig(device="cpu"))
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
+    one, two = (Weights(c, 6, Accelerator(cpu=True), sharded=True) for c in (config, other))
+    for step in (10**4, 10**4 + 1):
+        generator = torch.Generator().manual_seed(step + state.process_index)
+        batch = torch.randn(4, 1, 8, 8, generator=generator), torch.arange(4), None, torch.ones(4, 4, 6)
+        one.model(*batch).total.backward()
+        one.gradient_norm()
+        one.step(step, bad=torch.zeros(()))
+    training, averages = one.state(keep=True)
+    two.restore(training, dict(zip(config.train.averages, averages, strict=True)))
+    before, after = map(tree_leaves, ((training, averages), two.state(keep=True)))
+    same = [a.equal(b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, after, strict=True)]
+    name = "blocks.0.proj_in.weight"
+    different = [training["objective"][f"flow.{name}"], *(average[name] for average in averages)]
+    print("kept", all(same), len({float(value.norm()) for value in different}))  # noqa: T201
+    return 0
+
+
 def gradients(*configs) -> int:
     """Of each config, gradients of a sharded objective against those of a plain one, in float64.
 
@@ -94,3 +128,8 @@ def gradients(*configs) -> int:
         error = max(float((found[name] - value).abs().max()) for name, value in wanted.items())
         print(*map(int, whole), error / max(float(value.abs().max()) for value in wanted.values()))  # noqa: T201
     return 0
+
+
+def checks(kept, *configs) -> int:
+    """Both of the above."""
+    return keeps(kept) or gradients(*configs)

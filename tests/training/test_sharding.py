@@ -75,16 +75,14 @@ def state_bytes(config, processes):
     return 3 * sum(map(part, trained)) + 4 * len(trained) + 2 * sum(map(part, objective.flow.parameters()))
 
 
-def test_gradients_are_exact_and_blocks_below_the_aligned_ones_are_let_go(config, tmp_path):
+def test_state_and_gradients_are_exact_and_blocks_below_the_aligned_ones_are_let_go(config, tmp_path):
     """In float64, to 1e-14 of the largest gradient: the order of sums costs some units of 2e-16."""
 
     def case(strategy, order=0, blocks=3, **options):
         return dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, blocks=blocks),
-            alignment=AlignmentConfig(
-                strategy=strategy, order=order, locations=((2, 1), (blocks, 1))[: blocks - 1], hidden=8
-            ),
+            alignment=dataclasses.replace(config.alignment, strategy=strategy, order=order),
             train=TrainConfig(**options),
         )
 
@@ -94,13 +92,15 @@ def test_gradients_are_exact_and_blocks_below_the_aligned_ones_are_let_go(config
         case("detach"): "0 1 1",
         case("reverse"): "0 1 1",
         case("reverse", "exact", checkpoint_activations=True): "0 1 1",
-        case("reverse", blocks=2, compile=True): "0 1",
+        case("none", blocks=1, compile=True): "0",
     }
-    codes = runs.run(sharded.gradients, *cases, log=tmp_path / "log", processes=2)
+    codes = runs.run(sharded.checks, config, *cases, log=tmp_path / "log", processes=2)
     assert codes == [0, 0], runs.printed(tmp_path / "log")
     for rank in (0, 1):
-        found = [line.rsplit(" ", 1) for line in runs.printed(tmp_path / "log", rank).splitlines()]
-        assert [kept for kept, _ in found] == list(cases.values())
+        state, *lines = runs.printed(tmp_path / "log", rank).splitlines()
+        assert state == "kept True 3"
+        found = [line.rsplit(" ", 1) for line in lines]
+        assert [gathered for gathered, _ in found] == list(cases.values())
         assert all(float(error) < 1e-14 for _, error in found), found
 
 

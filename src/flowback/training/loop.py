@@ -193,9 +193,7 @@ class _Run:
         for first in starts:
             part = slice(first, first + micro)
             last = first + micro >= share
-            # Sharded gradients are joined after each part of the batch, so that none stays whole.
-            together = last or self.weights.sharded
-            with contextlib.nullcontext() if together else self.accelerator.no_sync(self.weights.model):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.weights.model):
                 losses = self.weights.model(
                     batch.noised[part],
                     None if batch.labels is None else batch.labels[part],

@@ -47,7 +47,8 @@ class Weights:
         if sharded:
             shard(self.objective, self.device)
         self.model: nn.Module = self.objective if sharded else accelerator.prepare(self.objective)
-        """What a step calls; it joins the gradients of all processes."""
+        """What a step calls. It joins the gradients of all processes; a sharded one does so, whatever
+        ``no_sync`` says, in every backward pass, so that none stays whole."""
         train = config.train
         self._adamw = torch.optim.AdamW(
             self.objective.parameters(),
