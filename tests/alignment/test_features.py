@@ -105,7 +105,9 @@ def test_damaged_tables_are_made_anew(encoder, images, tmp_path, damage):
         path.write_bytes(b"")
     else:
         np.save(path, expected[:5] if damage == "shape" else expected.astype(np.float64))
-    np.testing.assert_array_equal(cached_features(encoder, images, 2, False, tmp_path).values, expected)
+    again = cached_features(encoder, images, 2, False, tmp_path).values
+    assert again.dtype == torch.float32
+    np.testing.assert_array_equal(again, expected)
 
 
 def test_nothing_is_left_of_a_failure(encoder, images, tmp_path):
