@@ -50,7 +50,9 @@ def test_readme(block, folder):
     language, code, reason = block
     if reason:
         pytest.skip(reason)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # One thread: the models are tiny, and the other tests run at the same time.
+    threads = {"OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **threads, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
