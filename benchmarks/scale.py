@@ -34,7 +34,7 @@ from flowback.data.memory import MemoryImages
 from flowback.record import environment
 from flowback.training import train
 from flowback.training.objective import Objective
-from flowback.training.writing import copied
+from flowback.training.sharding import gathered
 from harness import write_rows
 
 CLASSES = 10
@@ -123,7 +123,7 @@ def saving(width: int, options: Options) -> dict[str, Any]:
         waits, seconds, writes, size = [], [], [], 0
         for turn in range(3):
             started = time.perf_counter()
-            weights, held = copied([objective.flow.state_dict(), state])
+            weights, held = gathered([objective.flow.state_dict(), state], device=torch.device("cpu"))
             waits.append(time.perf_counter() - started)
             checkpoint.save(folder / str(turn), config, weights, held)
             seconds.append(time.perf_counter() - started)

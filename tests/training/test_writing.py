@@ -11,7 +11,8 @@ import runs
 from flowback import checkpoint
 from flowback.errors import InputError
 from flowback.training import Evaluator, train
-from flowback.training.writing import Writer, copied
+from flowback.training.sharding import gathered
+from flowback.training.writing import Writer
 
 
 def fails():
@@ -20,7 +21,7 @@ def fails():
 
 def test_copies_share_nothing_and_are_the_same():
     tree = {"a": torch.arange(3.0), "b": [torch.ones(2), {"c": 5}], "d": (None, "e")}
-    made = copied(tree)
+    made = gathered(tree, device=torch.device("cpu"))
     tree["a"].zero_()
     tree["b"][0].zero_()
     assert torch.equal(made["a"], torch.arange(3.0))

@@ -27,12 +27,12 @@ from flowback.training.health import Guard, block_statistics
 from flowback.training.objective import Losses, Targets, weighted_mean
 from flowback.training.processes import Vote, noticing_loss, signals, start
 from flowback.training.schedule import learning_rate
-from flowback.training.sharding import root_whole, sharded
+from flowback.training.sharding import gathered, root_whole, sharded
 from flowback.training.speed import peak_flops, peak_memory, step_flops
 from flowback.training.stream import Batch, batches, noticing_dead_workers
 from flowback.training.trackers import check_trackers, open_trackers, show, tracker_settings
 from flowback.training.weights import Weights
-from flowback.training.writing import Writer, copied
+from flowback.training.writing import Writer
 
 __all__ = ["BadGradientError", "Evaluator", "train"]
 
@@ -326,7 +326,8 @@ class _Run:
         self.writer.wait()  # so that no more than one copy of the state is held
         state, averages = self.weights.state(keep=self.rank == 0)
         if self.rank == 0:
-            state |= {"guard": copied(self.guard.state_dict()), "step": self.step, "seconds": self.seconds}
+            guard = gathered(self.guard.state_dict(), device=torch.device("cpu"))
+            state |= {"guard": guard, "step": self.step, "seconds": self.seconds}
             folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
             self.writer.start(self._write, folder, state, averages)
 

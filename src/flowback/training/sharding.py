@@ -80,23 +80,26 @@ def held_bytes(*tensors: Iterable[Tensor]) -> int:
 
 @torch.no_grad()
 def gathered(tree: Any, keep: bool = True, device: torch.device | None = None) -> Any:
-    """Nested dicts and lists with their sharded tensors made whole, one after the other; others as they are.
+    """Nested dicts and lists with their sharded tensors made whole, one after the other.
 
     All processes must call it.
 
     Args:
         tree: a state dict, or several.
-        keep: False takes part and gets None for each sharded tensor.
-        device: where whole tensors go.
+        keep: False takes part and gets None for each tensor.
+        device: copies of all tensors go there, which share nothing with the tree; None leaves those that were
+            never sharded as they are.
     """
     if isinstance(tree, dict):
         return {name: gathered(value, keep, device) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(gathered(value, keep, device) for value in tree)
-    if not _is_sharded(tree):
+    if not isinstance(tree, Tensor):
         return tree
-    whole = tree.full_tensor()
-    return whole.to(device or whole.device) if keep else None
+    whole = cast(Any, tree).full_tensor() if _is_sharded(tree) else tree
+    if not keep or device is None:
+        return whole if keep else None
+    return whole.detach().to(device, copy=whole is tree)  # what was gathered is a copy already
 
 
 def scattered(tree: Any, like: Any) -> Any:

@@ -16,7 +16,6 @@ from flowback.training.bodies import set_up_bodies
 from flowback.training.objective import Objective
 from flowback.training.schedule import average_decay, learning_rate, update_average
 from flowback.training.sharding import gathered, held_bytes, local, scattered, shard
-from flowback.training.writing import copied
 
 __all__ = ["Weights"]
 
@@ -119,11 +118,8 @@ class Weights:
         They are copies in the CPU's memory, which do not change as training goes on.
         """
         training = {"objective": self.objective.state_dict(), "optimizer": self._optimizer.state_dict()}
-        averages = list(self._averages.values())
-        if not self.sharded:
-            return (copied(training), copied(averages)) if keep else ({}, [])
         here = torch.device("cpu")
-        return gathered(training, keep, here), gathered(averages, keep, here)
+        return gathered(training, keep, here), gathered(list(self._averages.values()), keep, here)
 
     def restore(self, training: dict[str, Any], averages: dict[float, dict[str, Tensor]]) -> None:
         """Go on with a stored state, whole in every process."""

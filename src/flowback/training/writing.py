@@ -7,20 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from torch import Tensor
-
-__all__ = ["Writer", "copied"]
+__all__ = ["Writer"]
 
 log = logging.getLogger("flowback")
-
-
-def copied(tree: Any) -> Any:
-    """Nested dicts and lists with copies of their tensors, in the CPU's memory; all else as it is."""
-    if isinstance(tree, dict):
-        return {name: copied(value) for name, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(copied(value) for value in tree)
-    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
 class Writer:
