@@ -36,7 +36,7 @@ from flowback.alignment.loss import Projector, alignment_loss
 from flowback.alignment.strategies import encode
 from flowback.flow.likelihood import nll_per_dim
 from flowback.nn.patch import patchify
-from flowback.record import environment
+from flowback.provenance import environment
 from harness import interleave, peak_bytes, peak_in_fresh_process, write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

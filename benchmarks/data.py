@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowback.data.decoding import Settings
-from flowback.data.prepare import prepare
+from flowback.data.decode_pool import Settings
 from flowback.data.prepared import load_prepared
+from flowback.data.prepared_writer import prepare
 from flowback.data.sources import FileSource
 from flowback.progress import track
 from harness import interleave, peak_bytes, peak_in_fresh_process, write_rows

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flowback import checkpoint, presets
-from flowback.cli.evaluators import held_out_figures
 from flowback.cli.train import fit
 from flowback.config import to_dict
+from flowback.evaluation.held_out import held_out_figures
 from harness import write_rows
 
 STRATEGIES: dict[str, dict[str, Any]] = {

@@ -27,13 +27,13 @@ from torch_fidelity.fidelity import calculate_metrics
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from flowback import Flow, ModelConfig, classify
-from flowback.data.memory import MemoryImages
-from flowback.evaluation.frechet import Moments
+from flowback.data.image_set import MemoryImages
+from flowback.data.pixels import to_unit_range
 from flowback.evaluation.inception import Inception, load_inception
-from flowback.evaluation.probe import all_locations, features
+from flowback.evaluation.linear_probe import all_locations, features
+from flowback.evaluation.metrics import Moments
 from flowback.evaluation.protocol import InceptionStatistics, adm_figures
-from flowback.flow.likelihood import to_unit_range
-from flowback.flow.noise import add_noise
+from flowback.flow.likelihood import add_noise
 from harness import interleave, peak_bytes, peak_in_fresh_process, write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

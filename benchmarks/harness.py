@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from flowback.record import environment, write_json
+from flowback.files import write_json
+from flowback.provenance import environment
 
 __all__ = ["interleave", "peak_bytes", "peak_in_fresh_process", "write_rows"]
 

@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 
 from flowback import checkpoint
-from flowback.record import replacing
+from flowback.files import replacing
 from harness import write_rows
 
 matplotlib.use("Agg")

@@ -31,10 +31,9 @@ from flowback import BlockPlan, Flow, Guidance, ModelConfig, RunConfig, TrainCon
 from flowback.checkpoint import save
 from flowback.flow.cost import flops_per_image
 from flowback.progress import track
-from flowback.sampling.batch import Batch
+from flowback.sampling.block_plan import Plan, device_name, make_plan
 from flowback.sampling.decoder import Engine
-from flowback.sampling.plan import Plan, device_name, make_plan
-from flowback.sampling.sample import noise
+from flowback.sampling.sampler import Batch, noise
 from harness import interleave, write_rows
 
 MODEL = ModelConfig(image_size=64, patch_size=4, width=256, blocks=4, layers=4, num_classes=2)

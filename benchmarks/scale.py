@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from flowback import ModelConfig, RunConfig, TrainConfig, checkpoint
-from flowback.data.memory import MemoryImages
-from flowback.record import environment
+from flowback.data.image_set import MemoryImages
+from flowback.provenance import environment
 from flowback.training import train
+from flowback.training.distributed import gathered
 from flowback.training.objective import Objective
-from flowback.training.sharding import gathered
 from harness import write_rows
 
 CLASSES = 10

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from flowback import ModelConfig, RunConfig, TrainConfig
 from flowback.flow.cost import flops_per_image
-from flowback.interop import to_tarflow
-from flowback.record import environment
-from flowback.training.bodies import set_up_bodies
+from flowback.provenance import environment
+from flowback.tarflow_weights import to_tarflow
 from flowback.training.objective import Objective
+from flowback.training.state import set_up_bodies
 from harness import interleave, peak_bytes, peak_in_fresh_process, write_rows
 
 Precision = Literal["fp32", "bf16"]

@@ -7,7 +7,9 @@ import os
 
 from jaxtyping import install_import_hook
 
-CHECKED = "alignment checkpoint classification config data evaluation flow interop nn sampling training"
+CHECKED = (
+    "alignment checkpoint classification config data evaluation flow nn sampling tarflow_weights training"
+)
 hook = install_import_hook([f"flowback.{name}" for name in CHECKED.split()], "beartype.beartype")
 hook.__enter__()
 

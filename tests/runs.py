@@ -189,7 +189,7 @@ def unprivileged(config, before: Path, out: Path) -> int:
 
 def digits(config):
     """The images of a run."""
-    from flowback.data.images import load_images
+    from flowback.data.load import load_images
 
     return load_images(config.data, config.model.image_size, config.model.channels, "train")
 

@@ -60,7 +60,7 @@ def keeps(config) -> int:
 
     from flowback.config import TrainConfig
     from flowback.training import start
-    from flowback.training.weights import Weights
+    from flowback.training.state import Weights
 
     state = start(TrainConfig(device="cpu"))
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
@@ -94,9 +94,9 @@ def gradients(*configs) -> int:
     from flowback.config import TrainConfig
     from flowback.nn.transformer import Transformer
     from flowback.training import start
-    from flowback.training.bodies import set_up_bodies
+    from flowback.training.distributed import gathered, shard
     from flowback.training.objective import Objective
-    from flowback.training.sharding import gathered, shard
+    from flowback.training.state import set_up_bodies
 
     Transformer.compile = lambda body: nn.Module.compile(body, backend="aot_eager")  # no compiler, no wait
     state = start(TrainConfig(device="cpu"))

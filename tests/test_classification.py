@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowback.classification import classify, topk_accuracy
+from flowback.classification import classify
 from flowback.config import ModelConfig
-from flowback.data.memory import MemoryImages
+from flowback.data.image_set import MemoryImages
 from flowback.errors import InputError
+from flowback.evaluation.held_out import topk_accuracy
 from flowback.flow import Flow
-from flowback.flow.noise import add_noise
+from flowback.flow.likelihood import add_noise
 
 CONFIG = ModelConfig(
     image_size=8, channels=1, patch_size=2, width=32, blocks=3, layers=2, head_dim=16, num_classes=10

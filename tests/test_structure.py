@@ -21,11 +21,12 @@ PACKAGE = ROOT / "src" / "flowback"
 
 LEVELS = (
     {"errors"},
-    {"cache", "config", "progress", "record"},
+    {"config", "files", "progress", "provenance"},
     {"data", "nn", "presets"},
     {"flow"},
-    {"alignment", "checkpoint", "classification", "interop", "sampling"},
-    {"evaluation", "training"},
+    {"alignment", "checkpoint", "classification", "sampling", "tarflow_weights"},
+    {"evaluation"},
+    {"training"},
     {"cli"},
     {"__init__", "__main__"},
 )
@@ -75,7 +76,7 @@ def test_imports_point_down(file):
     ("own", "source"),
     [
         ("nn", "from flowback.flow import Flow"),  # upward
-        ("flow", "import flowback.sampling.sample"),
+        ("flow", "import flowback.sampling.sampler"),
         ("sampling", "def f():\n    from flowback.alignment import loss"),  # sideways, and hidden
         ("errors", "from flowback import config"),
         ("training", "from flowback import Flow"),  # through the top

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from flowback.config import RunConfig, from_dict, to_dict
 from flowback.errors import InputError
+from flowback.files import write_json
 from flowback.flow import Flow
-from flowback.record import write_json
 
 __all__ = [
     "FORMAT",

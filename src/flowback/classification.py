@@ -10,27 +10,22 @@ The flow is trained on noised images, so both rules noise the image first, with 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
 
-from flowback.data.images import ImageSet
-from flowback.data.subset import evenly, in_batches
 from flowback.errors import InputError
 from flowback.flow import Flow
-from flowback.flow.likelihood import to_unit_range
-from flowback.flow.noise import add_noise
-from flowback.progress import track
+from flowback.flow.likelihood import add_noise
 
-__all__ = ["Accuracy", "Method", "classify", "topk_accuracy"]
+__all__ = ["Method", "classify"]
 
 Method = Literal["gradient", "exhaustive"]
+
 
 _ROWS = 256
 """Images in one forward pass of the exhaustive rule, over all classes."""
@@ -127,117 +122,3 @@ def _exhaustive(flow: Flow, draws: list[Tensor]) -> Tensor:
         total = total + torch.cat(columns).T / len(draws)
     assert isinstance(total, Tensor)
     return total
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Classification of a labelled data set."""
-
-    method: Method
-    images: int
-    """Images classified."""
-    right1: int
-    """Images whose class has the largest score."""
-    right5: int
-    """Images whose class is among the five largest scores."""
-    confusion: Int[Tensor, "k k"]
-    """Images of the row's class that were called the column's class."""
-    nonfinite: int
-    """Images with scores that are not finite; they count as wrong and are left out of ``confusion``."""
-    seconds: float
-
-    def merge(self, other: Accuracy) -> Accuracy:
-        """Both sets together, classified at the same time."""
-        return Accuracy(
-            self.method,
-            self.images + other.images,
-            self.right1 + other.right1,
-            self.right5 + other.right5,
-            self.confusion + other.confusion,
-            self.nonfinite + other.nonfinite,
-            max(self.seconds, other.seconds),
-        )
-
-    @property
-    def top1(self) -> float:
-        """Share of images whose class has the largest score."""
-        return self.right1 / self.images
-
-    @property
-    def top5(self) -> float:
-        """Share of images whose class is among the five largest scores."""
-        return self.right5 / self.images
-
-    @property
-    def images_per_second(self) -> float:
-        """Speed, with reading and noising."""
-        return self.images / self.seconds
-
-    @property
-    def per_class(self) -> Float[Tensor, " k"]:
-        """Share of each class's images that were called so; NaN for a class without images."""
-        return self.confusion.diagonal() / self.confusion.sum(dim=1)
-
-
-def topk_accuracy(
-    flow: Flow,
-    images: ImageSet,
-    method: Method = "gradient",
-    limit: int | None = None,
-    batch_size: int = 64,
-    noise: bool = True,
-    draws: int = 1,
-    seed: int = 0,
-    steps: int = 1,
-    step_size: float = 1.0,
-    share: tuple[int, int] = (0, 1),
-    progress: bool = False,
-) -> Accuracy:
-    """Classify a data set, batch by batch.
-
-    Image i gets the noise of seed ``seed + i``, so the batch size changes nothing.
-
-    Args:
-        flow: a class-conditional flow.
-        images: labelled images.
-        method: the rule.
-        limit: take only so many images, spread evenly over the set.
-        batch_size: images at once.
-        noise: add the model's training noise.
-        draws: draws of the noise to average over.
-        seed: of the noise.
-        steps: of gradient ascent.
-        step_size: of each step.
-        share: (r, p) takes part r, from 0, of the images in p parts; merge the results.
-        progress: show a bar.
-
-    Raises:
-        InputError: images without labels, or of other classes than the model's.
-    """
-    if images.labels is None:
-        raise InputError(
-            f"{images.name} has no labels; to measure accuracy give images sorted into class folders."
-        )
-    classes = flow.config.num_classes or 0
-    if classes and classes != len(images.classes):
-        raise InputError(f"{images.name} has {len(images.classes)} classes, the model {classes}.")
-    chosen = evenly(len(images), limit, share)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    right1 = right5 = nonfinite = 0
-    batches = in_batches(chosen, batch_size)
-    start = time.perf_counter()
-    for index in track(batches, len(batches), f"classify ({method})", "batches") if progress else batches:
-        batch = to_unit_range(images.read(index))
-        seeds = (seed + index).tolist()
-        scores = classify(flow, batch, method, noise, draws, seeds, steps, step_size).cpu()
-        finite = scores.isfinite().all(dim=1)
-        nonfinite += int((~finite).sum())
-        truth, ranked = images.labels[index][finite], scores[finite].topk(min(5, classes), dim=1).indices
-        hit = ranked == truth[:, None]
-        right1 += int(hit[:, 0].sum())
-        right5 += int(hit.any(dim=1).sum())
-        confusion += torch.bincount(truth * classes + ranked[:, 0], minlength=classes**2).view(
-            classes, classes
-        )
-    seconds = time.perf_counter() - start
-    return Accuracy(method, len(chosen), right1, right5, confusion, nonfinite, seconds)

@@ -12,12 +12,12 @@ from PIL import Image
 from flowback import AlignmentConfig, DataConfig, InputError, ModelConfig, RunConfig
 from flowback.alignment import targets as module
 from flowback.alignment.targets import make_targets
-from flowback.data.decoding import Settings
-from flowback.data.features import FeatureSettings
-from flowback.data.images import load_images
-from flowback.data.prepare import prepare
+from flowback.data.decode_pool import Settings
+from flowback.data.load import load_images
+from flowback.data.pixels import to_unit_range
+from flowback.data.prepared import FeatureSettings
+from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
-from flowback.flow.likelihood import to_unit_range
 
 ENCODER = functools.cache(module.load_encoder)
 """Loaded once for all tests: it is frozen."""
@@ -80,7 +80,7 @@ def test_images_that_were_skipped_at_one_size_only_do_not_shift_the_others(confi
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, bad_images="skip"))
     images = training_images(config)
     assert len(images) == 5
-    monkeypatch.setattr("flowback.data.folder.MEMORY_LIMIT", 6 * 8 * 8 * 3)
+    monkeypatch.setattr("flowback.data.image_folder.MEMORY_LIMIT", 6 * 8 * 8 * 3)
     targets = make_targets(config, images, tmp_path / "cache")
     flipped = torch.tensor([False])
     found = targets(torch.tensor([3]), flipped, to_unit_range(images.read(torch.tensor([3]))))

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import json
 
-from flowback.evaluation.record import make_record
-from flowback.record import write_json
+from flowback.evaluation.report import make_record
+from flowback.files import write_json
 
 
 def test_two_records_side_by_side(flowback, tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fake_inception import FakeInception
 from flowback import DataConfig, Flow, ModelConfig, RunConfig, checkpoint
-from flowback.sampling.output import save_npz
+from flowback.sampling.image_files import save_npz
 
 
 @pytest.fixture(scope="module")

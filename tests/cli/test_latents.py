@@ -15,12 +15,12 @@ import torch
 from flowback import InputError, checkpoint
 from flowback.cli import main
 from flowback.config import CodecConfig, DataConfig
-from flowback.data import decoding, prepare
-from flowback.data.codec import CHUNK, open_codec
-from flowback.data.column import Column
-from flowback.data.images import load_images
-from flowback.data.latents import sample_posterior
-from flowback.sampling.output import read_png
+from flowback.data import decode_pool, prepared_writer
+from flowback.data.columns import Column
+from flowback.data.load import load_images
+from flowback.data.prepared import sample_posterior
+from flowback.data.vae import CHUNK, open_codec
+from flowback.sampling.image_files import read_png
 
 
 def save_vae(folder, seed):
@@ -58,9 +58,9 @@ def small_commits(monkeypatch):
 
 
 def make_commits_small(monkeypatch):
-    monkeypatch.setattr(prepare, "TASK", 8)
-    monkeypatch.setattr(decoding, "TASK", 8)
-    monkeypatch.setattr(prepare, "COMMIT", 1)
+    monkeypatch.setattr(prepared_writer, "TASK", 8)
+    monkeypatch.setattr(decode_pool, "TASK", 8)
+    monkeypatch.setattr(prepared_writer, "COMMIT", 1)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import runs
 from flowback import sample
 from flowback.checkpoint import save
 from flowback.config import RunConfig
-from flowback.sampling.output import read_png, to_bytes
+from flowback.data.pixels import to_bytes
+from flowback.sampling.image_files import read_png
 from sampling.flows import tame_flow
 
 CPU = ("--device", "cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowback.errors import InputError
-from flowback.evaluation.frechet import Moments, frechet_distance
+from flowback.evaluation.metrics import Moments, frechet_distance
 
 
 def correlated(n: int, dim: int, shift: float = 0.0) -> torch.Tensor:

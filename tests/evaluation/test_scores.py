@@ -9,8 +9,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from flowback.errors import InputError
-from flowback.evaluation.frechet import Moments, frechet_distance
-from flowback.evaluation.scores import InceptionScore, precision_recall
+from flowback.evaluation.metrics import InceptionScore, Moments, frechet_distance, precision_recall
 
 
 def score_of(logits: torch.Tensor, batch: int = 37, splits: int = 10):

@@ -11,10 +11,10 @@ from PIL import Image
 import runs
 from flowback import InputError
 from flowback.config import DataConfig
-from flowback.data import folder as folders
-from flowback.data.images import load_images
+from flowback.data import image_folder as folders
+from flowback.data.load import load_images
 from flowback.training import Evaluator, train
-from flowback.training.stream import global_indices
+from flowback.training.batches import global_indices
 
 pytestmark = pytest.mark.faults
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from flowback.flow.likelihood import bits_per_dim, dequantise, log_prior, nll_per_dim, to_unit_range
+from flowback.data.pixels import to_unit_range
+from flowback.flow.likelihood import bits_per_dim, dequantise, log_prior, nll_per_dim
 
 LEVELS = torch.arange(256, dtype=torch.uint8)
 

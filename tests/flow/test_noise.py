@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowback.config import ModelConfig
-from flowback.flow.noise import add_noise
+from flowback.flow.likelihood import add_noise
 
 GAUSSIAN = ModelConfig(image_size=16, channels=3, patch_size=4, noise_std=0.2)
 UNIFORM = ModelConfig(image_size=16, channels=3, patch_size=4, noise="uniform")

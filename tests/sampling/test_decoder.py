@@ -5,9 +5,8 @@ import torch
 
 from flowback.flow import affine
 from flowback.sampling import native
-from flowback.sampling.decoder import Engine
+from flowback.sampling.decoder import Engine, sequential
 from flowback.sampling.guidance import Guidance
-from flowback.sampling.sequential import sequential
 from reference import ReferenceFlow, random_flow
 from sampling.flows import labels_of, noise_of, tame_flow
 

@@ -5,10 +5,9 @@ import torch
 
 from flowback import InputError
 from flowback.flow import affine
-from flowback.sampling.decoder import Decoder, Engine
+from flowback.sampling.decoder import Decoder, Engine, sequential
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.jacobi import jacobi, solve_window
-from flowback.sampling.sequential import sequential
 from sampling.flows import labels_of, noise_of, tame_flow
 
 

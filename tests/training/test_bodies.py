@@ -8,8 +8,8 @@ import runs
 from flowback import InputError
 from flowback.config import AlignmentConfig
 from flowback.training import train
-from flowback.training.bodies import set_up_bodies
 from flowback.training.objective import Objective
+from flowback.training.state import set_up_bodies
 
 STRATEGIES = ("none", "forward", "detach", "reverse", "reverse-literal")
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flowback import Flow
-from flowback.training.health import Guard, block_statistics
+from flowback.training.monitoring import Guard, block_statistics
 
 CPU = torch.device("cpu")
 

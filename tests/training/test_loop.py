@@ -12,9 +12,9 @@ from flowback import checkpoint
 from flowback.config import AlignmentConfig
 from flowback.errors import InputError, Interrupted
 from flowback.training import Evaluator, train
+from flowback.training.batches import global_indices
 from flowback.training.loop import BadGradientError
 from flowback.training.objective import Objective
-from flowback.training.stream import global_indices
 
 
 def replaced(config, **train):

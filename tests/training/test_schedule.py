@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flowback.config import TrainConfig
-from flowback.training.schedule import average_decay, learning_rate, update_average
+from flowback.training.state import average_decay, learning_rate, update_average
 
 
 def test_warm_up_is_linear_and_the_cosine_ends_at_min_lr():

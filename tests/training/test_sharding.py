@@ -11,7 +11,7 @@ import runs
 import sharded
 from flowback import InputError, checkpoint
 from flowback.config import AlignmentConfig, TrainConfig
-from flowback.training import Evaluator, sharding, start, train
+from flowback.training import Evaluator, distributed, start, train
 from flowback.training.objective import Objective
 
 EVALUATOR = Evaluator(6, sharded.held_out)
@@ -149,10 +149,10 @@ def test_other_engines_are_refused(monkeypatch, variables, engine):
 
 
 def test_who_shards(monkeypatch):
-    assert not sharding.sharded(TrainConfig(), 2)
-    assert sharding.sharded(TrainConfig(shard=True), 2)
-    assert not sharding.sharded(TrainConfig(shard=True), 1)
+    assert not distributed.sharded(TrainConfig(), 2)
+    assert distributed.sharded(TrainConfig(shard=True), 2)
+    assert not distributed.sharded(TrainConfig(shard=True), 1)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert sharding.sharded(TrainConfig(), 2)
+    assert distributed.sharded(TrainConfig(), 2)
     assert start(TrainConfig(device="cpu")).num_processes == 1

@@ -2,7 +2,7 @@ import torch
 
 import runs
 from flowback.flow.cost import flops_per_image
-from flowback.training.speed import peak_flops, peak_memory, step_flops
+from flowback.training.monitoring import peak_flops, peak_memory, step_flops
 
 
 def test_a_step_is_three_encode_passes_of_its_images():

@@ -11,8 +11,8 @@ import runs
 from flowback import checkpoint
 from flowback.errors import InputError
 from flowback.training import Evaluator, train
-from flowback.training.sharding import gathered
-from flowback.training.writing import Writer
+from flowback.training.distributed import gathered
+from flowback.training.run_folder import Writer
 
 
 def fails():

@@ -14,20 +14,21 @@ from flowback.errors import InputError, Interrupted, ProcessLostError, nearest
 __all__ = ["main"]
 
 VERBS = {
-    "demo": "train on real digits without and with reverse alignment, and report",
-    "prepare": "bring a data set to the training size, once",
-    "train": "train a flow from a preset; the same command resumes",
-    "sample": "draw images from a checkpoint",
-    "plan": "measure how to sample a checkpoint fastest on this device",
-    "classify": "classify images with a flow's own gradient",
-    "evaluate": "quality and likelihood of a checkpoint",
-    "probe": "linear probes of every block and layer",
-    "compare": "two evaluation records side by side",
-    "presets": "list the presets",
-    "reproduce": "train and evaluate the rows of a table, and fill it in",
-    "import-tarflow": "read a checkpoint with TARFlow's parameter names",
-    "export-tarflow": "write a checkpoint with TARFlow's parameter names",
+    "demo": ("demo:run", "train on real digits without and with reverse alignment, and report"),
+    "prepare": ("prepare:run", "bring a data set to the training size, once"),
+    "train": ("train:run", "train a flow from a preset; the same command resumes"),
+    "sample": ("sample:run", "draw images from a checkpoint"),
+    "plan": ("plan:run", "measure how to sample a checkpoint fastest on this device"),
+    "classify": ("classify:run", "classify images with a flow's own gradient"),
+    "evaluate": ("evaluate:run", "quality and likelihood of a checkpoint"),
+    "probe": ("probe:run", "linear probes of every block and layer"),
+    "compare": ("compare:run", "two evaluation records side by side"),
+    "presets": ("list_presets:run", "list the presets"),
+    "reproduce": ("reproduce:run", "train and evaluate the rows of a table, and fill it in"),
+    "import-tarflow": ("tarflow:run_import", "read a checkpoint with TARFlow's parameter names"),
+    "export-tarflow": ("tarflow:run_export", "write a checkpoint with TARFlow's parameter names"),
 }
+"""Each verb's function, as module:function of this package, and what it does."""
 
 BAD_INPUT = 2
 """Exit code for options, files or data that the user can mend."""
@@ -55,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="flowback: %(message)s", level=logging.WARNING)
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("flowback").setLevel(logging.INFO)
-    module = importlib.import_module(f"flowback.cli.{verb.replace('-', '_')}")
+    module, function = VERBS[verb][0].split(":")
+    run = getattr(importlib.import_module(f"flowback.cli.{module}"), function)
     try:
-        module.run(arguments[1:])
+        run(arguments[1:])
         return 0
     except InputError as error:
         return _refuse(str(error))
@@ -86,7 +88,7 @@ def _refuse(message: str) -> int:
 
 def _usage() -> str:
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {about}" for verb, about in VERBS.items()]
+    lines = [f"  {verb:<{width}}  {about}" for verb, (_, about) in VERBS.items()]
     return (
         "usage: flowback VERB [options]\n\n"
         + "\n".join(lines)

@@ -10,16 +10,16 @@ import torch
 import tyro
 
 from flowback import checkpoint as checkpoints
-from flowback.classification import Accuracy, Method, topk_accuracy
-from flowback.cli.output import say, show_table
-from flowback.cli.processes import Processes
-from flowback.cli.subject import held_out, out_folder, parse
+from flowback.classification import Method
+from flowback.cli.console import say, show_table
+from flowback.cli.options import Processes, held_out, out_folder, parse
 from flowback.config import DataConfig, to_dict
-from flowback.data.images import ImageSet
+from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
+from flowback.evaluation.held_out import Accuracy, topk_accuracy
 from flowback.evaluation.plots import plot_confusion
-from flowback.evaluation.record import make_record, weights_of
-from flowback.record import write_json
+from flowback.evaluation.report import make_record, weights_of
+from flowback.files import write_json
 
 __all__ = ["Options", "run"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import tyro
 
-from flowback.cli.output import say, show_table
-from flowback.evaluation.record import compare, read_record
-from flowback.record import write_json
+from flowback.cli.console import say, show_table
+from flowback.evaluation.report import compare, read_record
+from flowback.files import write_json
 
 __all__ = ["Options", "run"]
 

@@ -13,16 +13,18 @@ from torch.nn import functional
 
 from flowback import checkpoint, presets
 from flowback.alignment.encoders import load_encoder
-from flowback.cli.evaluators import held_out_figures
-from flowback.cli.output import say, show_table
+from flowback.cli.console import say, show_table
 from flowback.cli.train import Fitted, fit
 from flowback.config import to_dict
-from flowback.evaluation.quality import Judge
+from flowback.data.pixels import to_bytes
+from flowback.evaluation.held_out import held_out_figures
+from flowback.evaluation.judge import Judge
 from flowback.evaluation.references import Reference
+from flowback.files import replacing, write_json
 from flowback.flow import Flow
-from flowback.record import environment, replacing, write_json
+from flowback.provenance import environment
 from flowback.sampling import sample
-from flowback.sampling.output import grid, to_bytes
+from flowback.sampling.image_files import grid
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -13,27 +13,33 @@ from torch import Tensor
 
 from flowback import checkpoint as checkpoints
 from flowback.alignment.encoders import load_encoder
-from flowback.classification import topk_accuracy
-from flowback.cli.output import say, show_table
-from flowback.cli.processes import Processes
-from flowback.cli.sampler import Precision, Sampler, choose
-from flowback.cli.subject import held_out, is_checkpoint, out_folder, parse
+from flowback.cli.console import say, show_table
+from flowback.cli.options import (
+    Precision,
+    Processes,
+    Sampler,
+    choose,
+    held_out,
+    is_checkpoint,
+    out_folder,
+    parse,
+)
 from flowback.config import DataConfig, to_dict
-from flowback.data.codec import Codec, open_codec
-from flowback.data.images import ImageSet, pixels_of
-from flowback.data.subset import evenly, in_batches
+from flowback.data.image_set import ImageSet, evenly, in_batches
+from flowback.data.load import pixels_of
+from flowback.data.pixels import Faults, quantise
+from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
+from flowback.evaluation.held_out import likelihood, topk_accuracy
 from flowback.evaluation.inception import load_inception
-from flowback.evaluation.likelihood import likelihood
+from flowback.evaluation.judge import Judge, guidance_scales
 from flowback.evaluation.plots import plot_guidance
 from flowback.evaluation.protocol import COMPARABLE
-from flowback.evaluation.quality import Judge, guidance_scales
-from flowback.evaluation.record import make_record, weights_of
 from flowback.evaluation.references import Reference, load_reference, open_images
-from flowback.evaluation.samples import Faults, quantise
+from flowback.evaluation.report import make_record, weights_of
+from flowback.files import write_json
 from flowback.flow import Flow
 from flowback.progress import bar, track
-from flowback.record import write_json
 from flowback.sampling import BlockPlan, Guidance, sample
 from flowback.sampling.denoise import denoises
 

@@ -10,14 +10,14 @@ import torch
 import tyro
 
 from flowback import checkpoint as checkpoints
-from flowback.cli.output import say, show_table
+from flowback.cli.console import say, show_table
 from flowback.errors import InputError
-from flowback.record import environment, write_json
-from flowback.sampling.batch import Batch
+from flowback.files import write_json
+from flowback.provenance import environment
+from flowback.sampling.block_plan import make_plan, plan_file, save_plan, wanted
 from flowback.sampling.decoder import Engine
 from flowback.sampling.guidance import Guidance
-from flowback.sampling.plan import make_plan, plan_file, save_plan, wanted
-from flowback.sampling.sample import noise
+from flowback.sampling.sampler import Batch, noise
 
 __all__ = ["Options", "run"]
 

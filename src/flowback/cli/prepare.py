@@ -12,18 +12,19 @@ import torch
 import tyro
 
 from flowback.alignment.encoders import load_encoder, weights_hash
-from flowback.cli.output import say, show_table
-from flowback.cli.subject import pick_device
+from flowback.cli.console import say, show_table
+from flowback.cli.options import pick_device
 from flowback.config import CodecConfig
-from flowback.data.codec import Vae, open_codec
-from flowback.data.decode import Crop
-from flowback.data.decoding import Settings
-from flowback.data.features import FeatureSettings
-from flowback.data.layout import Maker
-from flowback.data.prepare import prepare
+from flowback.data.columns import Maker
+from flowback.data.decode_pool import Settings
+from flowback.data.pixels import Crop
+from flowback.data.prepared import FeatureSettings
+from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
+from flowback.data.vae import Vae, open_codec
 from flowback.errors import InputError
-from flowback.record import environment, write_json
+from flowback.files import write_json
+from flowback.provenance import environment
 
 __all__ = ["Options", "run"]
 

@@ -10,17 +10,17 @@ import tyro
 
 from flowback import checkpoint as checkpoints
 from flowback.alignment.encoders import load_encoder
-from flowback.classification import topk_accuracy
-from flowback.cli.output import say, show_table
-from flowback.cli.subject import held_out, out_folder, parse, pick_device
+from flowback.cli.console import say, show_table
+from flowback.cli.options import held_out, out_folder, parse, pick_device
 from flowback.config import DataConfig, to_dict
-from flowback.data.images import ImageSet, pixels_of
-from flowback.data.subset import evenly
+from flowback.data.image_set import ImageSet, evenly
+from flowback.data.load import pixels_of
 from flowback.errors import InputError
+from flowback.evaluation.held_out import topk_accuracy
+from flowback.evaluation.linear_probe import Probe, all_locations, encoder_features, features, probe
 from flowback.evaluation.plots import plot_probe
-from flowback.evaluation.probe import Probe, all_locations, encoder_features, features, probe
-from flowback.evaluation.record import make_record, weights_of
-from flowback.record import write_json
+from flowback.evaluation.report import make_record, weights_of
+from flowback.files import write_json
 
 __all__ = ["Options", "run"]
 

@@ -12,10 +12,11 @@ from typing import Any
 import tyro
 
 from flowback.cli import evaluate, train
-from flowback.cli.output import say, show_table
+from flowback.cli.console import say, show_table
 from flowback.errors import InputError
+from flowback.files import replacing, write_json
 from flowback.presets import Preset, table
-from flowback.record import environment, replacing, write_json
+from flowback.provenance import environment
 
 __all__ = ["Options", "run"]
 

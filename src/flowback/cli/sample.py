@@ -15,18 +15,18 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowback import checkpoint as checkpoints
-from flowback.cli.output import say, show_table
-from flowback.cli.sampler import Precision, Sampler, choose
-from flowback.data.codec import Codec, open_codec
+from flowback.cli.console import say, show_table
+from flowback.cli.options import Precision, Sampler, choose
+from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
+from flowback.files import write_json
 from flowback.flow import Flow
 from flowback.progress import bar
-from flowback.record import environment, write_json
+from flowback.provenance import environment
 from flowback.sampling import BlockPlan, Guidance, sample, trajectory
 from flowback.sampling.denoise import denoises
-from flowback.sampling.folder import Drawn, SampleFolder
-from flowback.sampling.output import read_png, save_grid, save_npz, save_trajectory
-from flowback.sampling.sample import check_guidance
+from flowback.sampling.image_files import Drawn, SampleFolder, read_png, save_grid, save_npz, save_trajectory
+from flowback.sampling.sampler import check_guidance
 
 __all__ = ["Options", "run"]
 

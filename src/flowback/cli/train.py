@@ -13,9 +13,7 @@ import yaml
 
 from flowback import presets
 from flowback.alignment.targets import make_targets
-from flowback.cache import cache_folder
-from flowback.cli.evaluators import likelihood_evaluator, picture_evaluator
-from flowback.cli.output import say, show_table
+from flowback.cli.console import say, show_table
 from flowback.config import (
     AlignmentConfig,
     CodecConfig,
@@ -26,12 +24,15 @@ from flowback.config import (
     from_dict,
     to_dict,
 )
-from flowback.data.images import ImageSet, load_images
-from flowback.data.latents import PreparedLatents
+from flowback.data.image_set import ImageSet
+from flowback.data.load import load_images
+from flowback.data.prepared import PreparedLatents
 from flowback.errors import InputError
+from flowback.files import cache_folder, write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
-from flowback.record import environment, write_json
+from flowback.provenance import environment
 from flowback.training import noticing_loss, start, train
+from flowback.training.evaluators import likelihood_evaluator, picture_evaluator
 
 __all__ = ["Fitted", "Options", "fit", "run"]
 

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from flowback.data.decode import EXTENSIONS
-from flowback.data.folder import fingerprint_of, held_out
+from flowback.data.image_folder import fingerprint_of, held_out
+from flowback.data.pixels import EXTENSIONS
 from flowback.errors import InputError
 
 __all__ = ["ShardSource", "is_sharded", "open_shards"]

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from flowback.config import DataConfig
-from flowback.data.folder import fingerprint_of, held_out, labels_of, list_images, split_folder
-from flowback.data.hub import is_saved, open_hub
-from flowback.data.named import Pictures, pictures
+from flowback.data.builtin import Pictures, pictures
+from flowback.data.hf_datasets import is_saved, open_hub
+from flowback.data.image_folder import fingerprint_of, held_out, labels_of, list_images, split_folder
 from flowback.data.shards import is_sharded, open_shards
 from flowback.errors import InputError
 

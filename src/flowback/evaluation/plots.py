@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from flowback.evaluation.probe import Probe
-from flowback.record import replacing
+from flowback.evaluation.linear_probe import Probe
+from flowback.files import replacing
 
 __all__ = ["plot_confusion", "plot_guidance", "plot_probe"]
 

@@ -5,27 +5,30 @@ precision and recall with k = 3, of samples rounded to 8 bits, against a fixed r
 
 **tarflow** (arXiv 2412.06329): FID alone, values cut down to 8 bits and not rounded, against the training
 images with half of them mirrored. Only for comparing with the papers that use it.
+
+Statistics of references are kept on disk: a pass over ImageNet is made once.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from typing import Literal
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from flowback.data.images import ImageSet
+from flowback.data.image_set import ImageSet
+from flowback.data.pixels import Faults, quantise, to_unit_range
 from flowback.errors import InputError
-from flowback.evaluation.frechet import Moments, frechet_distance
 from flowback.evaluation.inception import Inception
-from flowback.evaluation.kept import kept
+from flowback.evaluation.metrics import InceptionScore, Moments, frechet_distance, precision_recall
 from flowback.evaluation.references import Reference
-from flowback.evaluation.samples import Faults, quantise
-from flowback.evaluation.scores import InceptionScore, precision_recall
-from flowback.flow.likelihood import to_unit_range
+from flowback.files import cache_folder, replacing
 
 __all__ = [
     "COMPARABLE",
@@ -33,14 +36,42 @@ __all__ = [
     "Protocol",
     "adm_figures",
     "batches",
+    "kept",
     "reference_statistics",
     "tarflow_reference",
 ]
 
+_LAYOUT = 1
+"""Goes into the key; raise it when what is kept changes."""
+
+
+def kept(key: Sequence[str], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The arrays that were kept under ``key``, or those of ``make``, which are kept from now on.
+
+    Args:
+        key: all that the arrays depend on: hashes of images and weights, and the rule.
+        make: computes the arrays.
+    """
+    name = hashlib.blake2b("\0".join((str(_LAYOUT), *key)).encode(), digest_size=16).hexdigest()
+    path = cache_folder() / "statistics" / f"{name}.npz"
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {array: torch.from_numpy(file[array]) for array in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        pass  # not there, or damaged: made anew
+    made = make()
+    with replacing(path, "wb") as file:
+        arrays: dict[str, Any] = {array: tensor.numpy() for array, tensor in made.items()}
+        np.savez(file, **arrays)
+    return made
+
+
 Protocol = Literal["none", "adm", "tarflow"]
+
 
 COMPARABLE = 50_000
 """Samples behind the FIDs of papers; one from fewer is larger, and says so."""
+
 
 REFERENCES = 10_000
 """References of precision and recall, at most, as in ADM's files."""

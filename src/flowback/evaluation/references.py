@@ -16,17 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from flowback.config import DataConfig
-from flowback.data.decode import EXTENSIONS
-from flowback.data.images import ImageSet, load_images
+from flowback.data.image_set import ImageSet
+from flowback.data.load import load_images
+from flowback.data.pixels import EXTENSIONS
 from flowback.errors import InputError
-from flowback.evaluation.frechet import Moments
+from flowback.evaluation.metrics import Moments
 
 __all__ = ["NpzImages", "Reference", "load_reference", "open_images"]
 
 
 @dataclass(frozen=True)
 class NpzImages:
-    """Images of an ADM .npz: ``arr_0``, uint8 (N, H, W, 3); see `flowback.data.images.ImageSet`.
+    """Images of an ADM .npz: ``arr_0``, uint8 (N, H, W, 3); see `flowback.data.image_set.ImageSet`.
 
     An uncompressed file is mapped, not read.
     """

@@ -1,19 +1,26 @@
-"""Prior, noise and units of likelihood, all in one place.
+"""Prior, training noise and units of likelihood, all in one place.
 
 Images live on [-1, 1]. Log-probabilities are nats per image, summed over dimensions; "nll" is nats per
 dimension; "bits per dim" refers to 8-bit pixel values 0 ... 255.
+
+A flow models noised images, p(x + σ·ε): on clean ones, which lie off the training distribution in every
+direction that the noise filled, its densities are not those that it learned (TARFlow, arXiv 2412.06329,
+Sec. 2.3). So whatever reads a likelihood noises first, and an image's noise depends on its own seed only.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["bits_per_dim", "dequantise", "log_prior", "nll_per_dim", "to_unit_range"]
+from flowback.config import ModelConfig
+
+__all__ = ["add_noise", "bits_per_dim", "dequantise", "log_prior", "nll_per_dim"]
 
 Scalar = TypeVar("Scalar", float, Tensor)
 
@@ -37,11 +44,6 @@ def bits_per_dim(log_prob: Scalar, dims: int) -> Scalar:
     return nll_per_dim(log_prob, dims) / math.log(2) + math.log2(128)
 
 
-def to_unit_range(images: UInt8[Tensor, "*s"] | Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """8-bit values as floats on [-1, 1]; floats are latents, which have their scale already."""
-    return images if images.is_floating_point() else images.float() / 127.5 - 1
-
-
 def dequantise(images: Float[Tensor, "*s"], noise: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """Uniform dequantisation: images of 8-bit values on [-1, 1] to 2 · (value + noise) / 256 - 1.
 
@@ -51,3 +53,28 @@ def dequantise(images: Float[Tensor, "*s"], noise: Float[Tensor, "*s"]) -> Float
     """
     values = torch.round((images + 1) * 127.5)
     return 2 * (values + noise) / 256 - 1
+
+
+def add_noise(
+    images: Float[Tensor, "b c h w"], config: ModelConfig, seeds: Sequence[int], draw: int = 0
+) -> Float[Tensor, "b c h w"]:
+    """Images on [-1, 1] with the model's training noise: x + σ·N(0, 1), or uniform dequantisation.
+
+    The noise is drawn on the CPU, so that the device changes nothing.
+
+    Args:
+        images: clean images.
+        config: the model.
+        seeds: one for each image, not negative.
+        draw: number of the draw; each gives other noise for the same seeds.
+    """
+    kind = torch.rand if config.noise == "uniform" else torch.randn
+    generator = torch.Generator()
+    noise = torch.empty(images.shape)
+    for row, seed in enumerate(seeds):
+        # A stride above the size of any data set whose seeds count up from 0.
+        generator.manual_seed((seed + draw * 1_000_000_007) % 2**63)
+        noise[row] = kind(images.shape[1:], generator=generator)
+    if config.noise == "uniform":
+        return dequantise(images, noise.to(images))
+    return images + config.noise_std * noise.to(images)

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowback.flow import Flow
+from flowback.flow import Flow, affine
 from flowback.flow.block import Block
 from flowback.nn.attention import KVCache
-from flowback.sampling.captured import CapturedStep, captures
+from flowback.sampling.cuda_graph import CapturedStep, captures
 from flowback.sampling.guidance import ImageGuide
 from flowback.sampling.native import NativeCache, NativeStep, NativeWeights
 
-__all__ = ["Decoder", "Engine", "Precision"]
+__all__ = ["Decoder", "Engine", "Precision", "sequential"]
 
 Precision = Literal["fp32", "bf16"]
 """``bf16``: weights, keys and values in bfloat16 (matrix products too, where PyTorch runs them); shift,
@@ -190,3 +190,15 @@ class Engine:
         autocast = torch.bfloat16 if self.precision == "bf16" else None
         self._captured[index] = CapturedStep(block, cache, context, temperature, autocast)
         return self._captured[index]
+
+
+@torch.no_grad()
+def sequential(decoder: Decoder, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    """x of z = f(x): each token from the prediction of those before it; both in the block's own order."""
+    x = torch.empty_like(z)
+    x[:, 0] = z[:, 0]
+    known, noise = x.split(1, dim=1), z.split(1, dim=1)  # views of each token
+    for i in range(z.shape[1] - 1):
+        shift, log_scale = decoder.step(known[i], i)
+        known[i + 1].copy_(affine.inverse(noise[i + 1], shift, log_scale))
+    return x

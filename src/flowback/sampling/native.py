@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowback.cache import cache_folder
+from flowback.files import cache_folder
 from flowback.flow.block import Block
 from flowback.nn.transformer import Layer
 

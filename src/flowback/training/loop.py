@@ -16,23 +16,28 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 from flowback import checkpoint
-from flowback.alignment.diagnostics import gradient_balance
 from flowback.config import RunConfig
-from flowback.data.images import ImageSet
+from flowback.data.image_set import ImageSet
 from flowback.errors import InputError, Interrupted
 from flowback.flow import Flow
 from flowback.progress import bar
-from flowback.training.folder import RunFolder, Stored
-from flowback.training.health import Guard, block_statistics
+from flowback.training.batches import Batch, batches, noticing_dead_workers
+from flowback.training.distributed import Vote, gathered, noticing_loss, root_whole, sharded, signals, start
+from flowback.training.monitoring import (
+    Guard,
+    block_statistics,
+    check_trackers,
+    gradient_balance,
+    open_trackers,
+    peak_flops,
+    peak_memory,
+    show,
+    step_flops,
+    tracker_settings,
+)
 from flowback.training.objective import Losses, Targets, weighted_mean
-from flowback.training.processes import Vote, noticing_loss, signals, start
-from flowback.training.schedule import learning_rate
-from flowback.training.sharding import gathered, root_whole, sharded
-from flowback.training.speed import peak_flops, peak_memory, step_flops
-from flowback.training.stream import Batch, batches, noticing_dead_workers
-from flowback.training.trackers import check_trackers, open_trackers, show, tracker_settings
-from flowback.training.weights import Weights
-from flowback.training.writing import Writer
+from flowback.training.run_folder import RunFolder, Stored, Writer
+from flowback.training.state import Weights, learning_rate
 
 __all__ = ["BadGradientError", "Evaluator", "train"]
 

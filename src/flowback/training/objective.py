@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowback.alignment.loss import Projector, alignment_loss
 from flowback.alignment.strategies import encode
 from flowback.config import RunConfig
-from flowback.data.images import ImageSet
+from flowback.data.image_set import ImageSet
 from flowback.flow import Flow, Location
 from flowback.flow.block import Labels
 from flowback.flow.likelihood import nll_per_dim

@@ -1,0 +1,84 @@
+"""``flowback presets``: the presets, with published and measured results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from flowback.cli.console import say, show_table
+from flowback.config import to_dict
+from flowback.files import write_json
+from flowback.flow.cost import flops_per_image, parameters, training_bytes, training_days
+from flowback.presets import PRESETS
+from flowback.provenance import environment
+
+__all__ = ["Options", "run"]
+
+UTILISATION = 0.4
+"""Share of an H100's bf16 peak that the estimated days assume."""
+
+
+AT_ONCE = 64
+"""Images in the estimated memory."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """List the presets, with what the papers published and what flowback measured."""
+
+    json: Path | None = None
+    """Write the list, with all settings, to this file."""
+
+
+def run(argv: list[str]) -> None:
+    """Print the table."""
+    options = tyro.cli(Options, args=argv, prog="flowback presets")
+    rows: list[dict[str, Any]] = []
+    for name, preset in PRESETS.items():
+        model, train = preset.config.model, preset.config.train
+        rows.append(
+            {
+                "name": name,
+                "about": preset.about,
+                "parameters": parameters(model),
+                "flops_per_image": flops_per_image(model),
+                "training_bytes": training_bytes(model, AT_ONCE, train.precision),
+                "h100_days": training_days(model, train.steps * train.batch_size, UTILISATION),
+                "published": preset.published,
+                "measured": preset.measured,
+                "config": to_dict(preset.config),
+            }
+        )
+    show_table(
+        "Presets",
+        ["name", "about", "M params", "GFLOP/image", "GiB", "H100 days", "published", "measured"],
+        [
+            [
+                row["name"],
+                row["about"],
+                row["parameters"] / 1e6,
+                row["flops_per_image"] / 1e9,
+                row["training_bytes"] / 2**30,
+                row["h100_days"],
+                _figures(row["published"]) or "–",
+                _figures(row["measured"]) or "none yet",
+            ]
+            for row in rows
+        ],
+    )
+    say(
+        "GFLOP: an encode pass; a training step takes three times as much for each image. "
+        f"GiB: estimated for {AT_ONCE} images at once (--train.micro-batch). "
+        f"H100 days: estimated for one, at {UTILISATION:.0%} of its bf16 peak, without alignment. "
+        "Published: the papers' numbers. Measured: by this project, on a CPU, seed 0 (docs/results.md)."
+    )
+    if options.json:
+        record = {"environment": environment(), "utilisation": UTILISATION, "images_at_once": AT_ONCE}
+        write_json(options.json, {**record, "presets": rows})
+
+
+def _figures(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in found.items())

@@ -1,0 +1,57 @@
+"""The images that a configuration names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from flowback.config import DataConfig
+from flowback.data.builtin import digits, torchvision_images
+from flowback.data.image_folder import load_folder
+from flowback.data.image_set import ImageSet
+from flowback.data.prepared import PreparedLatents, is_prepared, load_latents, load_prepared, read_summary
+from flowback.errors import InputError
+
+__all__ = ["load_images", "pixels_of"]
+
+
+def load_images(
+    data: DataConfig, image_size: int, channels: int, split: Literal["train", "test"]
+) -> ImageSet:
+    """The training or test images that ``data`` names.
+
+    Args:
+        data: which images, and what to do with unreadable ones.
+        image_size: height and width that they are brought to.
+        channels: 1 for grey, 3 for RGB; the images are converted.
+        split: part of the set.
+
+    Raises:
+        InputError: the images are not there or cannot be read.
+
+    Example:
+        >>> import torch
+        >>> from flowback import DataConfig
+        >>> images = load_images(DataConfig("digits"), image_size=8, channels=1, split="test")
+        >>> len(images), images.read(torch.tensor([0, 5])).shape
+        (360, torch.Size([2, 1, 8, 8]))
+    """
+    if data.name == "prepared" and data.path is None:
+        raise InputError("The data set is a prepared one, but --data.path does not say which.")
+    if data.path is not None and (data.name == "prepared" or is_prepared(data.path)):
+        latent = read_summary(data.path)["settings"].get("latent") is not None
+        return (load_latents if latent else load_prepared)(data.path, image_size, channels, split)
+    if channels not in (1, 3):
+        raise InputError(
+            f"--model.channels {channels}: images have 1 (grey) or 3 (RGB) channels; "
+            "for latents give --data.path a set that was prepared with --vae."
+        )
+    if data.name == "folder" or (data.name == "digits" and data.path is not None):
+        return load_folder(data, image_size, channels, split)
+    if data.name == "digits":
+        return digits(image_size, channels, split)
+    return torchvision_images(data, image_size, channels, split)
+
+
+def pixels_of(images: ImageSet) -> ImageSet:
+    """The images themselves, where ``images`` are latents of them: what encoders and references see."""
+    return images.pixels if isinstance(images, PreparedLatents) else images

@@ -1,0 +1,292 @@
+"""Writing a prepared set: images decoded by several processes, appended in order, and resumable.
+
+Each 1,024 images are a commit: the columns are flushed to disk, then a line of journal.jsonl says how much of
+them counts. After a kill, the columns are cut back to the last line and the work goes on from there, so the
+outcome is byte for byte that of a run without a kill. At the end everything is read once more and compared
+with the journal's hashes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from PIL import __version__ as pillow
+
+from flowback.config import to_dict
+from flowback.data.columns import Column, Maker, bytes_of_image, derive, open_columns, settings_of
+from flowback.data.decode_pool import TASK, Part, Settings, decoded
+from flowback.data.prepared import FORMAT
+from flowback.data.sources import Source, Split
+from flowback.data.vae import Codec
+from flowback.errors import InputError
+from flowback.files import write_json
+from flowback.progress import bar
+
+__all__ = ["prepare"]
+
+COMMIT = 16
+"""Most tasks between commits."""
+
+
+COMMIT_BYTES = 2**28
+"""Fewer tasks, where they would hold more memory than this before they are written."""
+
+
+@dataclass
+class _State:
+    """How far a split has come: a line of its journal."""
+
+    items: int = 0
+    """Images of the source that are done, skipped ones among them."""
+    images: int = 0
+    """Images written."""
+    names: int = 0
+    """Bytes of names written."""
+    digest: str = ""
+    """Hash of what this commit added to the columns."""
+    skipped: list[str] = field(default_factory=list)
+    """Files that this commit left out."""
+
+
+def prepare(
+    sources: Mapping[Split, Source],
+    out: Path,
+    data: str,
+    settings: Settings,
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    workers: int = 0,
+    codec: Codec | None = None,
+    encoder: Maker | None = None,
+) -> dict[str, Any]:
+    """Write the set in ``out``; goes on where a killed call stopped, and checks a set that is complete.
+
+    Args:
+        sources: the splits.
+        out: the set's folder.
+        data: where the sources come from, in words.
+        settings: size, channels and crop.
+        bad_images: stop at an image that cannot be read, or leave it out.
+        workers: processes that decode; 0 decodes in this one.
+        codec: the VAE of ``settings.codec``; it encodes in this process.
+        encoder: the encoder of ``settings.features``: (b, patches, width) of (b, c, h, w) on [-1, 1].
+
+    Returns:
+        What prepared.json holds.
+
+    Raises:
+        InputError: another set in ``out``, a source that changed since, unreadable images, or a full disk.
+    """
+    prints: dict[str, str] = {split: source.fingerprint for split, source in sources.items()}
+    head = {
+        "format": FORMAT,
+        "source": {"data": data, **prints},
+        "settings": to_dict(settings),
+        "pillow": pillow,
+        "classes": list(sources["train"].classes),
+    }
+    done, begun = out / "prepared.json", out / "preparing.json"
+    _check_folder(out, head, sources, settings)
+    if done.is_file():
+        summary = json.loads(done.read_text())
+        for split, found in summary["splits"].items():
+            _verify(out / split, found["commits"], settings_of(split, settings))
+        _tidy(out)
+        return summary
+    if not begun.is_file():
+        write_json(begun, head)
+    splits = {}
+    for split, source in sources.items():
+        own = settings_of(split, settings)
+        makers: dict[str, Maker] = {} if codec is None else {"latents": codec.encode}
+        if encoder is not None and own.features is not None:
+            makers["features"] = encoder
+        commits = _fill(out / split, source, split, own, bad_images, workers, makers)
+        if not commits or not commits[-1].images:
+            raise InputError(f"{data} has no readable image for the {split} split; look at its files.")
+        rows = [[state.images, state.names, state.digest] for state in commits]
+        fingerprint = _verify(out / split, rows, own)
+        splits[split] = {
+            "images": commits[-1].images,
+            "fingerprint": fingerprint,
+            "skipped": [name for state in commits for name in state.skipped],
+            "commits": rows,
+        }
+    summary = {**head, "splits": splits}
+    write_json(done, summary)
+    _tidy(out)
+    return summary
+
+
+def _tidy(out: Path) -> None:
+    """Remove what only an unfinished set needs."""
+    for file in (*out.glob("*/journal.jsonl"), out / "preparing.json"):
+        file.unlink(missing_ok=True)
+
+
+def _check_folder(
+    out: Path, head: dict[str, Any], sources: Mapping[Split, Source], settings: Settings
+) -> None:
+    """Refuse a folder that holds something else; and a disk that is too small."""
+    for file in (out / "prepared.json", out / "preparing.json"):
+        if not file.is_file():
+            continue
+        try:
+            before = {key: value for key, value in json.loads(file.read_text()).items() if key in head}
+        except ValueError:
+            raise InputError(f"{file} is damaged; choose an empty --out.") from None
+        if before.get("source") != head["source"]:
+            raise InputError(
+                f"{head['source']['data']} changed since {out} was prepared from it, or is another source; "
+                "prepare it into an empty --out."
+            )
+        if before != head:
+            changed = [
+                f"{name} (was {value}, now {head['settings'].get(name)})"
+                for name, value in before.get("settings", {}).items()
+                if value != head["settings"].get(name)
+            ]
+            what = ", ".join(changed) or "another version of flowback or Pillow"
+            raise InputError(f"{out} was prepared with other settings: {what}; choose an empty --out.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} is not empty and holds no prepared set; choose another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    needed = sum(
+        len(source) * bytes_of_image(settings_of(split, settings)) for split, source in sources.items()
+    )
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        less = ", a smaller --encoder-grid" if settings.features else ""
+        raise InputError(
+            f"The set needs {needed / 1e9:.1f} GB, {out} has {free / 1e9:.1f}: make room, or choose "
+            f"another --out{less}."
+        )
+
+
+def _fill(
+    folder: Path,
+    source: Source,
+    split: str,
+    settings: Settings,
+    bad_images: str,
+    workers: int,
+    makers: Mapping[str, Maker],
+) -> list[_State]:
+    """Decode what is missing of a split; returns all its commits."""
+    folder.mkdir(exist_ok=True)
+    together = max(1, min(COMMIT, COMMIT_BYTES // (TASK * bytes_of_image(settings))))
+    commits = _read_journal(folder / "journal.jsonl")
+    with open_columns(folder, settings) as columns, (folder / "journal.jsonl").open("w") as journal:
+        while commits and not all(column.holds(_rows(name, commits[-1])) for name, column in columns.items()):
+            commits.pop()  # the journal is never ahead of the columns, unless the file system lost them
+        state = commits[-1] if commits else _State()
+        for name, column in columns.items():
+            column.keep(_rows(name, state))
+        for commit in commits:
+            _note(journal, commit)
+        with (
+            contextlib.closing(decoded(source, settings, state.items, workers)) as parts,
+            bar() as progress,
+        ):
+            task = progress.add_task(f"preparing {split}", total=len(source), note="")
+            waiting: list[Part] = []
+            for first, part in zip(range(state.items, len(source), TASK), parts, strict=True):
+                if part.skipped and bad_images == "refuse":
+                    raise InputError(
+                        f"{len(part.skipped)} of the {split} images from {first} on cannot be read: "
+                        f"{', '.join(part.skipped[:3])}; repair or remove them, or leave such images out "
+                        "with --bad-images skip."
+                    )
+                waiting.append(replace(part, derived=derive(makers, part.pixels)))
+                done = min(first + TASK, len(source))
+                progress.update(task, completed=done)
+                if len(waiting) == together or done == len(source):
+                    state = _commit(columns, waiting, state, done)
+                    commits.append(state)
+                    _note(journal, state)
+                    waiting = []
+        for name, column in columns.items():
+            column.seal(_rows(name, state))
+    return commits
+
+
+def _note(journal: IO[str], state: _State) -> None:
+    journal.write(json.dumps(vars(state)) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _rows(column: str, state: _State) -> int:
+    return state.names if column == "names" else state.images
+
+
+def _commit(columns: dict[str, Column], parts: list[Part], state: _State, items: int) -> _State:
+    """Append and flush; returns the new line of the journal."""
+    names = [name for part in parts for name in part.names]
+    ends = state.names + np.cumsum([len(name) for name in names], dtype=np.int64)
+    added: dict[str, list[np.ndarray]] = {
+        "images": [part.pixels for part in parts],
+        "labels": [part.labels for part in parts],
+        "ends": [ends],
+        "names": [np.frombuffer(b"".join(names), dtype=np.uint8)],
+    }
+    for name in columns.keys() - added.keys():
+        added[name] = [part.derived[name] for part in parts if part.names]
+    digest = hashlib.blake2b(digest_size=16)
+    for name, column in columns.items():
+        for rows in added[name]:
+            column.append(rows)
+            digest.update(rows.data)
+    for column in columns.values():
+        column.flush()
+    return _State(
+        items,
+        state.images + len(names),
+        state.names + sum(map(len, names)),
+        digest.hexdigest(),
+        [name for part in parts for name in part.skipped],
+    )
+
+
+def _read_journal(file: Path) -> list[_State]:
+    commits = []
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            try:
+                commits.append(_State(**json.loads(line)))
+            except (ValueError, TypeError):  # cut short by a kill
+                break
+    return commits
+
+
+def _verify(folder: Path, commits: list[list[Any]], settings: Settings) -> str:
+    """Read a split from disk and compare it with the hashes of its commits; returns the hash of all.
+
+    Raises:
+        InputError: something differs.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    images = names = 0
+    with open_columns(folder, settings) as columns:
+        for until_image, until_name, expected in commits:
+            digest = hashlib.blake2b(digest_size=16)
+            for name, column in columns.items():
+                span = (names, until_name) if name == "names" else (images, until_image)
+                digest.update(column.read(*span))
+            if digest.hexdigest() != expected:
+                raise InputError(
+                    f"{folder} is damaged between images {images} and {until_image}; "
+                    "remove the set and prepare it again."
+                )
+            whole.update(digest.digest())
+            images, names = until_image, until_name
+    return whole.hexdigest()

@@ -1,0 +1,144 @@
+"""Judge sets of samples against one reference, whose statistics are made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from flowback.alignment.encoders import Encoder
+from flowback.data.pixels import to_unit_range
+from flowback.errors import InputError
+from flowback.evaluation.inception import Inception
+from flowback.evaluation.metrics import Moments, frechet_distance, pooled_moments
+from flowback.evaluation.protocol import (
+    COMPARABLE,
+    InceptionStatistics,
+    Protocol,
+    adm_figures,
+    batches,
+    kept,
+    reference_statistics,
+)
+from flowback.evaluation.references import Reference
+
+__all__ = ["Judge", "SampleStatistics", "guidance_scales"]
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """What a judge gathers of samples, or of one process's part of them."""
+
+    encoded: Moments
+    """In the encoder's pooled features."""
+    inception: InceptionStatistics | None
+
+    def merge(self, other: SampleStatistics) -> SampleStatistics:
+        """This part and the one that follows."""
+        inception = None
+        if self.inception is not None and other.inception is not None:
+            inception = self.inception.merge(other.inception)
+        return SampleStatistics(self.encoded.merge(other.encoded), inception)
+
+
+class Judge:
+    """Figures of samples against a reference: those of the protocol, and a distance that needs no download.
+
+    Args:
+        reference: what the samples are compared with.
+        encoder: for ``fd_efficientnet_lite0``; skipped where the reference has statistics only.
+        protocol: of the Inception figures.
+        inception: the network, unless the protocol is ``none``.
+        batch_size: images in one pass.
+
+    Raises:
+        InputError: a protocol that the reference cannot serve.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        encoder: Encoder,
+        protocol: Protocol = "none",
+        inception: Inception | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.reference, self.encoder, self.protocol, self.inception = reference, encoder, protocol, inception
+        images = reference.images
+        self.encoded: Moments | None = None
+        if images is not None:
+            key = (images.fingerprint, encoder.fingerprint, "pooled")
+            arrays = kept(key, lambda: pooled_moments(encoder, batches(images, batch_size)).arrays())
+            self.encoded = Moments.from_arrays(arrays)
+        self.statistics: InceptionStatistics | None = None
+        if inception is not None and protocol != "none":
+            self.statistics = reference_statistics(reference, inception, protocol, batch_size)
+
+    def gather(
+        self, samples: Iterable[UInt8[Tensor, "_ c h w"]], total: int, start: int = 0
+    ) -> SampleStatistics:
+        """Statistics of samples that come in batches: those from ``start`` on, of ``total`` in all."""
+        found = None
+        if self.statistics is not None and self.inception is not None:
+            adm = self.protocol == "adm"
+            found = InceptionStatistics(self.inception, total, adm, total if adm else 0, start)
+        made = SampleStatistics(Moments(self.encoder.dim), found)
+        for batch in samples:
+            made.encoded.add(self.encoder.pooled(to_unit_range(batch.to(self.encoder.mean.device))).cpu())
+            if found is not None:
+                found.add(batch)
+        return made
+
+    def figures(self, samples: SampleStatistics) -> dict[str, float]:
+        """Judge all samples."""
+        figures = {}
+        if self.encoded is not None:
+            figures["fd_efficientnet_lite0"] = frechet_distance(samples.encoded, self.encoded)
+        if samples.inception is not None and self.statistics is not None:
+            if self.protocol == "adm":
+                figures |= adm_figures(samples.inception, self.statistics)
+            else:
+                pool = samples.inception.pool
+                figures["fid_tarflow"] = frechet_distance(pool, self.statistics.pool)
+        return figures
+
+    def warnings(self, total: int) -> list[str]:
+        """What belongs beside the figures of ``total`` samples."""
+        if self.protocol == "none":
+            return []
+        found = []
+        if total < COMPARABLE:
+            found.append(
+                f"FID from {total:,} samples: it is larger than from {COMPARABLE:,}, "
+                f"and comparable only with figures from {total:,} samples."
+            )
+        if total <= 2048:
+            found.append(
+                f"{total:,} samples do not fill a covariance of 2048 features; FID and sFID are crude."
+            )
+        return found
+
+
+def guidance_scales(text: str) -> list[float]:
+    """Guidance scales from ``2.0`` or from ``FIRST:LAST:STEP``, both ends included.
+
+    Raises:
+        InputError: neither of the two.
+
+    Example:
+        >>> guidance_scales("1.0:2.0:0.5")
+        [1.0, 1.5, 2.0]
+    """
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if len(parts) == 1:
+        return parts
+    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
+        raise InputError(f"--guidance {text} is neither a number nor FIRST:LAST:STEP, such as 1.0:4.0:0.5.")
+    first, last, step = parts
+    count = int((last - first) / step + 1e-9) + 1  # 1e-9: the last one is included despite rounding
+    return [round(first + index * step, 10) for index in range(count)]

@@ -1,0 +1,218 @@
+"""What the flow's hidden layers know: linear probe, nearest neighbours and alignment, at every location.
+
+One pass over the images gives the features of all locations: hidden states averaged over the tokens
+(arXiv 2511.22345, Fig. 4). The images carry the training noise, as in training, and no label is given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from flowback.alignment.encoders import Encoder
+from flowback.data.image_set import ImageSet, evenly
+from flowback.data.pixels import to_unit_range
+from flowback.errors import InputError
+from flowback.flow import Flow, Location
+from flowback.flow.likelihood import add_noise
+from flowback.progress import track
+
+__all__ = [
+    "PENALTIES",
+    "Probe",
+    "all_locations",
+    "cknna",
+    "encoder_features",
+    "features",
+    "linear_probe",
+    "probe",
+]
+
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Inverse strengths C of the L2 penalty that the validation images choose from."""
+
+
+VALIDATION = 0.2
+"""Share of the training images that choose the penalty."""
+
+
+NEIGHBOURS = 20
+"""Of the nearest-neighbour classifier, by cosine."""
+
+
+ALIGNED = 2000
+"""Test images behind CKNNA, at most: it holds the inner products of all pairs."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How much of the classes the features at one location tell, on test images."""
+
+    location: Location
+    linear: float
+    """Accuracy of logistic regression."""
+    penalty: float
+    """The C that the validation images chose."""
+    knn: float
+    """Accuracy of the nearest neighbours' vote."""
+    cknna: float | None
+    """Alignment of neighbourhoods with the encoder's; None without one."""
+
+
+def all_locations(flow: Flow) -> list[Location]:
+    """Every (block, layer), counted from 1."""
+    blocks, layers = range(1, flow.config.blocks + 1), range(1, flow.config.layers + 1)
+    return list(itertools.product(blocks, layers))
+
+
+@torch.no_grad()
+def features(
+    flow: Flow,
+    images: ImageSet,
+    locations: Sequence[Location],
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict[Location, Float[Tensor, "n w"]]:
+    """Features of all locations, averaged over tokens, from one encode pass over the images.
+
+    Args:
+        flow: the model.
+        images: the set.
+        locations: (block, layer) pairs.
+        limit: take only so many images, spread evenly over the set.
+        seed: of the training noise; image i gets seed + i.
+        batch_size: images at once.
+        progress: show a bar.
+
+    Raises:
+        InputError: a location outside the model.
+    """
+    known = set(all_locations(flow))
+    for location in locations:
+        if location not in known:
+            raise InputError(
+                f"Location {location} is outside the model; blocks go from 1 to {flow.config.blocks}, "
+                f"layers from 1 to {flow.config.layers}."
+            )
+    chosen = evenly(len(images), limit)
+    tables = {location: torch.empty(len(chosen), flow.config.width) for location in locations}
+    parts, start = chosen.split(batch_size), 0
+    for index in track(parts, len(parts), "features", "batches") if progress else parts:
+        clean = to_unit_range(images.read(index)).to(flow.device, flow.dtype)
+        out = flow(add_noise(clean, flow.config, (seed + index).tolist()), hidden=locations)
+        for location, hidden in out.hidden.items():
+            tables[location][start : start + len(index)] = hidden.mean(dim=1)
+        start += len(index)
+    return tables
+
+
+def encoder_features(
+    encoder: Encoder, images: ImageSet, limit: int | None = None, batch_size: int = 64
+) -> Float[Tensor, "n d"]:
+    """Pooled features of the clean images."""
+    parts = evenly(len(images), limit).split(batch_size)
+    device = encoder.mean.device
+    return torch.cat([encoder.pooled(to_unit_range(images.read(index).to(device))).cpu() for index in parts])
+
+
+def linear_probe(
+    train: Float[np.ndarray, "n w"],
+    train_labels: Int[np.ndarray, " n"],
+    test: Float[np.ndarray, "m w"],
+    test_labels: Int[np.ndarray, " m"],
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Test accuracy of logistic regression, and the C that a held-out fifth of the training images chose.
+
+    Features arrive standardised. After the choice, the regression is fitted to all training images.
+    """
+    order = np.random.default_rng(seed).permutation(len(train))
+    held, kept = np.split(order, [int(VALIDATION * len(order))])
+    scores = [
+        _fit(penalty, train[kept], train_labels[kept]).score(train[held], train_labels[held])
+        for penalty in PENALTIES
+    ]
+    best = PENALTIES[int(np.argmax(scores))]
+    return float(_fit(best, train, train_labels).score(test, test_labels)), best
+
+
+def _fit(penalty: float, rows: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the best C is what counts, not the last digit
+        return LogisticRegression(C=penalty, max_iter=300).fit(rows, labels)
+
+
+def cknna(features: Float[Tensor, "n d"], others: Float[Tensor, "n c"], neighbours: int = 10) -> float:
+    """Centred kernel alignment over mutual nearest neighbours (Huh et al., arXiv 2405.07987, App. A).
+
+    With K, L the inner products of the normalised rows of each side, centred along rows, and α(i, j) = 1
+    where j is among i's nearest neighbours on both sides:
+    Σ α·K·L, divided by the root of the product of the same with (K, K) and with (L, L).
+
+    Args:
+        features: of n images.
+        others: of the same images.
+        neighbours: nearest ones that count.
+
+    Raises:
+        InputError: no more images than neighbours.
+    """
+    if len(features) <= neighbours:
+        raise InputError(f"CKNNA with {neighbours} neighbours needs more images than {len(features)}.")
+    kernels, near = [], []
+    for rows in (features, others):
+        rows = torch.nn.functional.normalize(rows.double(), dim=1)
+        kernel = rows @ rows.T
+        hidden = kernel.clone().fill_diagonal_(-torch.inf)
+        nearest = hidden.topk(neighbours, dim=1).indices
+        near.append(torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, nearest, value=True))
+        kernels.append(kernel - kernel.mean(dim=1, keepdim=True))
+    both = (kernels[0] * kernels[1])[near[0] & near[1]].sum()
+    own = [kernel[among].square().sum() for kernel, among in zip(kernels, near, strict=True)]
+    return float(both / (own[0] * own[1]).sqrt())
+
+
+def probe(
+    train: dict[Location, Float[Tensor, "n w"]],
+    train_labels: Int[Tensor, " n"],
+    test: dict[Location, Float[Tensor, "m w"]],
+    test_labels: Int[Tensor, " m"],
+    encoder: Float[Tensor, "m d"] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Probe]:
+    """Probe every location.
+
+    Args:
+        train: features of training images, from :func:`features`.
+        train_labels: their classes.
+        test: features of test images.
+        test_labels: their classes.
+        encoder: an encoder's features of the test images, for CKNNA.
+        seed: of the split that chooses the penalty.
+        progress: show a bar.
+    """
+    labels, truth = train_labels.numpy(), test_labels.numpy()
+    among = evenly(len(test_labels), ALIGNED)
+    found = []
+    for location in track(train, len(train), "probe", "locations") if progress else train:
+        scaler = StandardScaler().fit(train[location].numpy())
+        rows, others = (scaler.transform(side[location].numpy()) for side in (train, test))
+        linear, penalty = linear_probe(rows, labels, others, truth, seed)
+        voters = KNeighborsClassifier(min(NEIGHBOURS, len(rows)), metric="cosine").fit(rows, labels)
+        alignment = None if encoder is None else cknna(test[location][among], encoder[among])
+        found.append(Probe(location, linear, penalty, float(voters.score(others, truth)), alignment))
+    return found

@@ -1,0 +1,67 @@
+"""Files that are never half-written, JSON that any reader takes, and the folder of what can be made again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+__all__ = ["cache_folder", "plain", "replacing", "write_json"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a new file that takes the place of ``path`` when, and only when, it is complete and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # writing, unlike opening, does not know it
+            error.filename = str(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write :func:`plain` data atomically; what else JSON does not know is written as text."""
+    with replacing(path) as file:
+        json.dump(plain(data), file, indent=2, default=str, allow_nan=False)
+        file.write("\n")
+
+
+def plain(data: Any) -> Any:
+    """Data that any reader of JSON takes: null for NaN and infinity, lists for arrays and tensors.
+
+    Example:
+        >>> plain({"nll": float("nan"), "z2": torch.ones(2)})
+        {'nll': None, 'z2': [1.0, 1.0]}
+    """
+    if isinstance(data, dict):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [plain(value) for value in data]
+    if isinstance(data, (torch.Tensor, np.ndarray, np.generic)):
+        return plain(data.tolist())
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data
+
+
+def cache_folder() -> Path:
+    """The folder in the environment variable FLOWBACK_CACHE; by default ``~/.cache/flowback``."""
+    return Path(os.environ.get("FLOWBACK_CACHE") or Path.home() / ".cache" / "flowback")

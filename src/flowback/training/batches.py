@@ -1,0 +1,191 @@
+"""The endless stream of training images, and everything random about it.
+
+Order, mirroring, label drop and noise are functions of the seed and of the number of images seen, and of
+nothing else. A resumed run needs no generator state, and 1 or 8 processes see the same batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flowback.config import RunConfig
+from flowback.data.image_set import ImageSet
+from flowback.data.pixels import to_unit_range
+from flowback.data.prepared import PreparedLatents, sample_posterior
+from flowback.errors import InputError
+from flowback.flow.likelihood import dequantise
+
+__all__ = ["Batch", "batches", "generator", "global_indices", "noticing_dead_workers"]
+
+_ORDER, _STEP = 0, 1
+"""Purposes of a generator, so that no two draws share a seed."""
+
+
+def generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """A generator seeded by all numbers of ``key``."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, length: int, epoch: int) -> Tensor:
+    """The permutation of an epoch; kept, since drawing one of a million images takes as long as a step."""
+    return torch.randperm(length, generator=generator("cpu", seed, _ORDER, epoch))
+
+
+def global_indices(seed: int, length: int, seen: int, count: int) -> Int64[Tensor, " b"]:
+    """Images ``seen``, ``seen`` + 1, ... of the stream: one permutation of the set after another."""
+    parts = []
+    while count > 0:
+        epoch, offset = divmod(seen, length)
+        part = _order(seed, length, epoch)[offset : offset + count]
+        parts.append(part)
+        seen, count = seen + len(part), count - len(part)
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a step."""
+
+    indices: Int64[Tensor, " b"]
+    """Which images of the set."""
+    flipped: Bool[Tensor, " b"]
+    """Mirrored left to right."""
+    clean: Float[Tensor, "b c h w"]
+    """On [-1, 1], mirrored where `flipped`."""
+    seen: Float[Tensor, "b c p q"]
+    """What the encoder sees: `clean`, or the same images at another size."""
+    noised: Float[Tensor, "b c h w"]
+    """With the model's noise; what the flow sees."""
+    labels: Int64[Tensor, " b"] | None
+    drop: Bool[Tensor, " b"] | None
+    """True where the label is replaced by the unconditional embedding."""
+
+
+class _Reader(Dataset):
+    """Reads a batch of images for the indices that the sampler yields.
+
+    A bad image comes back as the error itself, which a worker would otherwise wrap in its traceback.
+    """
+
+    def __init__(self, images: ImageSet, originals: ImageSet | None) -> None:
+        self.images, self.originals = images, originals
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | InputError:
+        try:
+            originals = None if self.originals is None else self.originals.read(indices)
+            if isinstance(self.images, PreparedLatents):
+                return indices, self.images.posterior(indices), originals
+            return indices, self.images.read(indices), originals
+        except InputError as error:
+            return error
+
+
+class _Order:
+    """Indices of each coming step, this process's slice of them."""
+
+    def __init__(self, config: RunConfig, length: int, step: int, share: slice) -> None:
+        self.config, self.length, self.step, self.share = config, length, step, share
+
+    def __iter__(self) -> Iterator[Tensor]:
+        train = self.config.train
+        for step in range(self.step, train.steps):
+            yield global_indices(train.seed, self.length, step * train.batch_size, train.batch_size)[
+                self.share
+            ]
+
+
+def _leave_signals(worker: int) -> None:
+    """A signal to the whole group is the training process's to answer: it still needs its workers."""
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def noticing_dead_workers() -> Iterator[None]:
+    """Say in one sentence that a worker died; PyTorch raises it wherever the training happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"A process that decodes images died ({str(error).splitlines()[0].rstrip('. ')}); "
+            "the same command goes on from the last checkpoint, with fewer --data.workers if memory ran out."
+        ) from None
+
+
+def batches(
+    images: ImageSet,
+    config: RunConfig,
+    step: int,
+    rank: int,
+    processes: int,
+    device: torch.device,
+    originals: ImageSet | None = None,
+) -> Iterator[Batch]:
+    """The batches of steps ``step``, ``step`` + 1, ... until the last, as one of ``processes`` sees them.
+
+    ``originals`` are the same images as ``images``, of the size that the encoder sees.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    train, model = config.train, config.model
+    size = train.batch_size // processes
+    share = slice(rank * size, (rank + 1) * size)
+    workers = config.data.workers
+    loader = DataLoader(
+        _Reader(images, originals),
+        batch_size=None,
+        sampler=_Order(config, len(images), step, share),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals,
+    )
+    for offset, found in enumerate(loader):
+        if isinstance(found, InputError):
+            raise found
+        indices, pixels, larger = found
+        # Draw for the whole batch and take the share: the same numbers for any number of processes.
+        random = generator(device, train.seed, _STEP, step + offset)
+        flipped = torch.rand(train.batch_size, generator=random, device=device)[share] < 0.5
+        drop = torch.rand(train.batch_size, generator=random, device=device)[share] < train.label_drop
+        shape = (train.batch_size, model.channels, model.image_size, model.image_size)
+        if not config.data.flip:
+            flipped = torch.zeros_like(flipped)
+        if isinstance(images, PreparedLatents):
+            noise = torch.randn(shape, generator=random, device=device)[share]
+            clean = sample_posterior(pixels.to(device, non_blocking=True), flipped, noise)
+        else:
+            clean = _shown(pixels, flipped)
+        seen = clean if larger is None else _shown(larger, flipped)
+        if model.noise == "gaussian":
+            noise = torch.randn(shape, generator=random, device=device)[share]
+            noised = clean + model.noise_std * noise
+        else:
+            noise = torch.rand(shape, generator=random, device=device)[share]
+            noised = dequantise(clean, noise)
+        labels = None
+        if model.num_classes:
+            assert images.labels is not None
+            labels = images.labels[indices].to(device, non_blocking=True)
+        yield Batch(indices, flipped, clean, seen, noised, labels, drop if labels is not None else None)
+
+
+def _shown(pixels: Tensor, flipped: Tensor) -> Tensor:
+    """8-bit images on [-1, 1], on the device of ``flipped`` and mirrored where it says so."""
+    images = to_unit_range(pixels.to(flipped.device, non_blocking=True))
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)

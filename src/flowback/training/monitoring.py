@@ -1,0 +1,252 @@
+"""What a run says about itself: bad steps, the blocks' health, speed and memory, and where it is shown.
+
+MFU (arXiv 2204.02311, Appendix B) = FLOPs of the model in a second / peak FLOPs in a second. The model's
+FLOPs are those of likelihood training, three encode passes; what alignment, an encoder or the checkpointing
+of activations add is overhead and does not count.
+
+The balance of the two losses' gradients, block by block, shows the tension between them that the paper
+blames for the forward strategy's results (arXiv 2511.22345).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from flowback.alignment.loss import alignment_loss
+from flowback.alignment.strategies import encode
+from flowback.config import AlignmentConfig, RunConfig, to_dict
+from flowback.errors import InputError
+from flowback.flow import Flow, affine
+from flowback.flow.block import Labels
+from flowback.flow.cost import flops_per_image
+from flowback.flow.likelihood import nll_per_dim
+
+__all__ = [
+    "Guard",
+    "block_statistics",
+    "check_trackers",
+    "gradient_balance",
+    "open_trackers",
+    "peak_flops",
+    "peak_memory",
+    "show",
+    "step_flops",
+    "tracker_settings",
+]
+
+MEMORY = 0.98
+"""Decay of the running mean of gradient norms: about 50 steps."""
+
+
+class Guard:
+    """Judges each step by its gradient norm, without waiting for the device.
+
+    The norm is taken after the gradients of all processes are joined, so all come to the same verdict. A bad
+    step is left out on the device itself; the tally is read only when somebody looks.
+
+    Args:
+        spike: a norm above so many times the running mean is bad; None judges finiteness alone.
+        device: where the norms are.
+    """
+
+    def __init__(self, spike: float | None, device: torch.device) -> None:
+        self.spike = spike
+        self.typical = torch.zeros((), device=device)
+        """Running mean of the good norms; 0 before the first."""
+        self.bad = torch.zeros((), dtype=torch.int64, device=device)
+        """Bad steps so far."""
+        self.last = torch.zeros((), dtype=torch.int64, device=device)
+        """The last bad step; 0 for none."""
+
+    def judge(self, norm: Float[Tensor, ""], step: int) -> Float[Tensor, ""]:
+        """1 for a bad step, else 0, on the device; ``step`` is counted from 1."""
+        norm = norm.detach().float()
+        bad = ~torch.isfinite(norm)
+        if self.spike is not None:
+            bad = bad | ((self.typical > 0) & (norm > self.spike * self.typical))
+        mean = torch.where(self.typical > 0, MEMORY * self.typical + (1 - MEMORY) * norm, norm)
+        self.typical = torch.where(bad, self.typical, mean)
+        self.bad = self.bad + bad
+        self.last = torch.where(bad, step, self.last)
+        return bad.float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tally, for the checkpoint."""
+        return {"typical": self.typical, "bad": self.bad, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with a stored tally."""
+        device = self.typical.device
+        self.typical, self.bad, self.last = (state[name].to(device) for name in ("typical", "bad", "last"))
+
+
+@torch.no_grad()
+def block_statistics(flow: Flow, images: Float[Tensor, "b c h w"], labels: Labels = None) -> dict[str, float]:
+    """Size of each block's output and range of its log-scales on a batch; one more encode pass.
+
+    Returns:
+        For block t: ``z2_t``, mean of its squared output (1 is the prior's, at the last block), and
+        ``log_scale_min_t`` and ``log_scale_max_t``. Log-scales that run away come before NaN does.
+    """
+    x = flow.tokens(images)
+    found: dict[str, Tensor] = {}
+    for t, block in enumerate(flow.blocks, start=1):
+        predicted = block.predict(x, block.context(labels))
+        x = affine.forward(x, predicted.shift, predicted.log_scale)
+        found[f"z2_{t}"] = x.square().mean()
+        found[f"log_scale_min_{t}"] = predicted.log_scale.min()
+        found[f"log_scale_max_{t}"] = predicted.log_scale.max()
+    return {name: float(value) for name, value in found.items()}
+
+
+PEAK_TFLOPS = {
+    "H200": (66.9, 989.4),
+    "H100 PCIe": (51.2, 756.0),
+    "H100 NVL": (60.0, 835.0),
+    "H100": (66.9, 989.4),
+    "A100": (19.5, 312.0),
+    "L40S": (91.6, 362.0),
+    "L4": (30.3, 121.0),
+}
+"""Dense peak in fp32 (no TF32, PyTorch's default) and bf16, by a part of the device's name: the makers' data
+sheets. The first that fits counts. A CPU has none here: its peak depends on clocks that no name tells."""
+
+
+def step_flops(config: RunConfig) -> int:
+    """Floating-point operations of one step of the whole batch, forward and backward."""
+    return 3 * config.train.batch_size * flops_per_image(config.model)
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """FLOP/s of a device by its name; None for one that the table lacks."""
+    for part, (fp32, bf16) in PEAK_TFLOPS.items():
+        if part in name:
+            return 1e12 * (bf16 if precision == "bf16" else fp32)
+    return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by PyTorch on the device, or by the process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
+
+
+def gradient_balance(
+    flow: Flow,
+    projector: nn.Module,
+    images: Float[Tensor, "b c h w"],
+    labels: Labels,
+    drop: Bool[Tensor, " b"] | None,
+    targets: Float[Tensor, "b m f"],
+    config: AlignmentConfig,
+) -> dict[str, float]:
+    """Gradients of nll and of the weighted alignment loss, block by block, on one batch.
+
+    Costs two training steps, so it is meant for intervals. It leaves ``.grad`` alone and does not touch
+    the generator of random numbers; on several processes it speaks of the caller's batch only.
+
+    Returns:
+        For block t: ``grad_nll_t`` and ``grad_alignment_t``, 2-norms over the block's parameters, the second
+        with its weight, 0 where the strategy does not reach; and ``grad_cosine_t``, the cosine between the
+        two, left out where one of them is 0. Below 0 the losses pull against each other.
+    """
+    blocks = [[p for p in block.parameters() if p.requires_grad] for block in flow.blocks]
+    with torch.enable_grad():
+        log_prob = flow(images, labels, drop).log_prob.mean()
+        likelihood = _gradients(nll_per_dim(log_prob, flow.config.dims), blocks)
+        hidden = encode(flow, images, labels, drop, config).hidden
+        alignment = _gradients(config.weight * alignment_loss(hidden, targets, projector).loss, blocks)
+    found: dict[str, float] = {}
+    for t, (nll, aligned) in enumerate(zip(likelihood, alignment, strict=True), start=1):
+        norms = float(nll.norm()), float(aligned.norm())
+        found[f"grad_nll_{t}"], found[f"grad_alignment_{t}"] = norms
+        if all(norms):
+            found[f"grad_cosine_{t}"] = float(nll @ aligned) / (norms[0] * norms[1])
+    return found
+
+
+def _gradients(loss: Tensor, blocks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The gradient of each block's parameters, in one vector."""
+    parameters = [parameter for block in blocks for parameter in block]
+    gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+    return [torch.cat([next(gradients).flatten() for _ in block]) for block in blocks]
+
+
+PROJECT = "flowback"
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Refuse trackers whose package is missing.
+
+    Raises:
+        InputError: names the package.
+    """
+    for name in config.train.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--train.trackers {name} needs a package: pip install flowback-nf[{name}].")
+
+
+def tracker_settings(config: RunConfig, out: Path) -> dict[str, Any]:
+    """Arguments of Accelerator."""
+    settings = ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "tensorboard"))
+    return {"log_with": list(config.train.trackers) or None, "project_config": settings}
+
+
+def open_trackers(accelerator: Accelerator, config: RunConfig, out: Path, identity: str, step: int) -> None:
+    """Start the trackers, or go on with those of a stopped run.
+
+    Rows after ``step``, which the run writes again: TensorBoard hides the old ones, the others keep them.
+
+    Args:
+        accelerator: made with :func:`tracker_settings`.
+        config: the run, shown beside it.
+        out: the run's folder.
+        identity: the same for all parts of a run.
+        step: the run goes on from here.
+    """
+    accelerator.init_trackers(
+        PROJECT,
+        init_kwargs={
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {"id": identity, "name": out.name, "resume": "allow", "dir": str(out)},
+            "trackio": {"name": f"{out.name}-{identity}", "resume": "allow"},
+        },
+    )
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":  # which would make a run of its own of the settings
+            tracker.store_init_configuration(to_dict(config))
+
+
+def show(
+    accelerator: Accelerator,
+    row: Mapping[str, float | int],
+    pictures: Mapping[str, UInt8[Tensor, "c h w"]],
+    step: int,
+) -> None:
+    """Send a row and pictures to all trackers."""
+    if row:
+        accelerator.log(dict(row), step=step)
+    for name, picture in pictures.items():
+        channels_last = picture.expand(3, -1, -1).permute(1, 2, 0).numpy()
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: picture[None].numpy()}, step=step)
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [channels_last]}, step=step)
+            else:
+                import trackio
+
+                tracker.log({name: trackio.Image(channels_last)}, step=step)

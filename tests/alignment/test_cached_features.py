@@ -1,0 +1,131 @@
+"""The table of features: same values as the encoder's, made once, never mistaken for another."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flowback import InputError
+from flowback.alignment import targets as module
+from flowback.alignment.encoders import Encoder, Recipe
+from flowback.alignment.targets import cached_features
+from flowback.data.image_set import MemoryImages
+from flowback.data.pixels import to_unit_range
+
+
+class Counting(nn.Module):
+    """A strided convolution with timm's interface, which counts the images that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+        self.conv = nn.Conv2d(3, 5, 4, 4)
+
+    def forward_intermediates(self, x, **options):
+        self.seen += len(x)
+        return [self.conv(x)]
+
+
+def make_encoder():
+    torch.manual_seed(3)
+    return Encoder("timm:counting?norm=off", Counting(), Recipe(5, 4, (0.5,) * 3, (0.5,) * 3))
+
+
+@pytest.fixture
+def encoder():
+    return make_encoder()
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (70, 1, 8, 8), dtype=torch.uint8, generator=generator)  # two batches
+    return MemoryImages("noise-train", (), None, pixels)
+
+
+def test_rows_are_the_encoders_features(encoder, images, tmp_path):
+    table = cached_features(encoder, images, 2, True, tmp_path)
+    indices, flipped = torch.tensor([69, 3, 3, 0]), torch.tensor([True, False, True, False])
+    clean = to_unit_range(images.read(indices))
+    clean[flipped] = clean[flipped].flip(-1)
+    rows = table.rows(indices, flipped)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, encoder(clean, 2))  # fp32, other batch sizes
+    rows.zero_()  # the caller's own
+    torch.testing.assert_close(table.rows(indices, flipped), encoder(clean, 2))
+
+
+def test_computed_once(encoder, images, tmp_path):
+    first = cached_features(encoder, images, 2, True, tmp_path)
+    assert encoder.model.seen == 140
+    again = make_encoder()
+    table = cached_features(again, images, 2, True, tmp_path)
+    assert again.model.seen == 0
+    assert table.path == first.path
+    assert torch.equal(table.values, first.values)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npy"]
+    assert json.loads(table.path.with_suffix(".json").read_text())["encoder"] == encoder.name
+
+
+@pytest.mark.parametrize("change", ["weights", "recipe", "images", "order", "grid", "flip"])
+def test_anything_else_is_another_table(encoder, images, tmp_path, change):
+    before = cached_features(encoder, images, 2, False, tmp_path)
+    other, grid, flip, recipe = make_encoder(), 2, False, encoder.recipe
+    if change == "weights":
+        with torch.no_grad():
+            other.model.conv.bias[0] += 1e-3
+    elif change == "recipe":
+        recipe = dataclasses.replace(recipe, mean=(0.4, 0.5, 0.5))
+    elif change == "images":
+        images.pixels[5, 0, 0, 0] += 1
+    elif change == "order":
+        images = dataclasses.replace(images, pixels=images.pixels.flip(0))
+    elif change == "grid":
+        grid = 1
+    else:
+        flip = True
+    images = dataclasses.replace(images)  # a set that has not hashed its pixels yet
+    other = Encoder(other.name, other.model, recipe)
+    table = cached_features(other, images, grid, flip, tmp_path)
+    assert other.model.seen >= 70
+    assert table.path != before.path
+    assert before.path.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "shape", "dtype"])
+def test_damaged_tables_are_made_anew(encoder, images, tmp_path, damage):
+    table = cached_features(encoder, images, 2, False, tmp_path)
+    path, expected = table.path, table.values.numpy().copy()
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        np.save(path, expected[:5] if damage == "shape" else expected.astype(np.float64))
+    again = cached_features(encoder, images, 2, False, tmp_path).values
+    assert again.dtype == torch.float32
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_nothing_is_left_of_a_failure(encoder, images, tmp_path):
+    with torch.no_grad():
+        encoder.model.conv.bias[0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        cached_features(encoder, images, 2, False, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_mirror_images(encoder, images, tmp_path):
+    table = cached_features(encoder, images, 2, False, tmp_path)
+    with pytest.raises(ValueError, match="no features of mirror images"):
+        table.rows(torch.tensor([0, 1]), torch.tensor([False, True]))
+
+
+def test_no_room(encoder, images, tmp_path, monkeypatch):
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"noise-train need 0.0 GB, .* make room, or choose a smaller"):
+        cached_features(encoder, images, 2, False, tmp_path)
