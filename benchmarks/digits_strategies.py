@@ -21,9 +21,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flowback import checkpoint, presets
+from flowback import Flow, presets
+from flowback.checked import to_dict
 from flowback.cli.train import fit
-from flowback.config import to_dict
 from flowback.evaluation.held_out import held_out_figures
 from harness import write_rows
 
@@ -79,7 +79,7 @@ def one_run(name: str, seed: int, options: Options) -> dict[str, Any]:
         for row in rows
         if "test_nll" in row
     ]
-    final = held_out_figures(checkpoint.load(out), test, len(test), exhaustive=True)
+    final = held_out_figures(Flow.from_pretrained(out), test, len(test), exhaustive=True)
     if "alignment" in last:
         final["cosine"] = -last["alignment"]
     final["seconds"] = last["seconds"]

@@ -1,6 +1,7 @@
 """Shape annotations are checked in tests: jaxtyping with beartype wraps flowback's functions.
 
-Not those of ``cli``: the option parser fills its dataclasses with marks of its own.
+Not those of ``cli``, where the option parser fills dataclasses with marks of its own, nor ``config``, which
+checks itself.
 """
 
 import os
@@ -8,7 +9,7 @@ import os
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "alignment checkpoint classification config data evaluation flow nn sampling tarflow_weights training"
+    "alignment checkpoint classification data evaluation flow model nn sampling tarflow_weights training"
 )
 hook = install_import_hook([f"flowback.{name}" for name in CHECKED.split()], "beartype.beartype")
 hook.__enter__()

@@ -108,10 +108,10 @@ def assert_same_run(one: Path, two: Path) -> None:
     """Bit for bit: averaged weights, raw weights and the optimiser's state."""
     import torch
 
-    from flowback import checkpoint
+    from flowback import Flow, checkpoint
 
     first, second = (checkpoint.load_training_state(checkpoint.resolve(run)) for run in (one, two))
-    averages = (checkpoint.load(run).state_dict() for run in (one, two))
+    averages = (Flow.from_pretrained(run).state_dict() for run in (one, two))
     for before, after in ((first["objective"], second["objective"]), tuple(averages)):
         assert before.keys() == after.keys()
         for name in before:
@@ -131,7 +131,7 @@ def assert_near(one: Path, two: Path, ema: float | None = None) -> None:
     """
     import torch
 
-    from flowback import checkpoint
+    from flowback import Flow
 
     compared = ("nll", "alignment", "cosine", "z2", "log_scale", "grad_norm")
     rows = ((run / "metrics.jsonl").read_text().splitlines() for run in (one, two))
@@ -141,7 +141,7 @@ def assert_near(one: Path, two: Path, ema: float | None = None) -> None:
         for name in first:
             if name.startswith(compared):
                 assert abs(second[name] - first[name]) < 1e-4 + 1e-3 * abs(first[name]), name
-    before, after = (checkpoint.load(run, ema=ema).state_dict() for run in (one, two))
+    before, after = (Flow.from_pretrained(run, ema=ema).state_dict() for run in (one, two))
     for name, value in before.items():
         other = after[name]
         if name.endswith("qkv.bias"):  # queries, keys, values

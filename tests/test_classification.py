@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowback import Flow
 from flowback.classification import classify
 from flowback.config import ModelConfig
 from flowback.data.image_set import MemoryImages
 from flowback.errors import InputError
 from flowback.evaluation.held_out import topk_accuracy
-from flowback.flow import Flow
 from flowback.flow.likelihood import add_noise
 
 CONFIG = ModelConfig(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flowback import AlignmentConfig, DataConfig, InputError, ModelConfig, RunConfig, TrainConfig
-from flowback.config import from_dict, to_dict
+from flowback.checked import from_dict, to_dict
+from flowback.config import SampleConfig
 
 UNUSUAL = RunConfig(
     model=ModelConfig(image_size=32, patch_size=2, width=192, num_classes=7, position="rope", mlp="swiglu"),
@@ -103,6 +104,35 @@ def test_a_bad_value_is_refused_with_its_option(kind, values, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "meant"),
+    [
+        (AlignmentConfig, "strategy", "Reverse", "did you mean reverse"),
+        (AlignmentConfig, "strategy", "revers", "did you mean reverse or reverse-literal?"),
+        (AlignmentConfig, "order", "Exact", "did you mean exact?"),
+        (ModelConfig, "noise", "gausian", "did you mean gaussian?"),
+        (ModelConfig, "mlp", "swigl", "did you mean swiglu?"),
+        (ModelConfig, "position", "rop", "did you mean rope?"),
+        (TrainConfig, "precision", "fp16", "which is not fp32 or bf16"),
+        (SampleConfig, "formula", "star", "did you mean starflow or tarflow?"),
+    ],
+)
+def test_a_misspelled_choice_never_trains_something_else(kind, name, value, meant):
+    with pytest.raises(InputError) as caught:
+        kind(**{name: value})
+    assert meant in str(caught.value)
+
+
+def test_values_are_brought_to_the_type_of_their_field():
+    """As YAML (1e-3 is text there), JSON and people write them."""
+    config = AlignmentConfig(locations=[[1, 1]], originals_path="larger", order="2")
+    assert config.locations == ((1, 1),)
+    assert config.originals_path == Path("larger")
+    assert config.order == 2
+    assert TrainConfig(lr="1e-3").lr == 1e-3
+    assert from_dict(RunConfig, {"train": {"lr": "1e-3"}}).train.lr == 1e-3
+
+
 @pytest.mark.parametrize("location", [(9, 1), (0, 1), (8, 9), (1, 0)])
 def test_an_alignment_location_outside_the_model_is_refused(location):
     alignment = AlignmentConfig(strategy="detach", locations=(location,))
@@ -130,7 +160,7 @@ def test_an_alignment_location_outside_the_model_is_refused(location):
         ({"train": {"grad_clip": "yes"}}, 'Option train.grad_clip is "yes", which is not float or None.'),
         (
             {"alignment": {"locations": [[1, 2, 3]]}},
-            "Option alignment.locations is [1, 2, 3], which is not [int, int].",
+            "Option alignment.locations is [[1, 2, 3]], which is not a list of [int, int].",
         ),
         (
             {"alignment": {"locations": 3}},

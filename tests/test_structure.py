@@ -21,10 +21,12 @@ PACKAGE = ROOT / "src" / "flowback"
 
 LEVELS = (
     {"errors"},
-    {"config", "files", "progress", "provenance"},
-    {"data", "nn", "presets"},
+    {"checked", "files", "progress", "provenance"},
+    {"config"},
+    {"checkpoint", "data", "nn", "presets"},
     {"flow"},
-    {"alignment", "checkpoint", "classification", "sampling", "tarflow_weights"},
+    {"alignment", "classification", "sampling", "tarflow_weights"},
+    {"model"},
     {"evaluation"},
     {"training"},
     {"cli"},

@@ -1,11 +1,41 @@
-"""Normalizing flows that generate images and understand them."""
+"""Normalizing flows that generate images and understand them.
 
-from flowback.checkpoint import load
-from flowback.classification import classify
-from flowback.config import AlignmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from flowback.errors import InputError
-from flowback.flow import Flow, FlowOutput
-from flowback.sampling import BlockPlan, Guidance, sample
+Names are loaded when they are first used, so that ``import flowback`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowback.classification import classify
+    from flowback.config import (
+        AlignmentConfig,
+        DataConfig,
+        ModelConfig,
+        RunConfig,
+        SampleConfig,
+        TrainConfig,
+    )
+    from flowback.errors import InputError
+    from flowback.flow import FlowOutput
+    from flowback.model import Flow, create_flow, load
+    from flowback.sampling import BlockPlan, Guidance, sample
+
+_MODULES = {
+    "classification": ("classify",),
+    "config": (
+        *("AlignmentConfig", "DataConfig", "ModelConfig", "RunConfig", "SampleConfig", "TrainConfig"),
+    ),
+    "errors": ("InputError",),
+    "flow": ("FlowOutput",),
+    "model": ("Flow", "create_flow", "load"),
+    "sampling": ("BlockPlan", "Guidance", "sample"),
+}
+"""Public names, by the module that defines them."""
+
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AlignmentConfig",
@@ -17,11 +47,25 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "RunConfig",
+    "SampleConfig",
     "TrainConfig",
     "__version__",
     "classify",
+    "create_flow",
     "load",
     "sample",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flowback' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"flowback.{_HOME[name]}"), name)
+    globals()[name] = value  # so that the next use finds it at once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,16 +29,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowback.config import RunConfig, from_dict, to_dict
+from flowback.checked import from_dict, to_dict
+from flowback.config import RunConfig
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.flow import Flow
 
 __all__ = [
     "FORMAT",
-    "load",
+    "fetch",
     "load_config",
     "load_training_state",
+    "load_weights",
     "read_config",
     "resolve",
     "save",
@@ -72,6 +74,31 @@ def resolve(path: str | Path) -> Path:
     )
 
 
+def fetch(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder that ``name`` means: itself, or the copy of a repository on the Hugging Face Hub.
+
+    Args:
+        name: a folder, or ``owner/name``, which is looked up on the Hub where no such folder exists.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        InputError: neither of the two, or the Hub does not answer and nothing is cached.
+    """
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+        return path
+    from huggingface_hub import snapshot_download  # slow to import: only where something is fetched
+
+    try:
+        files = ["config.json", "*.safetensors"]
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=files, etag_timeout=5))
+    except Exception as error:  # many kinds, from the hub, its client and the network
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"No checkpoint at {name}: there is no such folder, and the Hub does not give it ({reason})."
+        ) from None
+
+
 def save(
     folder: Path,
     config: RunConfig,
@@ -87,8 +114,14 @@ def save(
         weights: the flow's state dict.
         training: state that only further training needs: tensors and plain values.
         averages: state dicts of further averages, by decay.
+
+    Raises:
+        InputError: the folder holds something else, or the disk is full.
     """
     folder = Path(folder)
+    foreign = folder.exists() and not (folder / "config.json").is_file()
+    if foreign and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something else than a checkpoint; choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -220,8 +253,10 @@ def load_config(path: str | Path) -> RunConfig:
     return read_config(resolve(path))
 
 
-def load(path: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Flow:
-    """The flow of a checkpoint or a run, in eval mode, with the averaged weights.
+def load_weights(
+    path: str | Path, device: torch.device | str = "cpu", ema: float | None = None
+) -> tuple[RunConfig, dict[str, Tensor]]:
+    """Settings and averaged weights of a checkpoint or a run.
 
     Args:
         path: a checkpoint folder, or a run's folder (its newest checkpoint).
@@ -242,13 +277,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", ema: float | None
         weights = load_file(file, device=str(device))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is damaged ({error}); take another copy of the checkpoint.") from None
-    flow = Flow(config.model).to(device)
-    try:
-        flow.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{file} does not fit its config.json: {reason}") from None
-    return flow.eval()
+    return config, weights
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from flowback.errors import InputError
-from flowback.flow import Flow
+from flowback.flow import TARFlow
 from flowback.flow.likelihood import add_noise
 
 __all__ = ["Method", "classify"]
@@ -32,7 +32,7 @@ _ROWS = 256
 
 
 def classify(
-    flow: Flow,
+    flow: TARFlow,
     images: Float[Tensor, "b c h w"],
     method: Method = "gradient",
     noise: bool = True,
@@ -85,7 +85,7 @@ def classify(
     raise InputError(f"Unknown method {method}; known: gradient, exhaustive.")
 
 
-def _gradient(flow: Flow, draws: list[Tensor], steps: int, step_size: float) -> Tensor:
+def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) -> Tensor:
     """Algorithm 1, and further steps of ascent on the mean log-density over the draws.
 
     Weights enter detached: autograd then keeps only what the path to the class logits needs.
@@ -108,7 +108,7 @@ def _gradient(flow: Flow, draws: list[Tensor], steps: int, step_size: float) -> 
 
 
 @torch.no_grad()
-def _exhaustive(flow: Flow, draws: list[Tensor]) -> Tensor:
+def _exhaustive(flow: TARFlow, draws: list[Tensor]) -> Tensor:
     """Densities log p(x | k) for every class, several classes to a forward pass, averaged over the draws."""
     b, classes = len(draws[0]), flow.config.num_classes or 0
     together = max(1, _ROWS // max(1, b))

@@ -7,14 +7,11 @@ noise. Unknown keys are errors, so that a misspelled option never passes for a d
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
-import typing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import ClassVar, Literal
 
-from flowback.errors import InputError, nearest
+from flowback.checked import Checked, require
 
 __all__ = [
     "AlignmentConfig",
@@ -22,20 +19,16 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "RunConfig",
+    "SampleConfig",
     "TrainConfig",
-    "from_dict",
-    "to_dict",
 ]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The flow (TARFlow, arXiv 2412.06329)."""
+
+    section: ClassVar[str] = "model"
 
     image_size: int = 64
     """Height and width of the images, in pixels."""
@@ -66,28 +59,29 @@ class ModelConfig:
     noise_std: float = 0.05
     """Standard deviation of the Gaussian noise, on the [-1, 1] scale."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
         sizes = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim", "mlp_ratio")
         for name in sizes:
-            _require(getattr(self, name) > 0, f"--model.{name.replace('_', '-')} must be at least 1.")
-        _require(
+            require(getattr(self, name) > 0, f"--model.{name.replace('_', '-')} must be at least 1.")
+        require(
             self.image_size % self.patch_size == 0,
             f"--model.image-size {self.image_size} is not divisible by --model.patch-size {self.patch_size}; "
             "choose a patch size that divides it.",
         )
-        _require(
+        require(
             self.width % self.head_dim == 0,
             f"--model.width {self.width} is not divisible by --model.head-dim {self.head_dim}; "
             "choose a head size that divides it.",
         )
-        _require(
+        require(
             self.position == "learned" or self.head_dim % 4 == 0,
             f"--model.head-dim {self.head_dim} must be a multiple of 4 for --model.position rope.",
         )
-        _require(
+        require(
             self.num_classes is None or self.num_classes >= 0, "--model.num-classes must not be negative."
         )
-        _require(self.noise_std >= 0, "--model.noise-std must not be negative.")
+        require(self.noise_std >= 0, "--model.noise-std must not be negative.")
 
     @property
     def grid(self) -> int:
@@ -111,8 +105,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """The images."""
+
+    section: ClassVar[str] = "data"
 
     name: Literal["digits", "folder", "prepared", "mnist", "cifar10", "cifar100", "fake"] = "digits"
     """Data set: scikit-learn's digits, a folder of images or what `flowback prepare` made of it, or one of
@@ -131,16 +127,19 @@ class DataConfig:
     workers: int = 0
     """Processes that decode images; 0 decodes in the training process."""
 
-    def __post_init__(self) -> None:
-        _require(
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
+        require(
             0 <= self.holdout < 1, "--data.holdout must be in [0, 1); 0 evaluates on the training images."
         )
-        _require(self.workers >= 0, "--data.workers must not be negative.")
+        require(self.workers >= 0, "--data.workers must not be negative.")
 
 
 @dataclass(frozen=True)
-class CodecConfig:
+class CodecConfig(Checked):
     """What stands between images and flow: nothing, or a VAE whose latents the flow models."""
+
+    section: ClassVar[str] = "codec"
 
     vae: str | None = None
     """AutoencoderKL or AutoencoderTiny of diffusers: its name on the hub, or its folder; None: pixels."""
@@ -155,13 +154,16 @@ class CodecConfig:
     image_size: int = 256
     """Height and width of the decoded images."""
 
-    def __post_init__(self) -> None:
-        _require(self.scale > 0, "--codec.scale must be above 0.")
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
+        require(self.scale > 0, "--codec.scale must be above 0.")
 
 
 @dataclass(frozen=True)
-class AlignmentConfig:
+class AlignmentConfig(Checked):
     """Alignment of the flow's features with those of a frozen encoder (arXiv 2511.22345)."""
+
+    section: ClassVar[str] = "alignment"
 
     strategy: Literal["none", "forward", "detach", "reverse", "reverse-literal"] = "none"
     """Graph that carries the gradient; `reverse` is the generative pass."""
@@ -186,26 +188,27 @@ class AlignmentConfig:
     hidden: int = 1024
     """Hidden width of the projector."""
 
-    def __post_init__(self) -> None:
-        _require(
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
+        require(
             self.weight >= 0, f"--alignment.weight {self.weight} must not be negative; 0 switches it off."
         )
-        _require(
+        require(
             self.order == "exact" or self.order >= 0,
             f"--alignment.order {self.order} must be 0, 1, 2, ... or exact.",
         )
-        _require(self.tolerance > 0, "--alignment.tolerance must be above 0.")
-        _require(self.hidden > 0, "--alignment.hidden must be at least 1.")
-        _require(self.grid is None or self.grid > 0, "--alignment.grid must be at least 1.")
-        _require(
+        require(self.tolerance > 0, "--alignment.tolerance must be above 0.")
+        require(self.hidden > 0, "--alignment.hidden must be at least 1.")
+        require(self.grid is None or self.grid > 0, "--alignment.grid must be at least 1.")
+        require(
             len(set(self.locations)) == len(self.locations),
             f"--alignment.locations names a location twice: {self.locations}; give each once.",
         )
-        _require(
+        require(
             not (self.originals and self.originals_path),
             "--alignment.originals takes image files, --alignment.originals-path a prepared set; give one.",
         )
-        _require(
+        require(
             self.strategy == "none" or len(self.locations) > 0,
             "--alignment.locations is empty; give a BLOCK LAYER pair, or --alignment.strategy none.",
         )
@@ -217,8 +220,10 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """Optimisation, and how often to look."""
+
+    section: ClassVar[str] = "train"
 
     steps: int = 400_000
     """Optimiser steps."""
@@ -281,26 +286,27 @@ class TrainConfig:
     timeout: float = 1800.0
     """Seconds that a process waits for the others before it gives up; longer than an evaluation takes."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
         counts = ("steps", "batch_size", "log_every", "eval_every", "save_every", "eval_images", "keep_last")
         for name in counts:
-            _require(getattr(self, name) > 0, f"--train.{name.replace('_', '-')} must be at least 1.")
-        _require(self.sample_every >= 0, "--train.sample-every must not be negative; 0 draws none.")
-        _require(self.diagnose_every >= 0, "--train.diagnose-every must not be negative; 0 is never.")
-        _require(self.micro_batch is None or self.micro_batch > 0, "--train.micro-batch must be at least 1.")
-        _require(
+            require(getattr(self, name) > 0, f"--train.{name.replace('_', '-')} must be at least 1.")
+        require(self.sample_every >= 0, "--train.sample-every must not be negative; 0 draws none.")
+        require(self.diagnose_every >= 0, "--train.diagnose-every must not be negative; 0 is never.")
+        require(self.micro_batch is None or self.micro_batch > 0, "--train.micro-batch must be at least 1.")
+        require(
             self.lr > 0 and self.min_lr >= 0, "--train.lr must be above 0 and --train.min-lr not negative."
         )
-        _require(self.warmup_steps >= 0, "--train.warmup-steps must not be negative.")
-        _require(all(0 <= decay < 1 for decay in self.averages), "--train.ema-decay must be in [0, 1).")
-        _require(len(set(self.averages)) == len(self.averages), "--train.ema-more repeats a decay.")
-        _require(self.keep_every >= 0, "--train.keep-every must not be negative; 0 keeps the newest alone.")
-        _require(0 <= self.label_drop <= 1, "--train.label-drop must be in [0, 1].")
-        _require(self.bad_steps is None or self.bad_steps >= 0, "--train.bad-steps must not be negative.")
-        _require(self.spike is None or self.spike > 1, "--train.spike must be above 1.")
-        _require(self.grad_clip is None or self.grad_clip > 0, "--train.grad-clip must be above 0.")
-        _require(self.timeout > 0, "--train.timeout must be above 0.")
-        _require(len(set(self.trackers)) == len(self.trackers), "--train.trackers repeats a name.")
+        require(self.warmup_steps >= 0, "--train.warmup-steps must not be negative.")
+        require(all(0 <= decay < 1 for decay in self.averages), "--train.ema-decay must be in [0, 1).")
+        require(len(set(self.averages)) == len(self.averages), "--train.ema-more repeats a decay.")
+        require(self.keep_every >= 0, "--train.keep-every must not be negative; 0 keeps the newest alone.")
+        require(0 <= self.label_drop <= 1, "--train.label-drop must be in [0, 1].")
+        require(self.bad_steps is None or self.bad_steps >= 0, "--train.bad-steps must not be negative.")
+        require(self.spike is None or self.spike > 1, "--train.spike must be above 1.")
+        require(self.grad_clip is None or self.grad_clip > 0, "--train.grad-clip must be above 0.")
+        require(self.timeout > 0, "--train.timeout must be above 0.")
+        require(len(set(self.trackers)) == len(self.trackers), "--train.trackers repeats a name.")
 
     @property
     def averages(self) -> tuple[float, ...]:
@@ -309,7 +315,41 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class SampleConfig(Checked):
+    """How images are drawn; the same for `sample`, `evaluate`, `plan` and `reproduce`."""
+
+    guidance: float = 0.0
+    """Guidance scale w of c + w·(c − u); 0 is off."""
+    ramp: bool = False
+    """Let w grow from 0 to its value over the tokens of each block."""
+    formula: Literal["tarflow", "starflow"] = "tarflow"
+    """How the predictions with and without label are joined."""
+    attention_temperature: float = 1.0
+    """Of the stream without label; other than 1 it guides unconditional models too."""
+    guided_blocks: int | None = None
+    """Guide this many blocks only, those nearest the noise."""
+    denoise: bool = True
+    """End with one denoising step."""
+    sampler: Literal["auto", "sequential", "jacobi"] = "sequential"
+    """`auto`: the plan of `flowback plan` where it fits, else sequential; `jacobi`: windows in all blocks."""
+    tolerance: float = 1e-3
+    """Largest difference from the sequential images that `auto` may make; for `jacobi`, the last sweep's."""
+    window: int = 16
+    """Tokens in a window of `--sampler jacobi`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and caches while decoding."""
+    batch_size: int = 64
+    """Images drawn at once by a process."""
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        require(self.batch_size >= 1, "--batch-size must be at least 1.")
+        require(self.window >= 1, "--window must be at least 1.")
+        require(self.tolerance > 0, f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
+
+
+@dataclass(frozen=True)
+class RunConfig(Checked):
     """All that makes a run; `config.json` of a checkpoint."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -317,95 +357,18 @@ class RunConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    classes: tuple[str, ...] = ()
+    """Names of the classes, in the order of their ids; empty: unconditional, or not known."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
         if self.data.path is not None and self.data.name == "digits":
             object.__setattr__(self, "data", dataclasses.replace(self.data, name="folder"))
         if not self.alignment.active:
             return
         for block, layer in self.alignment.locations:
-            _require(
+            require(
                 1 <= block <= self.model.blocks and 1 <= layer <= self.model.layers,
                 f"--alignment.locations: ({block}, {layer}) is outside the model; "
                 f"blocks go from 1 to {self.model.blocks}, layers from 1 to {self.model.layers}.",
             )
-
-
-T = TypeVar("T")
-
-
-def to_dict(config: Any) -> Any:
-    """Plain lists, dicts, strings and numbers of a config, ready for JSON."""
-    if is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(config, tuple):
-        return [to_dict(item) for item in config]
-    return str(config) if isinstance(config, Path) else config
-
-
-def from_dict(kind: type[T], values: Any, default: T | None = None, where: str = "") -> T:
-    """The config of class ``kind`` with ``values``, and ``default`` for what they leave out.
-
-    Raises:
-        InputError: an unknown key, or a value that does not fit its field.
-    """
-    if not isinstance(values, dict):
-        raise InputError(f"{where or kind.__name__} must be a mapping of options, not {json.dumps(values)}.")
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            raise InputError(f"Unknown option {where}{key}; {nearest(key, hints)}")
-    made = {}
-    for name, hint in hints.items():
-        if name not in values:
-            if default is not None:
-                made[name] = getattr(default, name)
-        elif is_dataclass(hint):
-            base = getattr(default, name) if default is not None else None
-            made[name] = from_dict(typing.cast(type, hint), values[name], base, f"{where}{name}.")
-        else:
-            made[name] = _convert(values[name], hint, f"{where}{name}")
-    return kind(**made)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as JSON or YAML gave it, as the type that the field's annotation names."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in arguments:
-            try:
-                return _convert(value, option, where)
-            except InputError:
-                continue
-    elif origin is Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(item, arguments[0], where) for item in value)
-        if len(arguments) == len(value):
-            return tuple(_convert(item, option, where) for item, option in zip(value, arguments, strict=True))
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif hint is Path and isinstance(value, (str, Path)):
-        return Path(value)
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise InputError(f"Option {where} is {json.dumps(value, default=str)}, which is not {_describe(hint)}.")
-
-
-def _describe(hint: Any) -> str:
-    """An annotation in the words of an error message."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_describe, arguments))
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"a list of {_describe(arguments[0])}"
-    if origin is tuple:
-        return f"[{', '.join(map(_describe, arguments))}]"
-    return "None" if hint is type(None) else hint.__name__

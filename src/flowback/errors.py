@@ -27,10 +27,14 @@ class ProcessLostError(Exception):
     """Another process of the run is gone. Started again, the run goes on from its last checkpoint."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that lists the known names closest to ``name``, for the end of an error message."""
+def nearest(name: str, known: Iterable[str], only_close: bool = False) -> str:
+    """A hint that lists the known names closest to ``name``, for the end of an error message.
+
+    Where none is close it lists all of them, or nothing if ``only_close`` is set; then it begins with "; ".
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"known: {', '.join(known)}"
+    hint = f"did you mean {' or '.join(close)}?" if close else ""
+    if only_close:
+        return hint and f"; {hint}"
+    return hint or f"known: {', '.join(known)}"

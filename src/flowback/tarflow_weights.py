@@ -18,7 +18,7 @@ from torch import Tensor
 from flowback.config import ModelConfig
 from flowback.errors import InputError
 from flowback.files import replacing
-from flowback.flow import Flow
+from flowback.flow import TARFlow
 
 __all__ = ["from_tarflow", "read_tarflow", "to_tarflow", "write_tarflow"]
 
@@ -245,7 +245,7 @@ def _config(
 def _meta_state(config: ModelConfig) -> dict[str, Tensor]:
     """Shapes of our state dict."""
     with torch.device("meta"):
-        return Flow(config).state_dict()
+        return TARFlow(config).state_dict()
 
 
 def _check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -59,7 +59,7 @@ def test_options_reach_the_rule(flowback, model, tmp_path):
 def test_by_default_the_record_lies_beside_the_checkpoint(flowback, model):
     assert flowback("classify", model, "--limit", 10)[0] == 0
     assert (model / "evaluation" / "classify.json").is_file()
-    assert checkpoint.load(model).config.num_classes == 10  # and the checkpoint stays one
+    assert Flow.from_pretrained(model).config.num_classes == 10  # and the checkpoint stays one
 
 
 def test_bad_input(flowback, model, photos, tmp_path):

@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowback import Flow
 from flowback.config import ModelConfig
-from flowback.flow import Flow
 from flowback.flow.cost import flops_per_image, parameters
 
 SMALL = dict(image_size=8, channels=3, patch_size=2, width=32, blocks=3, layers=2, head_dim=8)  # noqa: C408

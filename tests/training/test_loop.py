@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import runs
-from flowback import checkpoint
+from flowback import Flow, checkpoint
 from flowback.config import AlignmentConfig
 from flowback.errors import InputError, Interrupted
 from flowback.training import Evaluator, train
@@ -77,7 +77,7 @@ def test_loss_falls_and_the_run_explains_itself(config, digits, tmp_path):
 def test_average_is_what_load_gives(config, digits, tmp_path):
     train(config, digits, tmp_path)
     state = checkpoint.load_training_state(checkpoint.resolve(tmp_path))
-    loaded = checkpoint.load(tmp_path).state_dict()
+    loaded = Flow.from_pretrained(tmp_path).state_dict()
     for name, value in weights(tmp_path).items():
         assert torch.equal(value, loaded[name])
         assert not torch.equal(value, state["objective"][f"flow.{name}"]), name
@@ -106,7 +106,7 @@ def test_accumulation_equals_one_batch_up_to_rounding(config, digits, tmp_path):
     """
     train(config, digits, tmp_path / "one")
     train(replaced(config, micro_batch=4), digits, tmp_path / "four")
-    one, four = checkpoint.load(tmp_path / "one"), checkpoint.load(tmp_path / "four")
+    one, four = Flow.from_pretrained(tmp_path / "one"), Flow.from_pretrained(tmp_path / "four")
     images = torch.randn(8, 1, 8, 8)
     labels = torch.arange(8)
     torch.testing.assert_close(four(images, labels).z, one(images, labels).z, rtol=0, atol=1e-4)
@@ -224,17 +224,19 @@ def test_several_averages_and_kept_checkpoints(config, digits, tmp_path):
     config = replaced(config, ema_more=(0.5, 0.99), keep_last=1, keep_every=8, steps=16)
     train(config, digits, tmp_path / "whole")
     assert [folder.name[-2:] for folder in checkpoint.step_folders(tmp_path / "whole")] == ["08", "16"]
-    flows = {decay: checkpoint.load(tmp_path / "whole", ema=decay).state_dict() for decay in (0.5, 0.9, 0.99)}
+    flows = {
+        decay: Flow.from_pretrained(tmp_path / "whole", ema=decay).state_dict() for decay in (0.5, 0.9, 0.99)
+    }
     raw = checkpoint.load_training_state(checkpoint.resolve(tmp_path / "whole"))["objective"]
     name = "blocks.0.proj_in.weight"
     distance = {decay: float((state[name] - raw[f"flow.{name}"]).norm()) for decay, state in flows.items()}
     assert distance[0.5] < distance[0.9]
-    assert torch.equal(flows[0.9][name], checkpoint.load(tmp_path / "whole").state_dict()[name])
+    assert torch.equal(flows[0.9][name], Flow.from_pretrained(tmp_path / "whole").state_dict()[name])
     with pytest.raises(InputError, match=r"no average of decay 0\.7; it has 0\.9, 0\.5, 0\.99"):
-        checkpoint.load(tmp_path / "whole", ema=0.7)
+        Flow.from_pretrained(tmp_path / "whole", ema=0.7)
     with pytest.raises(Kill):
         train(config, digits, tmp_path / "killed", evaluators=[killer(9)])
     train(config, digits, tmp_path / "killed")
     for decay, state in flows.items():
-        again = checkpoint.load(tmp_path / "killed", ema=decay).state_dict()
+        again = Flow.from_pretrained(tmp_path / "killed", ema=decay).state_dict()
         assert all(torch.equal(state[name], again[name]) for name in state), decay

@@ -21,7 +21,7 @@ __all__ = ["AlignmentLoss", "Projector", "alignment_loss", "resample"]
 
 
 class Projector(nn.Module):
-    """Flow features to the encoder's space: three linear layers with SiLU between.
+    """TARFlow features to the encoder's space: three linear layers with SiLU between.
 
     One projector serves every location.
 

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from flowback.config import AlignmentConfig
 from flowback.errors import InputError
-from flowback.flow import Flow, FlowOutput, affine
+from flowback.flow import FlowOutput, TARFlow, affine
 from flowback.flow.block import Block, Labels
 
 __all__ = ["complete_series", "encode", "truncated_series"]
@@ -42,7 +42,7 @@ Pairs = list[tuple[Tensor, Tensor | None]]
 
 
 def encode(
-    flow: Flow,
+    flow: TARFlow,
     images: Float[Tensor, "b c h w"],
     labels: Labels,
     drop: Bool[Tensor, " b"] | None,

@@ -9,17 +9,18 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from flowback import checkpoint as checkpoints
+from flowback.checked import to_dict
 from flowback.classification import Method
 from flowback.cli.console import say, show_table
 from flowback.cli.options import Processes, held_out, out_folder, parse
-from flowback.config import DataConfig, to_dict
+from flowback.config import DataConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
 from flowback.evaluation.held_out import Accuracy, topk_accuracy
 from flowback.evaluation.plots import plot_confusion
 from flowback.evaluation.report import make_record, weights_of
 from flowback.files import write_json
+from flowback.model import Flow
 
 __all__ = ["Options", "run"]
 
@@ -74,7 +75,7 @@ def run(argv: list[str]) -> None:
     options = parse(Options, argv, "classify")
     options.check()
     processes = Processes(options.device)
-    flow = checkpoints.load(options.checkpoint, processes.device)
+    flow = Flow.from_pretrained(options.checkpoint, processes.device)
     if not flow.config.num_classes:
         raise InputError(f"{options.checkpoint} is an unconditional model: it has no classes to tell apart.")
     images = held_out(options.data, flow.config, options.split)

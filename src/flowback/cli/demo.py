@@ -11,17 +11,17 @@ import matplotlib
 import tyro
 from torch.nn import functional
 
-from flowback import checkpoint, presets
+from flowback import presets
 from flowback.alignment.encoders import load_encoder
+from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.train import Fitted, fit
-from flowback.config import to_dict
 from flowback.data.pixels import to_bytes
 from flowback.evaluation.held_out import held_out_figures
 from flowback.evaluation.judge import Judge
 from flowback.evaluation.references import Reference
 from flowback.files import replacing, write_json
-from flowback.flow import Flow
+from flowback.model import Flow
 from flowback.provenance import environment
 from flowback.sampling import sample
 from flowback.sampling.image_files import grid
@@ -79,7 +79,7 @@ def run(argv: list[str]) -> None:
         steps = options.steps or config.train.steps
         config = replace(config, train=replace(config.train, steps=steps, seed=options.seed, device="cpu"))
         fitted = fit(config, options.out / name, f"{name}: {about}")
-        flows[name] = checkpoint.load(options.out / name)
+        flows[name] = Flow.from_pretrained(options.out / name)
         if judge is None:
             reference = Reference(fitted.images.name, fitted.images.fingerprint, fitted.images)
             judge = Judge(reference, load_encoder("efficientnet_lite0"))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowback import checkpoint as checkpoints
 from flowback.alignment.encoders import load_encoder
+from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import (
     Precision,
@@ -24,7 +25,7 @@ from flowback.cli.options import (
     out_folder,
     parse,
 )
-from flowback.config import DataConfig, to_dict
+from flowback.config import DataConfig
 from flowback.data.image_set import ImageSet, evenly, in_batches
 from flowback.data.load import pixels_of
 from flowback.data.pixels import Faults, quantise
@@ -38,7 +39,7 @@ from flowback.evaluation.protocol import COMPARABLE
 from flowback.evaluation.references import Reference, load_reference, open_images
 from flowback.evaluation.report import make_record, weights_of
 from flowback.files import write_json
-from flowback.flow import Flow
+from flowback.model import Flow
 from flowback.progress import bar, track
 from flowback.sampling import BlockPlan, Guidance, sample
 from flowback.sampling.denoise import denoises
@@ -148,7 +149,7 @@ def _write(record: dict[str, Any], options: Options) -> None:
 
 
 def _checkpoint(options: Options, processes: Processes) -> dict[str, Any]:
-    flow = checkpoints.load(options.subject, processes.device)
+    flow = Flow.from_pretrained(options.subject, processes.device)
     codec = open_codec(
         checkpoints.load_config(options.subject).codec, flow.device, options.vae, options.force_vae
     )

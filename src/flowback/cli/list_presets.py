@@ -8,8 +8,8 @@ from typing import Any
 
 import tyro
 
+from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
-from flowback.config import to_dict
 from flowback.files import write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes, training_days
 from flowback.presets import PRESETS

@@ -19,7 +19,7 @@ from flowback.config import DataConfig, ModelConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.errors import InputError
-from flowback.flow import Flow
+from flowback.model import Flow
 from flowback.sampling import BlockPlan
 from flowback.sampling.block_plan import load_plan, plan_file, wanted
 

@@ -13,6 +13,7 @@ from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
 from flowback.errors import InputError
 from flowback.files import write_json
+from flowback.model import Flow
 from flowback.provenance import environment
 from flowback.sampling.block_plan import make_plan, plan_file, save_plan, wanted
 from flowback.sampling.decoder import Engine
@@ -61,7 +62,7 @@ def run(argv: list[str]) -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = checkpoints.resolve(options.checkpoint)
-    flow = checkpoints.load(folder, device)
+    flow = Flow.from_pretrained(folder, device)
     asked = wanted(folder, flow, options.batch_size, options.precision, options.guidance, options.tolerance)
     classes = flow.config.num_classes or 0
     if options.guidance and not classes:

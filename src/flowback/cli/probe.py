@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import tyro
 
-from flowback import checkpoint as checkpoints
 from flowback.alignment.encoders import load_encoder
+from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import held_out, out_folder, parse, pick_device
-from flowback.config import DataConfig, to_dict
+from flowback.config import DataConfig
 from flowback.data.image_set import ImageSet, evenly
 from flowback.data.load import pixels_of
 from flowback.errors import InputError
@@ -21,6 +21,7 @@ from flowback.evaluation.linear_probe import Probe, all_locations, encoder_featu
 from flowback.evaluation.plots import plot_probe
 from flowback.evaluation.report import make_record, weights_of
 from flowback.files import write_json
+from flowback.model import Flow
 
 __all__ = ["Options", "run"]
 
@@ -64,7 +65,7 @@ def run(argv: list[str]) -> None:
     """Probe, show, plot, write."""
     options = parse(Options, argv, "probe")
     options.check()
-    flow = checkpoints.load(options.checkpoint, pick_device(options.device))
+    flow = Flow.from_pretrained(options.checkpoint, pick_device(options.device))
     train, test = (held_out(options.data, flow.config, split) for split in ("train", "test"))
     locations = list(options.locations) or all_locations(flow)
     sides, labels = [], []

@@ -20,7 +20,7 @@ from flowback.cli.options import Precision, Sampler, choose
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.flow import Flow
+from flowback.model import Flow
 from flowback.progress import bar
 from flowback.provenance import environment
 from flowback.sampling import BlockPlan, Guidance, sample, trajectory
@@ -96,7 +96,9 @@ def run(argv: list[str]) -> None:
     options = tyro.cli(Options, args=argv, prog="flowback sample")
     _check(options)
     state = PartialState(cpu=options.device == "cpu")
-    flow = checkpoints.load(options.checkpoint, state.device if options.device == "auto" else options.device)
+    flow = Flow.from_pretrained(
+        options.checkpoint, state.device if options.device == "auto" else options.device
+    )
     codec = open_codec(
         checkpoints.load_config(options.checkpoint).codec, flow.device, options.vae, options.force_vae
     )

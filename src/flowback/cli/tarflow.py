@@ -14,6 +14,7 @@ from flowback.cli.console import say
 from flowback.config import RunConfig
 from flowback.errors import InputError
 from flowback.flow.cost import parameters
+from flowback.model import Flow
 from flowback.tarflow_weights import read_tarflow, to_tarflow, write_tarflow
 
 __all__ = ["ExportOptions", "ImportOptions", "run_export", "run_import"]
@@ -76,7 +77,7 @@ def run_export(argv: list[str]) -> None:
     options = tyro.cli(ExportOptions, args=argv, prog="flowback export-tarflow")
     if options.out.is_dir():
         raise InputError(f"{options.out} is a folder; give the name of a .pth file.")
-    config = checkpoint.load(options.checkpoint).config  # checks that config and weights fit together
+    config = Flow.from_pretrained(options.checkpoint).config  # checks that config and weights fit together
     weights = load_file(checkpoint.resolve(options.checkpoint) / "model.safetensors")  # in their own dtype
     state = to_tarflow(config, weights)
     write_tarflow(options.out, state)

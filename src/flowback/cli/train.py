@@ -13,17 +13,9 @@ import yaml
 
 from flowback import presets
 from flowback.alignment.targets import make_targets
+from flowback.checked import from_dict, to_dict
 from flowback.cli.console import say, show_table
-from flowback.config import (
-    AlignmentConfig,
-    CodecConfig,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    from_dict,
-    to_dict,
-)
+from flowback.config import AlignmentConfig, CodecConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.data.prepared import PreparedLatents

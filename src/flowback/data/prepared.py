@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
 
-from flowback.config import CodecConfig, from_dict
+from flowback.checked import from_dict
+from flowback.config import CodecConfig
 from flowback.errors import InputError
 
 __all__ = [

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from PIL import __version__ as pillow
 
-from flowback.config import to_dict
+from flowback.checked import to_dict
 from flowback.data.columns import Column, Maker, bytes_of_image, derive, open_columns, settings_of
 from flowback.data.decode_pool import TASK, Part, Settings, decoded
 from flowback.data.prepared import FORMAT

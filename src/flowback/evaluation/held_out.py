@@ -19,8 +19,8 @@ from flowback.classification import Method, classify
 from flowback.data.image_set import ImageSet, evenly, in_batches
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
-from flowback.flow import Flow
 from flowback.flow.likelihood import add_noise, bits_per_dim, nll_per_dim
+from flowback.model import Flow
 from flowback.progress import track
 
 __all__ = ["Accuracy", "Estimate", "Likelihood", "held_out_figures", "likelihood", "topk_accuracy"]

@@ -24,8 +24,9 @@ from flowback.alignment.encoders import Encoder
 from flowback.data.image_set import ImageSet, evenly
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
-from flowback.flow import Flow, Location
+from flowback.flow import Location
 from flowback.flow.likelihood import add_noise
+from flowback.model import Flow
 from flowback.progress import track
 
 __all__ = [

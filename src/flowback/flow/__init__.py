@@ -1,5 +1,5 @@
 """The flow: affine transform, block, stack, likelihood."""
 
-from flowback.flow.tarflow import Flow, FlowOutput, Location
+from flowback.flow.tarflow import FlowOutput, Location, TARFlow
 
-__all__ = ["Flow", "FlowOutput", "Location"]
+__all__ = ["FlowOutput", "Location", "TARFlow"]

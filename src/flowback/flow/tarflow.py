@@ -16,13 +16,13 @@ from flowback.flow.block import Block, Labels
 from flowback.flow.likelihood import log_prior
 from flowback.nn.patch import patchify, unpatchify
 
-__all__ = ["Flow", "FlowOutput", "Location", "UserLabels"]
+__all__ = ["FlowOutput", "Location", "TARFlow", "UserLabels"]
 
 Location = tuple[int, int]
 """(block, layer), counted from 1; block 1 is next to the data."""
 
-UserLabels = Tensor | Sequence[int] | int | None
-"""Labels as people give them, before they are checked: one id for all images is allowed too."""
+UserLabels = Tensor | Sequence[int] | Sequence[str] | int | str | None
+"""Labels as people give them, before they are checked: one for all images is allowed too."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FlowOutput:
         return log_prior(self.z) + self.log_det
 
 
-class Flow(nn.Module):
+class TARFlow(nn.Module):
     """A class-conditional or unconditional TARFlow.
 
     Images are (B, C, H, W) on [-1, 1]. Labels are class ids (B,), soft class weights (B, K), or None for

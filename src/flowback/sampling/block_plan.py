@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowback.config import from_dict
+from flowback.checked import from_dict
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.flow import Flow
+from flowback.flow import TARFlow
 from flowback.provenance import environment
 from flowback.sampling.decoder import Decoder, Precision
 from flowback.sampling.jacobi import Init, first_guess, solve_window
@@ -138,7 +138,7 @@ def make_plan(
 
 
 def wanted(
-    checkpoint: Path, flow: Flow, batch_size: int, precision: Precision, guidance: float, tolerance: float
+    checkpoint: Path, flow: TARFlow, batch_size: int, precision: Precision, guidance: float, tolerance: float
 ) -> Plan:
     """A plan without blocks, for comparison: what some sampling needs a plan to hold for.
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowback.flow import Flow, affine
+from flowback.flow import TARFlow, affine
 from flowback.flow.block import Block
 from flowback.nn.attention import KVCache
 from flowback.sampling.cuda_graph import CapturedStep, captures
@@ -107,7 +107,7 @@ class Engine:
         native: use the compiled step where it can be had and suits the model.
     """
 
-    def __init__(self, flow: Flow, precision: Precision = "fp32", native: bool = True) -> None:
+    def __init__(self, flow: TARFlow, precision: Precision = "fp32", native: bool = True) -> None:
         # Flows in float64 are for exactness: nothing of theirs is narrowed.
         self.flow, self.precision = flow, precision if flow.dtype == torch.float32 else "fp32"
         storage = torch.bfloat16 if self.precision == "bf16" else flow.dtype

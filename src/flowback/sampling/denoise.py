@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowback.flow import Flow
+from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 
 __all__ = ["denoise", "denoises", "images_at_once"]
@@ -21,12 +21,12 @@ _ACTIVATIONS = 24
 """Tensors of the size (tokens, width) that autograd keeps in one layer, about."""
 
 
-def denoises(flow: Flow) -> bool:
+def denoises(flow: TARFlow) -> bool:
     """Whether the flow was trained with Gaussian noise; for uniform dequantisation there is no such step."""
     return flow.config.noise == "gaussian" and flow.config.noise_std > 0
 
 
-def images_at_once(flow: Flow) -> int:
+def images_at_once(flow: TARFlow) -> int:
     """Images whose activations fit the memory that denoising allows itself (1 GiB)."""
     config = flow.config
     values = config.blocks * config.layers * config.tokens * config.width * _ACTIVATIONS
@@ -34,7 +34,7 @@ def images_at_once(flow: Flow) -> int:
 
 
 def denoise(
-    flow: Flow, images: Float[Tensor, "b c h w"], labels: Labels = None, chunk: int | None = None
+    flow: TARFlow, images: Float[Tensor, "b c h w"], labels: Labels = None, chunk: int | None = None
 ) -> Float[Tensor, "b c h w"]:
     """The denoised images, x + σ²·∇ log p(x | label), σ the noise of training.
 

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowback.errors import InputError
-from flowback.flow import Flow
+from flowback.flow import TARFlow
 from flowback.flow.block import Labels
+from flowback.flow.tarflow import UserLabels
 from flowback.sampling.decoder import Decoder, Engine, Precision, sequential
 from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
@@ -95,7 +96,7 @@ def new_tokens(plan: BlockPlan) -> int:
 _SEEDS = 2**32
 
 
-def noise(flow: Flow, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor, "b n d"]:
+def noise(flow: TARFlow, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor, "b n d"]:
     """Standard normal tokens, drawn in fp32 on the CPU from one generator an image.
 
     Args:
@@ -117,8 +118,8 @@ def noise(flow: Flow, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor, "b
 
 
 def sample(
-    flow: Flow,
-    labels: Labels | Sequence[int] | int = None,
+    flow: TARFlow,
+    labels: UserLabels = None,
     seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
     guidance: Guidance | float | Sequence[float] | Tensor = 0.0,
     denoise: bool = True,
@@ -169,8 +170,8 @@ def sample(
 
 @torch.no_grad()
 def trajectory(
-    flow: Flow,
-    labels: Labels | Sequence[int] | int = None,
+    flow: TARFlow,
+    labels: UserLabels = None,
     seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
     guidance: Guidance | float | Sequence[float] | Tensor = 0.0,
     denoise: bool = True,
@@ -213,7 +214,7 @@ def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
     return made
 
 
-def check_guidance(flow: Flow, labelled: bool, guidance: Guidance) -> None:
+def check_guidance(flow: TARFlow, labelled: bool, guidance: Guidance) -> None:
     """Refuse guidance that cannot do anything, before work starts.
 
     Raises:

@@ -10,7 +10,7 @@ from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.vae import open_codec
 from flowback.evaluation.held_out import held_out_figures
-from flowback.flow import Flow
+from flowback.model import Flow
 from flowback.sampling import sample
 from flowback.sampling.image_files import grid, save_png
 from flowback.training import Evaluator

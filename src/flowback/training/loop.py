@@ -19,7 +19,7 @@ from flowback import checkpoint
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError, Interrupted
-from flowback.flow import Flow
+from flowback.model import Flow
 from flowback.progress import bar
 from flowback.training.batches import Batch, batches, noticing_dead_workers
 from flowback.training.distributed import Vote, gathered, noticing_loss, root_whole, sharded, signals, start

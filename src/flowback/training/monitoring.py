@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from flowback.alignment.loss import alignment_loss
 from flowback.alignment.strategies import encode
-from flowback.config import AlignmentConfig, RunConfig, to_dict
+from flowback.checked import to_dict
+from flowback.config import AlignmentConfig, RunConfig
 from flowback.errors import InputError
-from flowback.flow import Flow, affine
+from flowback.flow import affine
 from flowback.flow.block import Labels
 from flowback.flow.cost import flops_per_image
 from flowback.flow.likelihood import nll_per_dim
+from flowback.model import Flow
 
 __all__ = [
     "Guard",

@@ -13,9 +13,10 @@ from flowback.alignment.loss import Projector, alignment_loss
 from flowback.alignment.strategies import encode
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
-from flowback.flow import Flow, Location
+from flowback.flow import Location
 from flowback.flow.block import Labels
 from flowback.flow.likelihood import nll_per_dim
+from flowback.model import Flow
 
 __all__ = ["Losses", "Objective", "Targets", "weighted_mean"]
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from flowback import checkpoint
-from flowback.config import RunConfig, to_dict
+from flowback.checked import to_dict
+from flowback.config import RunConfig
 from flowback.errors import InputError
 from flowback.files import plain, replacing, write_json
 from flowback.provenance import environment
@@ -127,7 +128,7 @@ class RunFolder:
                 stored, training = checkpoint.load_config(folder), checkpoint.load_training_state(folder)
                 if stored.train.averages == self.config.train.averages:  # else compare() refuses
                     averages = {
-                        decay: checkpoint.load(folder, ema=decay).state_dict()
+                        decay: checkpoint.load_weights(folder, ema=decay)[1]
                         for decay in self.config.train.averages
                     }
             except InputError as error:

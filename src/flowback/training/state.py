@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowback.config import RunConfig, TrainConfig
 from flowback.errors import InputError
-from flowback.flow import Flow
+from flowback.model import Flow
 from flowback.training.distributed import gathered, held_bytes, local, scattered, shard
 from flowback.training.objective import Objective
 

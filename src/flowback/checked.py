@@ -1,0 +1,134 @@
+"""Dataclasses whose values are checked when they are made, and their way to JSON and back.
+
+Values are brought to the type of their field where that changes nothing (a list to a tuple, text to a path,
+the text ``1e-3``, as YAML reads it, to a number); pydantic decides. Everything else, and every unknown key,
+is one sentence that names the option.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from flowback.errors import InputError, nearest
+
+__all__ = ["Checked", "from_dict", "require", "to_dict"]
+
+T = TypeVar("T")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+class Checked:
+    """Base of frozen dataclasses: types are checked first, then :meth:`check` looks at the values."""
+
+    section: ClassVar[str] = ""
+    """What stands before the dot in the names of its options."""
+
+    def __post_init__(self) -> None:
+        prefix = f"{self.section}." if self.section else ""
+        for name, hint in _hints(type(self)).items():
+            if not is_dataclass(hint):
+                object.__setattr__(self, name, _value(getattr(self, name), hint, prefix + name))
+        self.check()
+
+    def check(self) -> None:
+        """Raise InputError for values that do not go together, or lie out of range."""
+
+
+_cache: dict[Any, dict[str, Any]] = {}
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Type of each field; kept, since every config asks for it when it is made."""
+    if kind not in _cache:
+        hints = typing.get_type_hints(kind)
+        _cache[kind] = {field.name: hints[field.name] for field in fields(kind)}
+    return _cache[kind]
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the type that the field's annotation names."""
+    try:
+        # Python takes True for 1, and so would pydantic.
+        if not isinstance(value, bool) or bool in (hint, *typing.get_args(hint)):
+            return _adapter(hint).validate_python(value)
+    except ValidationError:
+        pass
+    shown = json.dumps(value, default=str)
+    close = nearest(str(value).lower(), map(str, _choices(hint)), only_close=True)
+    raise InputError(f"Option {where} is {shown}, which is not {_describe(hint)}{close or '.'}")
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The values that a Literal, or one in a union, allows."""
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [choice for option in typing.get_args(hint) for choice in _choices(option)]
+    return []
+
+
+def to_dict(config: Any) -> Any:
+    """Plain lists, dicts, strings and numbers of a config, ready for JSON."""
+    if is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple):
+        return [to_dict(item) for item in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_dict(kind: type[T], values: Any, default: T | None = None, where: str = "") -> T:
+    """The dataclass ``kind`` with ``values``, and ``default`` for what they leave out.
+
+    Raises:
+        InputError: an unknown key, or a value that does not fit its field.
+    """
+    if not isinstance(values, dict):
+        shown = json.dumps(values, default=str)
+        raise InputError(f"{where or kind.__name__} must be a mapping of options, not {shown}.")
+    hints = _hints(kind)
+    for key in values:
+        if key not in hints:
+            raise InputError(f"Unknown option {where}{key}; {nearest(str(key), hints)}")
+    made = {}
+    for name, hint in hints.items():
+        if name not in values:
+            if default is not None:
+                made[name] = getattr(default, name)
+        elif is_dataclass(hint):
+            base = getattr(default, name) if default is not None else None
+            made[name] = from_dict(typing.cast(type, hint), values[name], base, f"{where}{name}.")
+        else:
+            made[name] = _value(values[name], hint, f"{where}{name}")
+    return kind(**made)
+
+
+def _describe(hint: Any) -> str:
+    """An annotation in the words of an error message."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, arguments))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of {_describe(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(_describe, arguments))}]"
+    return "None" if hint is type(None) else hint.__name__

@@ -1,0 +1,176 @@
+"""The flow that people hold: TARFlow's density with its files, its class names and its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float
+from torch import Tensor
+
+from flowback import checkpoint
+from flowback.config import ModelConfig, RunConfig
+from flowback.errors import InputError, nearest
+from flowback.flow import TARFlow
+from flowback.flow.block import Labels
+from flowback.flow.likelihood import add_noise
+from flowback.flow.tarflow import UserLabels
+from flowback.presets import get
+from flowback.sampling import sample
+
+__all__ = ["Flow", "create_flow", "load"]
+
+
+class Flow(TARFlow):
+    """A flow with its class names, its files and its samples; all mathematics is :class:`TARFlow`'s.
+
+    Labels are class ids, class names, soft class weights (B, K), or None for unconditional.
+
+    Args:
+        config: the model.
+        classes: names of the classes, in the order of their ids; empty where they are not known.
+
+    Raises:
+        InputError: as many names as classes were not given.
+
+    Example:
+        >>> import torch
+        >>> from flowback import Flow, ModelConfig
+        >>> flow = Flow(ModelConfig(image_size=8, channels=1, patch_size=2, width=32, blocks=2,
+        ...                         layers=1, head_dim=16, num_classes=2), classes=("cat", "dog"))
+        >>> out = flow(torch.zeros(2, 1, 8, 8), ["cat", "dog"])
+        >>> out.z.shape, out.log_det.shape
+        (torch.Size([2, 16, 4]), torch.Size([2]))
+        >>> flow.sample(labels=["dog", "cat", "cat"], seeds=[7, 8, 9], guidance=1.5).shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    def __init__(self, config: ModelConfig, classes: Sequence[str] = ()) -> None:
+        super().__init__(config)
+        self.classes = tuple(classes)
+        """Names of the classes; empty for unconditional, or where they are not known."""
+        self.run: RunConfig | None = None
+        """All settings of the run that it comes from; None for a new flow."""
+        if self.classes and len(self.classes) != (config.num_classes or 0):
+            raise InputError(
+                f"{len(self.classes)} class names for a model of {config.num_classes or 0} classes; "
+                "give one for each, in the order of their ids."
+            )
+
+    def labels(self, labels: UserLabels, batch: int) -> Labels:
+        """Labels as a tensor on the flow's device: ids and weights as they are, names by their id.
+
+        Raises:
+            InputError: an unknown name, ids out of range, a wrong count, or weights of another size.
+        """
+        if isinstance(labels, str):
+            labels = [labels] * batch
+        if isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
+            labels = [self._class_id(label) if isinstance(label, str) else label for label in labels]
+        return super().labels(labels, batch)
+
+    def _class_id(self, name: str) -> int:
+        if name in self.classes:
+            return self.classes.index(name)
+        if not self.classes:
+            raise InputError(f"The model does not know the names of its classes; give {name!r} as an id.")
+        raise InputError(f"The model has no class {name!r}; {nearest(name, self.classes)}")
+
+    def add_noise(self, images: Float[Tensor, "b c h w"], seeds: Sequence[int]) -> Float[Tensor, "b c h w"]:
+        """Images on [-1, 1] with the noise of training: the flow's densities are those of such images.
+
+        Args:
+            images: clean images.
+            seeds: one for each image, not negative; the noise depends on nothing else.
+        """
+        return add_noise(images, self.config, seeds)
+
+    def sample(
+        self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
+    ) -> Float[Tensor, "b c h w"]:
+        """Draw images on [-1, 1], not clamped: :func:`flowback.sample`, which explains the options.
+
+        For many batches, :class:`flowback.Sampler` prepares the weights once.
+        """
+        return sample(self, labels, seeds, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: torch.device | str = "cpu",
+        ema: float | None = None,
+        revision: str | None = None,
+    ) -> Flow:
+        """A stored flow with its averaged weights, in eval mode.
+
+        Args:
+            name: a run's folder (its newest checkpoint), a checkpoint folder, or a repository on the Hugging
+                Face Hub, as ``owner/name``.
+            device: where the weights go.
+            ema: decay of the average, of those the run kept; None is the one it was trained for.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            InputError: no checkpoint there, damaged, or written by a newer flowback.
+        """
+        folder = checkpoint.resolve(checkpoint.fetch(name, revision))
+        config, weights = checkpoint.load_weights(folder, device, ema)
+        with init_empty_weights(include_buffers=False):  # the weights are about to come
+            flow = cls(config.model, config.classes)
+        try:
+            flow.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(f"The weights in {folder} do not fit its config.json: {reason}") from None
+        flow.run = config
+        return flow.to(device).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that :meth:`from_pretrained` reads: config.json and model.safetensors.
+
+        The folder appears whole or not at all; a checkpoint that stands there is replaced.
+
+        Raises:
+            InputError: something else stands there, or it cannot be written.
+        """
+        run = self.run or RunConfig()
+        config = RunConfig(self.config, run.data, run.alignment, run.train, run.codec, self.classes)
+        checkpoint.save(Path(folder), config, self.state_dict())
+
+
+def load(name: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Flow:
+    """What is stored under a name, whatever kind of model it is; see :meth:`Flow.from_pretrained`."""
+    return Flow.from_pretrained(name, device, ema)
+
+
+def create_flow(
+    preset: str, num_classes: int | None = None, classes: Sequence[str] = (), **model: Any
+) -> Flow:
+    """A preset's flow with new weights, drawn from PyTorch's generator of random numbers.
+
+    Args:
+        preset: its name; :func:`flowback.list_presets` lists them.
+        num_classes: number of classes; None is the preset's, or the number of ``classes``.
+        classes: their names.
+        **model: fields of :class:`flowback.ModelConfig` that replace the preset's.
+
+    Raises:
+        InputError: no such preset, or a value out of range.
+
+    Example:
+        >>> import flowback
+        >>> flow = flowback.create_flow("digits", num_classes=10, width=32)
+        >>> flow.config.width, flow.config.num_classes
+        (32, 10)
+    """
+    config = get(preset).config.model
+    count = num_classes if num_classes is not None else len(classes) or config.num_classes
+    unknown = [name for name in model if name not in vars(config)]
+    if unknown:
+        raise InputError(f"The model has no option {unknown[0]}; {nearest(unknown[0], vars(config))}")
+    return Flow(replace(config, num_classes=count, **model), classes)
