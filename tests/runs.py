@@ -310,3 +310,31 @@ class Trouble:
                 time.sleep(0.01)
             os.kill(os.getpid(), self.signal)
         return seen.new_zeros(len(seen), 4, self.dim)
+
+
+def encode_pickled(pickled: bytes, file: Path) -> int:
+    """Encode with a flow that came as bytes: (flow, images, labels)."""
+    import pickle
+
+    import torch
+
+    flow, images, labels = pickle.loads(pickled)
+    torch.save(flow(images, labels).z.detach(), file)
+    return 0
+
+
+def compiled_and_plain() -> int:
+    """0 if a flow compiled as one graph gives the plain one's density and gradients, in float64 to 1e-12."""
+    import torch
+
+    from flowback import Flow
+
+    torch.manual_seed(0)
+    flow = Flow(tiny_config().model).double()
+    images, labels = torch.rand(3, 1, 8, 8).double(), torch.tensor([2, 0, 1])
+    compiled = torch.compile(flow, backend="aot_eager", fullgraph=True)  # without slow code generation
+    found = []
+    for module in (flow, compiled):
+        loss = module(images, labels).log_prob.sum()
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(flow.parameters()))])
+    return int(not all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*found, strict=True)))

@@ -68,7 +68,7 @@ def keeps(config) -> int:
     for step in (10**4, 10**4 + 1):
         generator = torch.Generator().manual_seed(step + state.process_index)
         batch = torch.randn(4, 1, 8, 8, generator=generator), torch.arange(4), None, torch.ones(4, 4, 6)
-        one.model(*batch).total.backward()
+        one.model(*batch).loss.backward()
         one.gradient_norm()
         one.step(step, bad=torch.zeros(()))
     training, averages = one.state(keep=True)
@@ -115,14 +115,14 @@ def gradients(*configs) -> int:
             torch.arange(8) < 3,
             torch.randn(8, 4, 6).double(),
         )
-        plain(*batch).total.backward()
+        plain(*batch).loss.backward()
         for part in torch.arange(8).chunk(2)[state.process_index].chunk(2):
             losses = objective(*(values[part] for values in batch))
             whole = [
                 type(p) is nn.Parameter
                 for p in (b.body.layers[0].mlp.up.weight for b in objective.flow.blocks)
             ]
-            (losses.total / 2).backward()
+            (losses.loss / 2).backward()
         found = gathered({name: parameter.grad for name, parameter in objective.named_parameters()})
         wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
         error = max(float((found[name] - value).abs().max()) for name, value in wanted.items())

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowback.alignment.align import Alignment
+    from flowback.alignment.encoders import Encoder, Recipe, create_encoder, register_encoder
     from flowback.classification import classify
     from flowback.config import (
         AlignmentConfig,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from flowback.sampling import BlockPlan, Guidance, sample
 
 _MODULES = {
+    "alignment.align": ("Alignment",),
+    "alignment.encoders": ("Encoder", "Recipe", "create_encoder", "register_encoder"),
     "classification": ("classify",),
     "config": (
         *("AlignmentConfig", "DataConfig", "ModelConfig", "RunConfig", "SampleConfig", "TrainConfig"),
@@ -38,21 +42,26 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Alignment",
     "AlignmentConfig",
     "BlockPlan",
     "DataConfig",
+    "Encoder",
     "Flow",
     "FlowOutput",
     "Guidance",
     "InputError",
     "ModelConfig",
+    "Recipe",
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
     "__version__",
     "classify",
+    "create_encoder",
     "create_flow",
     "load",
+    "register_encoder",
     "sample",
 ]
 

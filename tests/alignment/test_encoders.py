@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flowback import InputError
 from flowback.alignment import encoders
-from flowback.alignment.encoders import Encoder, Recipe, load_encoder
+from flowback.alignment.encoders import Encoder, Recipe, create_encoder
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -36,7 +36,7 @@ CREATE = timm.create_model
 
 @pytest.fixture(scope="module")
 def lite0():
-    return load_encoder("efficientnet_lite0")
+    return create_encoder("efficientnet_lite0")
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_families(small, tmp_path, name, norm):
     patch, prefix, (mean, std) = FAMILIES[name]
     grid, file = 3, tmp_path / "w.safetensors"
     state = write_random(name, file)
-    encoder = load_encoder(f"timm:{name}" + ("" if norm else "?norm=off"), file)
+    encoder = create_encoder(f"timm:{name}" + ("" if norm else "?norm=off"), file)
     images = torch.rand(2, 3, 50, 50) * 2 - 1
     features = encoder(images, grid)
     assert features.shape == (2, grid**2, 32)
@@ -184,11 +184,11 @@ def test_families(small, tmp_path, name, norm):
 def test_clip_uses_the_quick_gelu(small, tmp_path):
     name = "vit_base_patch16_clip_quickgelu_224.openai"
     write_random(name, tmp_path / "w.safetensors")
-    block = load_encoder(f"timm:{name}", tmp_path / "w.safetensors").model.blocks[0]
+    block = create_encoder(f"timm:{name}", tmp_path / "w.safetensors").model.blocks[0]
     x = torch.linspace(-3, 3, 7)
     torch.testing.assert_close(block.mlp.act(x), x * torch.sigmoid(1.702 * x))
     with pytest.raises(InputError, match=r"quick GELU.*use timm:vit_base_patch16_clip_quickgelu_224\.openai"):
-        load_encoder("timm:vit_base_patch16_clip_224.openai")
+        create_encoder("timm:vit_base_patch16_clip_224.openai")
 
 
 def test_final_norm_behind_pooling(small, tmp_path):
@@ -196,9 +196,9 @@ def test_final_norm_behind_pooling(small, tmp_path):
     name, file = "beit_base_patch16_224.in22k_ft_in22k", tmp_path / "w.safetensors"
     state = write_random(name, file)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
-    raw = load_encoder(f"timm:{name}?norm=off", file)(images, 14)
+    raw = create_encoder(f"timm:{name}?norm=off", file)(images, 14)
     normed = F.layer_norm(raw, (32,), state["fc_norm.weight"], state["fc_norm.bias"], eps=1e-6)
-    torch.testing.assert_close(load_encoder(f"timm:{name}", file)(images, 14), normed)
+    torch.testing.assert_close(create_encoder(f"timm:{name}", file)(images, 14), normed)
 
 
 GEOMETRY = ["efficientnet_lite0", "timm:test_vit", "timm:test_vit2", "timm:test_convnext", "timm:test_resnet"]
@@ -212,7 +212,7 @@ def test_features_lie_where_their_patch_lies(tmp_path, name, flip):
     if name.startswith("timm:"):
         file = tmp_path / "w.safetensors"
         save_file(timm.create_model(name[5:], num_classes=0).state_dict(), file)
-    encoder, grid = load_encoder(name, file), 4
+    encoder, grid = create_encoder(name, file), 4
     size = encoder.input_size(grid)
     side = size // grid
     dark = torch.full((1, 3, size, size), -0.5)
@@ -229,7 +229,7 @@ def test_features_lie_where_their_patch_lies(tmp_path, name, flip):
 def test_fixed_input_size_is_resampled(small, tmp_path):
     name, file = "beit_base_patch16_224.in22k_ft_in22k", tmp_path / "w.safetensors"
     write_random(name, file)
-    encoder = load_encoder(f"timm:{name}", file)
+    encoder = create_encoder(f"timm:{name}", file)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     assert encoder.input_size(7) == encoder.input_size(14) == 224
     own = encoder(images, 14).unflatten(1, (14, 14))
@@ -251,7 +251,7 @@ def test_licences_are_said(small, tmp_path, caplog):
         write_random(name, file)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            load_encoder(f"timm:{name}", file)
+            create_encoder(f"timm:{name}", file)
         assert (f"under the licence {licence}" in caplog.text) == (licence is not None)
 
 
@@ -259,7 +259,7 @@ def test_licences_are_said(small, tmp_path, caplog):
 
 
 def features_of(name, file):
-    return load_encoder(name, file)(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32), 2)
+    return create_encoder(name, file)(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32), 2)
 
 
 @pytest.mark.parametrize("form", ["pth", "wrapped", "distributed", "folder", "only file of a folder"])
@@ -340,19 +340,19 @@ def test_lite0_from_a_file(lite0, tmp_path):
     save_file(state, tmp_path / "w.safetensors")
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.equal(
-        load_encoder("efficientnet_lite0", tmp_path / "w.safetensors")(images, 2), lite0(images, 2)
+        create_encoder("efficientnet_lite0", tmp_path / "w.safetensors")(images, 2), lite0(images, 2)
     )
 
 
 def test_fingerprint_follows_weights_and_recipe(tmp_path):
     file = tmp_path / "w.safetensors"
     state = write_random("test_vit", file)
-    first = load_encoder("timm:test_vit", file).fingerprint
-    assert load_encoder("timm:test_vit", file).fingerprint == first
-    assert load_encoder("timm:test_vit?norm=off", file).fingerprint != first
+    first = create_encoder("timm:test_vit", file).fingerprint
+    assert create_encoder("timm:test_vit", file).fingerprint == first
+    assert create_encoder("timm:test_vit?norm=off", file).fingerprint != first
     state["blocks.0.mlp.fc1.bias"][0] += 1e-3
     save_file(state, file)
-    assert load_encoder("timm:test_vit", file).fingerprint != first
+    assert create_encoder("timm:test_vit", file).fingerprint != first
 
 
 # --- faults ---
@@ -373,7 +373,7 @@ def test_fingerprint_follows_weights_and_recipe(tmp_path):
 )
 def test_unknown_names(name, message):
     with pytest.raises(InputError, match=message):
-        load_encoder(name)
+        create_encoder(name)
 
 
 def test_offline(monkeypatch):
@@ -382,7 +382,7 @@ def test_offline(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(InputError) as caught:
-        load_encoder("timm:vit_base_patch14_dinov2.lvd142m")
+        create_encoder("timm:vit_base_patch14_dinov2.lvd142m")
     assert str(caught.value) == (
         "The weights of timm:vit_base_patch14_dinov2.lvd142m are not in the local cache and cannot be "
         "downloaded (cannot reach the hub); give a file with --alignment.weights PATH."
@@ -397,7 +397,7 @@ def test_bad_files_of_weights(tmp_path):
         elif content is not None:
             torch.save(content, path)
         with pytest.raises(InputError, match=message):
-            load_encoder("timm:test_vit", path)
+            create_encoder("timm:test_vit", path)
 
     state = write_random("test_vit", tmp_path / "good.safetensors")
     whole = (tmp_path / "good.safetensors").read_bytes()
@@ -452,4 +452,4 @@ def test_models_without_feature_maps(monkeypatch, tmp_path):
     save_file({"unused": torch.zeros(1)}, tmp_path / "w.safetensors")
     monkeypatch.setattr(encoders, "_create", lambda *arguments, **options: (Stub(), True))
     with pytest.raises(InputError, match="gives no feature maps"):
-        load_encoder("timm:test_vit", tmp_path / "w.safetensors")
+        create_encoder("timm:test_vit", tmp_path / "w.safetensors")

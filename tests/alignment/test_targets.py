@@ -19,7 +19,7 @@ from flowback.data.prepared import FeatureSettings
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
 
-ENCODER = functools.cache(module.load_encoder)
+ENCODER = functools.cache(module.create_encoder)
 """Loaded once for all tests: it is frozen."""
 
 CONFIG = RunConfig(
@@ -30,7 +30,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture(autouse=True)
 def _loaded_once(monkeypatch):
-    monkeypatch.setattr(module, "load_encoder", ENCODER)
+    monkeypatch.setattr(module, "create_encoder", ENCODER)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_prepared_features_are_those_of_the_encoder(config, tmp_path, monkeypatc
     """Read back without the encoder; float16 keeps 11 bits."""
     config = prepared_set(config, tmp_path / "set", 8, grid=2)
     images = training_images(config)
-    monkeypatch.setattr(module, "load_encoder", no_encoder)
+    monkeypatch.setattr(module, "create_encoder", no_encoder)
     with caplog.at_level("INFO", "flowback"):
         targets = make_targets(config, images, tmp_path / "cache")
     assert caplog.messages == [
@@ -153,7 +153,7 @@ def test_another_encoder_than_the_prepared_one_runs(config, tmp_path, monkeypatc
     elif change == "encoder":
         other = {"encoder": "timm:other"}
     monkeypatch.setattr(
-        module, "load_encoder", lambda *words: loaded.append(words) or ENCODER("efficientnet_lite0")
+        module, "create_encoder", lambda *words: loaded.append(words) or ENCODER("efficientnet_lite0")
     )
     config = dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, **other))
     images = training_images(config)
@@ -178,7 +178,7 @@ def test_the_encoder_sees_a_prepared_set_of_another_size(config, tmp_path, monke
     alignment = dataclasses.replace(config.alignment, originals_path=tmp_path / "large")
     config = dataclasses.replace(config, alignment=alignment)
     if grid is not None:
-        monkeypatch.setattr(module, "load_encoder", no_encoder)
+        monkeypatch.setattr(module, "create_encoder", no_encoder)
     images = training_images(config)
     targets = make_targets(config, images, tmp_path / "cache")
     large = load_images(DataConfig("prepared", tmp_path / "large"), 32, 3, "train")

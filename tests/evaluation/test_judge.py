@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fake_inception import FakeInception
-from flowback.alignment.encoders import load_encoder
+from flowback.alignment.encoders import create_encoder
 from flowback.config import DataConfig
 from flowback.data.image_set import MemoryImages, Subset
 from flowback.data.load import load_images
@@ -117,7 +117,7 @@ def test_tarflows_protocol_mirrors_half_of_the_references():
 
 
 def test_judge_with_and_without_inception():
-    reference, encoder = reference_of(image_set(12, seed=7)), load_encoder("efficientnet_lite0")
+    reference, encoder = reference_of(image_set(12, seed=7)), create_encoder("efficientnet_lite0")
     plain = Judge(reference, encoder)
     samples = image_set(10, seed=8)
     figures = plain.figures(plain.gather(batches(samples, 4), 10))
@@ -137,7 +137,7 @@ def test_distance_in_an_encoders_features_orders_images_by_their_distortion():
     digits = load_images(DataConfig(), 8, 1, "train")
     first, second = Subset(digits, torch.arange(36)), digits.read(torch.arange(36, 72))
     noised = (second.float() + 20 * torch.randn(second.shape)).clamp(0, 255).byte()
-    judge = Judge(Reference("first", first.fingerprint, first), load_encoder("efficientnet_lite0"))
+    judge = Judge(Reference("first", first.fingerprint, first), create_encoder("efficientnet_lite0"))
 
     def distance(images):
         return judge.figures(judge.gather(images.split(20), len(images)))["fd_efficientnet_lite0"]
@@ -149,7 +149,7 @@ def test_distance_in_an_encoders_features_orders_images_by_their_distortion():
 
 def test_parts_that_other_processes_gathered_give_the_same_figures():
     judge = Judge(
-        reference_of(image_set(14, seed=7)), load_encoder("efficientnet_lite0"), "adm", FakeInception()
+        reference_of(image_set(14, seed=7)), create_encoder("efficientnet_lite0"), "adm", FakeInception()
     )
     pixels = image_set(25, seed=8).pixels
     whole = judge.figures(judge.gather(pixels.split(25), 25))

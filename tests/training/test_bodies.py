@@ -34,7 +34,7 @@ def gradients(config):
             parameter.add_(0.05 * torch.randn_like(parameter))
     set_up_bodies(objective.flow, config)
     images, targets = torch.randn(4, 1, 8, 8), torch.randn(4, 4, 6)
-    objective(images, torch.arange(4), None, targets).total.backward()
+    objective(images, torch.arange(4), None, targets).loss.backward()
     return {name: parameter.grad for name, parameter in objective.named_parameters()}
 
 

@@ -22,9 +22,9 @@ def test_total_is_nll_plus_weighted_alignment(config, targets):
     losses = objective(images, labels, drop, features)
     nll = nll_per_dim(objective.flow(images, labels, drop).log_prob, 64).mean()
     assert losses.nll == pytest.approx(nll.item(), abs=1e-6)
-    assert losses.total.item() == pytest.approx((losses.nll + 0.3 * losses.alignment).item(), abs=1e-6)
-    assert set(losses.cosine) == {(2, 1)}
-    assert float(losses.alignment) == pytest.approx(-float(losses.cosine[2, 1]), abs=1e-6)
+    assert losses.loss.item() == pytest.approx((losses.nll + 0.3 * losses.alignment).item(), abs=1e-6)
+    assert set(losses.cosines) == {(2, 1)}
+    assert float(losses.alignment) == pytest.approx(-float(losses.cosines[2, 1]), abs=1e-6)
 
 
 def test_without_targets_it_is_the_likelihood_alone(config):
@@ -32,7 +32,7 @@ def test_without_targets_it_is_the_likelihood_alone(config):
     losses = objective(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))
     assert objective.projector is None
     assert losses.alignment is None
-    assert torch.equal(losses.total.detach(), losses.nll)
+    assert torch.equal(losses.loss.detach(), losses.nll)
 
 
 def test_bf16_stays_near_fp32(config, targets):
@@ -45,5 +45,5 @@ def test_bf16_stays_near_fp32(config, targets):
         objective.config, train=dataclasses.replace(config.train, precision="bf16")
     )
     half = objective(images, labels, drop, features)
-    assert half.total.dtype == torch.float32
-    assert half.total.item() == pytest.approx(full.total.item(), rel=0.02)
+    assert half.loss.dtype == torch.float32
+    assert half.loss.item() == pytest.approx(full.loss.item(), rel=0.02)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 from flowback.alignment.loss import resample
 from flowback.errors import InputError, nearest
 
-__all__ = ["Encoder", "Recipe", "load_encoder", "weights_hash"]
+__all__ = ["Encoder", "Recipe", "create_encoder", "register_encoder", "weights_hash"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Encoder(nn.Module):
             InputError: the model cannot take such images, or gives values that are not finite.
         """
         with torch.autocast(images.device.type, enabled=False):
-            features = self._map(images.float(), self.input_size(grid))
+            features = self.feature_map(images.float(), self.input_size(grid))
         return resample(features.flatten(2).transpose(1, 2), grid)
 
     @torch.no_grad()
@@ -131,9 +132,14 @@ class Encoder(nn.Module):
         """
         with torch.autocast(images.device.type, enabled=False):
             size = self.recipe.fixed_size or self.recipe.pooled_size
-            return self._map(images.float(), size).mean((2, 3))
+            return self.feature_map(images.float(), size).mean((2, 3))
 
-    def _map(self, images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b {self.dim} p q"]:
+    def feature_map(self, images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b {self.dim} p q"]:
+        """The model's features of images brought to ``size``; an encoder of another kind overrides this.
+
+        Raises:
+            InputError: the model cannot take such images, or gives values that are not finite.
+        """
         if images.shape[1] not in (1, 3):
             raise InputError(
                 f"Encoder {self.name} takes images of 1 or 3 channels, not {images.shape[1]}; feed it pixels."
@@ -166,11 +172,50 @@ class Encoder(nn.Module):
         return features
 
 
-def load_encoder(name: str, weights: Path | None = None) -> Encoder:
+Maker = Callable[[Path | None], Encoder]
+"""Makes an encoder from a file of weights, or from those that its name stands for."""
+
+_MAKERS: dict[str, Maker] = {}
+
+
+def register_encoder(name: str) -> Callable[[Maker], Maker]:
+    """Make ``name`` an encoder, for :func:`create_encoder` and for ``--alignment.encoder``.
+
+    The decorated function takes the file of weights, or None, and returns an :class:`Encoder`.
+
+    Raises:
+        InputError: the name is taken, or begins with ``timm:``.
+
+    Example:
+        >>> import flowback
+        >>> from torch import nn
+        >>> @flowback.register_encoder("grey-patches")
+        ... def grey_patches(weights):
+        ...     recipe = flowback.Recipe(dim=16, stride=4, mean=(0.5,) * 3, std=(0.5,) * 3)
+        ...     return GreyPatches("grey-patches", nn.Identity(), recipe)
+        >>> class GreyPatches(flowback.Encoder):
+        ...     def feature_map(self, images, size):
+        ...         grey = nn.functional.interpolate(images.mean(1, keepdim=True), size=(size, size))
+        ...         return nn.functional.pixel_unshuffle(grey, 4)
+        >>> encoder = flowback.create_encoder("grey-patches")
+        >>> encoder(torch.zeros(2, 3, 32, 32), grid=7).shape
+        torch.Size([2, 49, 16])
+    """
+
+    def register(maker: Maker) -> Maker:
+        if name in _MAKERS or name.startswith("timm:"):
+            raise InputError(f"The encoder name {name} is taken; choose another.")
+        _MAKERS[name] = maker
+        return maker
+
+    return register
+
+
+def create_encoder(name: str = "efficientnet_lite0", weights: Path | None = None) -> Encoder:
     """A frozen encoder by name.
 
     Args:
-        name: ``efficientnet_lite0``, ``timm:NAME`` or ``timm:NAME?norm=off``.
+        name: ``efficientnet_lite0``, ``timm:NAME``, ``timm:NAME?norm=off``, or a registered name.
         weights: file (.safetensors, .pth, .pt, .bin) or folder with the weights, in the names of timm or of
             the model's authors as far as timm knows them; None takes those of the package, timm's cache or
             the hub.
@@ -179,11 +224,12 @@ def load_encoder(name: str, weights: Path | None = None) -> Encoder:
         InputError: unknown name, or weights that are missing, damaged or of another model.
     """
     kind, _, rest = name.partition(":")
-    if name == "efficientnet_lite0":
-        return _lite0(weights)
+    if name in _MAKERS:
+        return _MAKERS[name](weights)
     if kind != "timm" or not rest:
+        known = ", ".join(sorted(_MAKERS))
         raise InputError(
-            f"Unknown --alignment.encoder {name}; give efficientnet_lite0, or timm:NAME with a model of timm."
+            f"Unknown --alignment.encoder {name}; give {known}, or timm:NAME with a model of timm."
         )
     encoder = _timm(name, rest, weights)
     if encoder.licence and encoder.licence.lower() not in _FREE:
@@ -195,6 +241,7 @@ def load_encoder(name: str, weights: Path | None = None) -> Encoder:
     return encoder
 
 
+@register_encoder("efficientnet_lite0")
 def _lite0(weights: Path | None) -> Encoder:
     """EfficientNet-Lite0; TensorFlow's padding, hence timm's `tf_` variant, and inputs (x - 127)/128."""
     import timm  # slow to import: only where an encoder is made

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowback.alignment.encoders import Encoder, load_encoder, weights_hash
+from flowback.alignment.encoders import Encoder, create_encoder, weights_hash
 from flowback.config import AlignmentConfig, RunConfig
 from flowback.data.image_set import ImageSet, Subset
 from flowback.data.load import load_images, pixels_of
@@ -157,7 +157,7 @@ def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTarg
     prepared = None if wanted.originals else _prepared(seen, wanted, grid)
     if prepared is not None:
         return CachedTargets(prepared, prepared.values.shape[-1])
-    encoder = load_encoder(wanted.encoder, wanted.weights)
+    encoder = create_encoder(wanted.encoder, wanted.weights)
     if wanted.originals:
         seen = _originals(config, pixels, encoder.input_size(grid))
     originals = None if seen is images else seen

@@ -12,7 +12,7 @@ import tyro
 from torch.nn import functional
 
 from flowback import presets
-from flowback.alignment.encoders import load_encoder
+from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.train import Fitted, fit
@@ -82,7 +82,7 @@ def run(argv: list[str]) -> None:
         flows[name] = Flow.from_pretrained(options.out / name)
         if judge is None:
             reference = Reference(fitted.images.name, fitted.images.fingerprint, fitted.images)
-            judge = Judge(reference, load_encoder("efficientnet_lite0"))
+            judge = Judge(reference, create_encoder("efficientnet_lite0"))
         report["runs"][name] = _figures(flows[name], fitted, judge, options)
         report["settings"]["configs"][name] = to_dict(fitted.config)
     options.out.mkdir(parents=True, exist_ok=True)

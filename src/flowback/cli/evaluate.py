@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor
 
 from flowback import checkpoint as checkpoints
-from flowback.alignment.encoders import load_encoder
+from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import (
@@ -261,7 +261,7 @@ def _judge(options: Options, processes: Processes, reference: Reference) -> Judg
         inception = None
         if options.protocol != "none":
             inception = load_inception(options.inception_weights, processes.device)
-        encoder = load_encoder("efficientnet_lite0").to(processes.device)
+        encoder = create_encoder("efficientnet_lite0").to(processes.device)
         return Judge(reference, encoder, options.protocol, inception, options.batch_size)
 
 

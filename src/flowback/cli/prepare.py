@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from flowback.alignment.encoders import load_encoder, weights_hash
+from flowback.alignment.encoders import create_encoder, weights_hash
 from flowback.cli.console import say, show_table
 from flowback.cli.options import pick_device
 from flowback.config import CodecConfig
@@ -158,7 +158,7 @@ def _encoder(options: Options) -> tuple[Maker | None, FeatureSettings | None]:
         return None, None
     grid, file = options.encoder_grid, weights_hash(options.encoder_weights)
     device = pick_device(options.device)
-    encoder = load_encoder(options.encoder, options.encoder_weights).to(device)
+    encoder = create_encoder(options.encoder, options.encoder_weights).to(device)
     settings = FeatureSettings(
         options.encoder, file, encoder.fingerprint, grid, encoder.input_size(grid), encoder.dim
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from flowback.alignment.encoders import load_encoder
+from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import held_out, out_folder, parse, pick_device
@@ -122,7 +122,7 @@ def _labels(images: ImageSet, limit: int | None) -> torch.Tensor:
 
 
 def _aligned(options: Options, test: ImageSet, device: torch.device) -> torch.Tensor:
-    encoder = load_encoder(options.encoder or "", options.encoder_weights).to(device)
+    encoder = create_encoder(options.encoder or "", options.encoder_weights).to(device)
     return encoder_features(encoder, pixels_of(test), options.test_limit, options.batch_size)
 
 

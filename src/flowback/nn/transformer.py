@@ -27,7 +27,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
         inside = self.up(self.norm(x))
-        if torch.is_grad_enabled():
+        # Under torch.func's transforms, which differentiate and batch as they like, PyTorch's own layers run.
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             return _gelu_linear(inside, self.down.weight, self.down.bias)
         return self.down(F.gelu(inside))
 
@@ -39,11 +40,20 @@ def _gelu_linear(
 
     The GELU's output is a quarter of all that a layer would keep, and 2 % of its time. The input and the
     weights have a node each, so that a backward pass for the input alone skips the weights' products, as it
-    does in PyTorch's own layers: a single Function is not told what the pass wants.
+    does in PyTorch's own layers: a single Function is not told what the pass wants. Each node sees a part of
+    the function only, so that second derivatives would be wrong; asking for them is an error.
     """
     output: Tensor = _GeluLinear.apply(x, weight.detach(), bias.detach())
     nothing: Tensor = _GeluLinearWeights.apply(x.detach(), weight, bias, output.detach())
     return output + nothing
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+        raise RuntimeError(
+            "A flow's gradient with create_graph=True would give wrong second derivatives; take them with "
+            "torch.func (grad, jacrev), inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+        )
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -59,6 +69,7 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
         if gradient is None:  # what no loss reaches stays without a gradient
             return None, None, None
+        _refuse_second_derivatives()
         x, weight = ctx.saved_tensors  # under autocast the gradient's dtype is not the weight's
         inside = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
         return torch.ops.aten.gelu_backward(inside, x), None, None
@@ -78,6 +89,7 @@ class _GeluLinearWeights(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, Tensor | None, Tensor | None, None]:
         if gradient is None:
             return None, None, None, None
+        _refuse_second_derivatives()
         (x,) = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
         d_weight = d_bias = None

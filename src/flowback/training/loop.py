@@ -16,6 +16,7 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 from flowback import checkpoint
+from flowback.alignment.align import Losses
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError, Interrupted
@@ -35,7 +36,7 @@ from flowback.training.monitoring import (
     step_flops,
     tracker_settings,
 )
-from flowback.training.objective import Losses, Targets, weighted_mean
+from flowback.training.objective import Targets, weighted_mean
 from flowback.training.run_folder import RunFolder, Stored, Writer
 from flowback.training.state import Weights, learning_rate
 
@@ -208,7 +209,7 @@ class _Run:
                     else self.targets(batch.indices[part], batch.flipped[part], batch.seen[part]),
                 )
                 weight = len(batch.noised[part]) / share
-                (losses.total * weight).backward()
+                (losses.loss * weight).backward()
             parts.append((weight, losses))
         gradient = self.weights.gradient_norm()
         self.weights.step(self.step, bad=self.guard.judge(gradient, self.step + 1))
@@ -278,7 +279,7 @@ class _Run:
                 row["mfu"] = row["tflops"] * 1e12 / (peak * self.processes)
         if losses.alignment is not None:
             row["alignment"] = self._mean(losses.alignment)
-            row |= {f"cosine_{t}_{layer}": self._mean(value) for (t, layer), value in losses.cosine.items()}
+            row |= {f"cosine_{t}_{layer}": self._mean(value) for (t, layer), value in losses.cosines.items()}
         return row
 
     def _mean(self, value: Tensor) -> float:

@@ -1,24 +1,22 @@
-"""The training objective: the only place where losses are added."""
+"""What a run trains: the losses of a batch, and where the encoder's features come from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from flowback.alignment.loss import Projector, alignment_loss
-from flowback.alignment.strategies import encode
+from flowback.alignment.align import Losses, losses
+from flowback.alignment.loss import Projector
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
-from flowback.flow import Location
 from flowback.flow.block import Labels
-from flowback.flow.likelihood import nll_per_dim
 from flowback.model import Flow
 
-__all__ = ["Losses", "Objective", "Targets", "weighted_mean"]
+__all__ = ["Objective", "Targets", "weighted_mean"]
 
 
 @runtime_checkable
@@ -39,37 +37,24 @@ class Targets(Protocol):
         ...
 
 
-class Losses(NamedTuple):
-    """Means over the images of a batch."""
-
-    total: Float[Tensor, ""]
-    """nll + weight · alignment: what is differentiated."""
-    nll: Float[Tensor, ""]
-    """Nats per dimension of the noised images, all constants included."""
-    alignment: Float[Tensor, ""] | None
-    """Minus the mean cosine between projected features and targets."""
-    cosine: dict[Location, Float[Tensor, ""]]
-    """Mean cosine at each location."""
-
-
 @torch.no_grad()
 def weighted_mean(parts: Sequence[tuple[float, Losses]]) -> Losses:
     """Losses of a batch from those of its parts and their shares, which sum to 1; without a graph."""
 
     def mean(value: Callable[[Losses], Tensor]) -> Tensor:
-        return torch.stack([share * value(losses) for share, losses in parts]).sum()
+        return torch.stack([share * value(part) for share, part in parts]).sum()
 
     first = parts[0][1]
     return Losses(
-        mean(lambda losses: losses.total),
-        mean(lambda losses: losses.nll),
-        None if first.alignment is None else mean(lambda losses: cast(Tensor, losses.alignment)),
-        {place: mean(lambda losses: losses.cosine[place]) for place in first.cosine},  # noqa: B023 - called at once
+        mean(lambda part: part.loss),
+        mean(lambda part: part.nll),
+        None if first.alignment is None else mean(lambda part: cast(Tensor, part.alignment)),
+        {place: mean(lambda part: part.cosines[place]) for place in first.cosines},  # noqa: B023 - called at once
     )
 
 
 class Objective(nn.Module):
-    """Likelihood and alignment of one batch: nll per dimension + weight · alignment (arXiv 2511.22345).
+    """Flow and projector as one module, whose call gives the losses of a batch.
 
     Args:
         config: the run.
@@ -81,7 +66,7 @@ class Objective(nn.Module):
     def __init__(self, config: RunConfig, target_dim: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.flow = Flow(config.model)
+        self.flow = Flow(config.model, config.classes)
         self.projector = None
         if target_dim is not None:
             self.projector = Projector(config.model.width, config.alignment.hidden, target_dim)
@@ -94,16 +79,6 @@ class Objective(nn.Module):
         targets: Float[Tensor, "b m f"] | None = None,
     ) -> Losses:
         """Losses of images with their noise added; ``targets`` are the encoder's features of the clean."""
-        dims = self.config.model.dims
-        with torch.autocast(
-            images.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"
-        ):
-            if self.projector is None or targets is None:
-                nll = nll_per_dim(self.flow(images, labels, drop).log_prob, dims).mean()
-                return Losses(nll, nll.detach(), None, {})
-            out = encode(self.flow, images, labels, drop, self.config.alignment)
-            nll = nll_per_dim(out.log_prob, dims).mean()
-            aligned = alignment_loss(out.hidden, targets, self.projector)
-        total = nll + self.config.alignment.weight * aligned.loss
-        cosine = {location: value.detach() for location, value in aligned.cosine.items()}
-        return Losses(total, nll.detach(), aligned.loss.detach(), cosine)
+        bf16 = self.config.train.precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            return losses(self.flow, self.projector, self.config.alignment, images, labels, drop, targets)

@@ -1,0 +1,165 @@
+"""Likelihood and alignment of a batch as one loss: nll per dimension + weight · alignment (arXiv 2511.22345).
+
+Letters in shapes: b images, n flow tokens, m encoder patches, w width of the flow, f width of the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from flowback.alignment.encoders import Encoder
+from flowback.alignment.loss import Projector, alignment_loss
+from flowback.alignment.strategies import encode
+from flowback.config import AlignmentConfig, ModelConfig, RunConfig
+from flowback.errors import InputError
+from flowback.flow import Location, TARFlow
+from flowback.flow.block import Labels
+from flowback.flow.likelihood import nll_per_dim
+from flowback.flow.tarflow import UserLabels
+
+__all__ = ["Alignment", "Losses", "losses"]
+
+
+class Losses(NamedTuple):
+    """Means over the images of a batch; call ``loss.backward()`` once."""
+
+    loss: Float[Tensor, ""]
+    """nll + weight · alignment: what is differentiated."""
+    nll: Float[Tensor, ""]
+    """Nats per dimension of the noised images, all constants included; without a graph."""
+    alignment: Float[Tensor, ""] | None
+    """Minus the mean cosine between projected features and targets, without its weight; without a graph."""
+    cosines: dict[Location, Float[Tensor, ""]]
+    """Mean cosine at each location; without a graph."""
+
+    @property
+    def cosine(self) -> Float[Tensor, ""] | None:
+        """Mean cosine over all locations."""
+        return None if self.alignment is None else -self.alignment
+
+
+def losses(
+    flow: TARFlow,
+    projector: nn.Module | None,
+    config: AlignmentConfig,
+    images: Float[Tensor, "b c h w"],
+    labels: Labels = None,
+    drop: Bool[Tensor, " b"] | None = None,
+    targets: Float[Tensor, "b m f"] | None = None,
+) -> Losses:
+    """Losses of images with their noise added; of the likelihood alone where nothing is to be aligned.
+
+    Args:
+        flow: the model.
+        projector: flow features to the encoder's space.
+        config: strategy, order, weight and locations.
+        images: on [-1, 1], noised.
+        labels: ids or class weights; None is unconditional.
+        drop: True where an image's label is replaced by the unconditional embedding.
+        targets: the encoder's features of the clean images.
+    """
+    dims = flow.config.dims
+    if projector is None or targets is None or config.strategy == "none":
+        nll = nll_per_dim(flow(images, labels, drop).log_prob, dims).mean()
+        return Losses(nll, nll.detach(), None, {})
+    out = encode(flow, images, labels, drop, config)
+    nll = nll_per_dim(out.log_prob, dims).mean()
+    aligned = alignment_loss(out.hidden, targets, projector)
+    total = nll + config.weight * aligned.loss
+    return Losses(total, nll.detach(), aligned.loss.detach(), aligned.cosine)
+
+
+class Alignment(nn.Module):
+    """Aligns a flow's features with those of a frozen encoder, in a training loop of your own.
+
+    Its only parameters are the projector's: train them with the flow's. Each call encodes a batch and gives
+    the losses; ``strategy="reverse"`` with ``order="exact"`` is the gradient of the generative pass.
+
+    Args:
+        config: the flow's settings.
+        encoder: what the clean images are shown to; None where features are given as ``targets``.
+        target_dim: width of such features; an encoder knows its own.
+        settings: all options of the alignment; None is the defaults of :class:`flowback.AlignmentConfig`
+            with strategy ``reverse``.
+        **options: fields of :class:`flowback.AlignmentConfig` that replace those of ``settings``.
+
+    Raises:
+        InputError: a location outside the flow, a value out of range, or neither encoder nor width.
+
+    Example:
+        >>> import torch, flowback
+        >>> flow = flowback.create_flow("digits", num_classes=10)
+        >>> align = flowback.Alignment(flow.config, strategy="reverse", order="exact", hidden=64,
+        ...                            locations=[(3, 2), (4, 2)], target_dim=24)
+        >>> images, features = torch.zeros(2, 1, 8, 8), torch.ones(2, 16, 24)
+        >>> out = align(flow, flow.add_noise(images, seeds=[0, 1]), [3, 7], targets=features)
+        >>> out.loss.backward()
+        >>> bool(flow.blocks[3].proj_in.weight.grad.isfinite().all())
+        True
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoder: Encoder | None = None,
+        target_dim: int | None = None,
+        settings: AlignmentConfig | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        base = settings or AlignmentConfig(strategy="reverse", locations=((config.blocks, config.layers),))
+        self.settings = RunConfig(model=config, alignment=replace(base, **options)).alignment
+        dim = encoder.dim if encoder is not None else target_dim
+        if dim is None:
+            raise InputError("Alignment needs an encoder, or the width of your own features as target_dim.")
+        self.projector = Projector(config.width, self.settings.hidden, dim)
+        self.grid = self.settings.grid or config.grid
+        """Encoder patches along one side."""
+        self._encoder = [encoder]  # in a list: frozen, so no part of parameters() and state_dict()
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The frozen encoder; it follows the images to their device."""
+        return self._encoder[0]
+
+    def forward(
+        self,
+        flow: TARFlow,
+        images: Float[Tensor, "b c h w"],
+        labels: UserLabels = None,
+        drop: Bool[Tensor, " b"] | None = None,
+        *,
+        clean: Float[Tensor, "b c p q"] | None = None,
+        targets: Float[Tensor, "b m f"] | None = None,
+    ) -> Losses:
+        """Losses of a batch; call ``.loss.backward()`` once, on all of it.
+
+        Args:
+            flow: the model.
+            images: on [-1, 1], with the noise of training (:meth:`flowback.Flow.add_noise`).
+            labels: class ids, names or weights; None is unconditional.
+            drop: True where an image's label is replaced by the unconditional embedding.
+            clean: the same images without noise, of any size, for the encoder.
+            targets: the encoder's features of them, in place of ``clean``.
+
+        Raises:
+            InputError: neither clean images nor features.
+        """
+        if targets is None:
+            if clean is None or self.encoder is None:
+                raise InputError(
+                    "Give the clean images as clean=..., or the encoder's features as targets=..."
+                )
+            targets = self.encoder.to(clean.device)(clean, self.grid)
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = flow.labels(labels, len(images))
+        return losses(flow, self.projector, self.settings, images, labels, drop, targets)
+
+    def extra_repr(self) -> str:
+        """Strategy and places, for ``print``."""
+        own = self.settings
+        return f"strategy={own.strategy}, order={own.order}, locations={own.locations}"

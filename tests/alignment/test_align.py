@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from flowback import (
+    Alignment,
+    AlignmentConfig,
+    Encoder,
+    Flow,
+    InputError,
+    ModelConfig,
+    Recipe,
+    RunConfig,
+    create_encoder,
+    register_encoder,
+)
+from flowback.training.objective import Objective
+
+MODEL = ModelConfig(
+    image_size=8, channels=1, patch_size=4, width=16, blocks=2, layers=2, head_dim=8, num_classes=3
+)
+
+
+class Stub(Encoder):
+    """Pixels of each patch, as they are fed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "stub", torch.nn.Identity(), Recipe(dim=4, stride=2, mean=(0.0,) * 3, std=(1.0,) * 3)
+        )
+
+    def feature_map(self, images, size):
+        return torch.nn.functional.pixel_unshuffle(images[:, :1, :size, :size], 2)
+
+
+@pytest.fixture
+def flow():
+    made = Flow(MODEL, ("a", "b", "c")).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.mark.parametrize("strategy", ["forward", "detach", "reverse"])
+def test_it_is_what_training_does(flow, strategy):
+    """Losses and every gradient, bit for bit, against the module that `flowback train` trains."""
+    settings = AlignmentConfig(strategy=strategy, order=1, weight=0.3, hidden=8, locations=((1, 1), (2, 2)))
+    align = Alignment(MODEL, target_dim=4, settings=settings).double()
+    objective = Objective(RunConfig(model=MODEL, alignment=settings), 4).double()
+    objective.flow.load_state_dict(flow.state_dict())
+    objective.projector.load_state_dict(align.projector.state_dict())
+    images, labels = torch.randn(3, 1, 8, 8).double(), torch.tensor([0, 1, 2])
+    features = torch.randn(3, 4, 4)
+    own, theirs = align(flow, images, labels, targets=features), objective(images, labels, None, features)
+    for found, expected in zip(own[:3], theirs[:3], strict=True):
+        assert torch.equal(found, expected)
+    assert own.loss.item() == pytest.approx(own.nll.item() + 0.3 * own.alignment.item(), abs=1e-12)
+    assert own.cosine.item() == pytest.approx(sum(own.cosines.values()).item() / 2, abs=1e-12)
+    own.loss.backward()
+    theirs.loss.backward()
+    for module, other in ((flow, objective.flow), (align.projector, objective.projector)):
+        for name, parameter in module.named_parameters():
+            assert torch.equal(parameter.grad, other.get_parameter(name).grad), name
+
+
+def test_strategy_none_is_the_likelihood_alone(flow):
+    align = Alignment(MODEL, target_dim=4, strategy="none").double()
+    out = align(flow, torch.zeros(1, 1, 8, 8).double(), targets=torch.ones(1, 4, 4))
+    assert torch.equal(out.loss.detach(), out.nll)
+    assert out.alignment is None
+    assert out.cosine is None
+
+
+def test_clean_images_are_shown_to_the_encoder(flow):
+    encoder, images = Stub(), torch.rand(2, 1, 8, 8) * 2 - 1
+    align = Alignment(MODEL, encoder, hidden=8).double()
+    noised = flow.add_noise(images.double(), seeds=[0, 1])
+    found = align(flow, noised, ["a", "c"], clean=images)
+    expected = align(flow, noised, torch.tensor([0, 2]), targets=encoder(images, 2))
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_the_encoder_is_frozen_and_no_part_of_the_weights():
+    align = Alignment(MODEL, create_encoder("efficientnet_lite0"), hidden=8)
+    assert {name.split(".")[0] for name, _ in align.named_parameters()} == {"projector"}
+    assert {name.split(".")[0] for name in align.state_dict()} == {"projector"}
+    assert copy.deepcopy(align).encoder.dim == 112
+    assert "strategy=reverse, order=0, locations=((2, 2),)" in repr(align)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"locations": [(3, 1)]}, "--alignment.locations: (3, 1) is outside the model"),
+        ({"strategy": "backward"}, "which is not none or forward"),
+        ({"target_dim": None}, "Alignment needs an encoder, or the width"),
+    ],
+)
+def test_what_cannot_be_aligned_is_refused(options, sentence):
+    with pytest.raises(InputError) as caught:
+        Alignment(MODEL, **{"target_dim": 4, **options})
+    assert sentence in str(caught.value)
+
+
+def test_a_call_without_features_is_refused(flow):
+    align = Alignment(MODEL, target_dim=4).double()
+    with pytest.raises(InputError, match="Give the clean images as clean="):
+        align(flow, torch.zeros(1, 1, 8, 8).double(), clean=torch.zeros(1, 1, 8, 8))
+
+
+def test_a_registered_encoder_is_made_by_its_name():
+    register_encoder("test-stub")(lambda weights: Stub())
+    assert isinstance(create_encoder("test-stub"), Stub)
+    with pytest.raises(InputError, match="The encoder name test-stub is taken"):
+        register_encoder("test-stub")(lambda weights: Stub())
+    with pytest.raises(InputError, match="or timm:NAME"):
+        create_encoder("test-stubb")
