@@ -77,6 +77,7 @@ def test_a_path_alone_means_a_folder_of_images():
         (AlignmentConfig, {"order": -1}, "--alignment.order -1 must be 0, 1, 2, ... or exact."),
         (AlignmentConfig, {"tolerance": 0.0}, "--alignment.tolerance must be above 0."),
         (AlignmentConfig, {"hidden": 0}, "--alignment.hidden must be at least 1."),
+        (AlignmentConfig, {"spatial_norm": 1.5}, "--alignment.spatial-norm must be in [0, 1]"),
         (AlignmentConfig, {"grid": 0}, "--alignment.grid must be at least 1."),
         (AlignmentConfig, {"originals": True, "originals_path": Path("x")}, "a prepared set; give one."),
         (

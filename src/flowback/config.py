@@ -185,8 +185,13 @@ class AlignmentConfig(Checked):
     """Make the encoder's input from the original image files, not from the images at the flow's size."""
     originals_path: Path | None = None
     """A prepared set of the same images at another size, which the encoder sees in place of the flow's."""
+    projector: Literal["mlp", "conv"] = "mlp"
+    """Flow features to the encoder's space: three linear layers, or one 3×3 convolution over the tokens'
+    grid without a non-linearity (iREPA, arXiv 2512.10794)."""
     hidden: int = 1024
-    """Hidden width of the projector."""
+    """Hidden width of the projector `mlp`."""
+    spatial_norm: float | None = None
+    """γ of iREPA's targets, (v − γ·mean over patches) / (std over patches); 0.6 to 0.8 there. None: v."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
@@ -199,6 +204,10 @@ class AlignmentConfig(Checked):
         )
         require(self.tolerance > 0, "--alignment.tolerance must be above 0.")
         require(self.hidden > 0, "--alignment.hidden must be at least 1.")
+        require(
+            self.spatial_norm is None or 0 <= self.spatial_norm <= 1,
+            "--alignment.spatial-norm must be in [0, 1]; None leaves the targets as they are.",
+        )
         require(self.grid is None or self.grid > 0, "--alignment.grid must be at least 1.")
         require(
             len(set(self.locations)) == len(self.locations),

@@ -1,10 +1,20 @@
 """The alignment loss and the rule that lays one grid over another."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
-from flowback import InputError
-from flowback.alignment.loss import Projector, alignment_loss, resample
+from flowback import AlignmentConfig, InputError
+from flowback.alignment.loss import (
+    ConvProjector,
+    Projector,
+    alignment_loss,
+    make_projector,
+    resample,
+    spatially_normalised,
+)
 
 
 def ramp(grid, rows=2.0, columns=-3.0):
@@ -91,3 +101,43 @@ def test_targets_on_another_grid_are_resampled():
     found = alignment_loss(hidden, targets, torch.nn.Identity())
     same = alignment_loss(hidden, resample(targets, 8), torch.nn.Identity())
     assert torch.equal(found.loss, same.loss)
+
+
+def test_the_convolution_sees_each_token_and_its_neighbours_on_the_grid():
+    """Against the sum over the 3 x 3 tokens around each place, zeros outside; float64, to rounding."""
+    projector = ConvProjector(3, 2).double()
+    hidden = torch.randn(2, 16, 3, dtype=torch.float64)
+    weight, bias = projector.convolution.weight, projector.convolution.bias
+    expected = bias.expand(2, 16, 2).clone()
+    for row, column in itertools.product(range(4), range(4)):
+        for down, right in itertools.product((-1, 0, 1), (-1, 0, 1)):
+            if 0 <= row + down < 4 and 0 <= column + right < 4:
+                token = hidden[:, 4 * (row + down) + column + right]
+                expected[:, 4 * row + column] += token @ weight[:, :, down + 1, right + 1].T
+    assert torch.allclose(projector(hidden), expected, rtol=0, atol=1e-12)
+
+
+def test_spatially_normalised_targets_by_hand():
+    features = torch.randn(3, 9, 4, dtype=torch.float64)
+    found = spatially_normalised(features, 0.7)
+    for image, feature in itertools.product(range(3), range(4)):
+        values = features[image, :, feature]
+        by_hand = (values - 0.7 * sum(values) / 9) / (
+            math.sqrt(sum((values - values.mean()) ** 2) / 8) + 1e-6
+        )
+        assert torch.allclose(found[image, :, feature], by_hand, rtol=0, atol=1e-12)
+    constant = torch.ones(1, 9, 2, dtype=torch.float64)
+    assert bool(spatially_normalised(constant, 1.0).isfinite().all())  # no patch differs
+
+
+def test_the_loss_takes_the_targets_as_asked():
+    hidden, targets = {(1, 1): torch.randn(2, 16, 5)}, torch.randn(2, 16, 5)
+    found = alignment_loss(hidden, targets, torch.nn.Identity(), spatial_norm=0.6)
+    same = alignment_loss(hidden, spatially_normalised(targets, 0.6), torch.nn.Identity())
+    assert torch.equal(found.loss, same.loss)
+    assert not torch.equal(found.loss, alignment_loss(hidden, targets, torch.nn.Identity()).loss)
+
+
+def test_the_projector_is_the_one_asked_for():
+    assert isinstance(make_projector(AlignmentConfig(), 8, 5), Projector)
+    assert isinstance(make_projector(AlignmentConfig(projector="conv"), 8, 5), ConvProjector)

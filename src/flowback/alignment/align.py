@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flowback.alignment.encoders import Encoder
-from flowback.alignment.loss import Projector, alignment_loss
+from flowback.alignment.loss import alignment_loss, make_projector
 from flowback.alignment.strategies import encode
 from flowback.config import AlignmentConfig, ModelConfig, RunConfig
 from flowback.errors import InputError
@@ -68,7 +68,7 @@ def losses(
         return Losses(nll, nll.detach(), None, {})
     out = encode(flow, images, labels, drop, config)
     nll = nll_per_dim(out.log_prob, dims).mean()
-    aligned = alignment_loss(out.hidden, targets, projector)
+    aligned = alignment_loss(out.hidden, targets, projector, config.spatial_norm)
     total = nll + config.weight * aligned.loss
     return Losses(total, nll.detach(), aligned.loss.detach(), aligned.cosine)
 
@@ -116,7 +116,7 @@ class Alignment(nn.Module):
         dim = encoder.dim if encoder is not None else target_dim
         if dim is None:
             raise InputError("Alignment needs an encoder, or the width of your own features as target_dim.")
-        self.projector = Projector(config.width, self.settings.hidden, dim)
+        self.projector = make_projector(self.settings, config.width, dim)
         self.grid = self.settings.grid or config.grid
         """Encoder patches along one side."""
         self._encoder = [encoder]  # in a list: frozen, so no part of parameters() and state_dict()

@@ -14,10 +14,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowback.config import AlignmentConfig
 from flowback.errors import InputError
 from flowback.flow import Location
 
-__all__ = ["AlignmentLoss", "Projector", "alignment_loss", "resample"]
+__all__ = [
+    "AlignmentLoss",
+    "ConvProjector",
+    "Projector",
+    "alignment_loss",
+    "make_projector",
+    "resample",
+    "spatially_normalised",
+]
 
 
 class Projector(nn.Module):
@@ -40,6 +49,39 @@ class Projector(nn.Module):
     def forward(self, hidden: Float[Tensor, "b n w"]) -> Float[Tensor, "b n f"]:
         """Projected features, one for each token."""
         return self.layers(hidden)
+
+
+class ConvProjector(nn.Module):
+    """Flow features to the encoder's space: one 3×3 convolution over the grid (iREPA, arXiv 2512.10794).
+
+    Args:
+        width: of the flow's hidden states.
+        dim: of the encoder's features.
+    """
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(width, dim, 3, padding=1)
+
+    def forward(self, hidden: Float[Tensor, "b n w"]) -> Float[Tensor, "b n f"]:
+        """Projected features, one for each token; tokens in raster order."""
+        side = math.isqrt(hidden.shape[1])
+        maps = self.convolution(hidden.transpose(1, 2).unflatten(2, (side, side)))  # (b, f, side, side)
+        return maps.flatten(2).transpose(1, 2)
+
+
+def make_projector(config: AlignmentConfig, width: int, dim: int) -> Projector | ConvProjector:
+    """The projector that ``config`` asks for, from the flow's ``width`` to ``dim`` encoder features."""
+    return ConvProjector(width, dim) if config.projector == "conv" else Projector(width, config.hidden, dim)
+
+
+def spatially_normalised(features: Float[Tensor, "b m f"], gamma: float) -> Float[Tensor, "b m f"]:
+    """(v − γ·mean) / (std + 1e-6), over the patches of each image (iREPA, arXiv 2512.10794).
+
+    What is left is how patches differ: less of what all of them share, every feature of the same size.
+    """
+    mean, std = features.mean(1, keepdim=True), features.std(1, keepdim=True)
+    return (features - gamma * mean) / (std + 1e-6)
 
 
 @dataclass(frozen=True)
@@ -77,7 +119,10 @@ def resample(features: Float[Tensor, "b m f"], grid: int) -> Float[Tensor, "b n 
 
 
 def alignment_loss(
-    hidden: Mapping[Location, Float[Tensor, "b n w"]], targets: Float[Tensor, "b m f"], projector: nn.Module
+    hidden: Mapping[Location, Float[Tensor, "b n w"]],
+    targets: Float[Tensor, "b m f"],
+    projector: nn.Module,
+    spatial_norm: float | None = None,
 ) -> AlignmentLoss:
     """-mean over locations and tokens of cos(v, projector(h)) (arXiv 2511.22345).
 
@@ -87,12 +132,16 @@ def alignment_loss(
         hidden: hidden states of the flow by location, tokens in raster order.
         targets: encoder features of the same images, brought to the flow's grid by :func:`resample`.
         projector: maps hidden states to the width of the targets.
+        spatial_norm: γ of :func:`spatially_normalised` targets; None takes them as they are.
 
     Raises:
         InputError: the targets' grid cannot be resampled.
     """
     tokens = next(iter(hidden.values())).shape[1]
-    directions = resample(_at_least_fp32(targets), math.isqrt(tokens))
+    features = _at_least_fp32(targets)
+    if spatial_norm is not None:
+        features = spatially_normalised(features, spatial_norm)
+    directions = resample(features, math.isqrt(tokens))
     cosines: dict[Location, Tensor] = {}
     for location, state in hidden.items():
         projected = projector(state)

@@ -170,7 +170,9 @@ def gradient_balance(
         log_prob = flow(images, labels, drop).log_prob.mean()
         likelihood = _gradients(nll_per_dim(log_prob, flow.config.dims), blocks)
         hidden = encode(flow, images, labels, drop, config).hidden
-        alignment = _gradients(config.weight * alignment_loss(hidden, targets, projector).loss, blocks)
+        alignment = _gradients(
+            config.weight * alignment_loss(hidden, targets, projector, config.spatial_norm).loss, blocks
+        )
     found: dict[str, float] = {}
     for t, (nll, aligned) in enumerate(zip(likelihood, alignment, strict=True), start=1):
         norms = float(nll.norm()), float(aligned.norm())

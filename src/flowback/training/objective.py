@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from flowback.alignment.align import Losses, losses
-from flowback.alignment.loss import Projector
+from flowback.alignment.loss import make_projector
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.flow.block import Labels
@@ -61,7 +61,7 @@ class Objective(nn.Module):
         target_dim: features of the encoder; None trains on likelihood alone.
     """
 
-    projector: Projector | None
+    projector: nn.Module | None
 
     def __init__(self, config: RunConfig, target_dim: int | None = None) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Objective(nn.Module):
         self.flow = Flow(config.model, config.classes)
         self.projector = None
         if target_dim is not None:
-            self.projector = Projector(config.model.width, config.alignment.hidden, target_dim)
+            self.projector = make_projector(config.alignment, config.model.width, target_dim)
 
     def forward(
         self,
