@@ -77,6 +77,9 @@ def test_a_path_alone_means_a_folder_of_images():
         (AlignmentConfig, {"order": -1}, "--alignment.order -1 must be 0, 1, 2, ... or exact."),
         (AlignmentConfig, {"tolerance": 0.0}, "--alignment.tolerance must be above 0."),
         (AlignmentConfig, {"hidden": 0}, "--alignment.hidden must be at least 1."),
+        (AlignmentConfig, {"stop_at": 0}, "--alignment.stop-at must be at least 1."),
+        (AlignmentConfig, {"decay": "cosine"}, "--alignment.decay cosine needs --alignment.stop-at"),
+        (AlignmentConfig, {"stop_below": -2.0}, "--alignment.stop-below must be in [-1, 1]"),
         (AlignmentConfig, {"spatial_norm": 1.5}, "--alignment.spatial-norm must be in [0, 1]"),
         (AlignmentConfig, {"grid": 0}, "--alignment.grid must be at least 1."),
         (AlignmentConfig, {"originals": True, "originals_path": Path("x")}, "a prepared set; give one."),
@@ -142,6 +145,13 @@ def test_an_alignment_location_outside_the_model_is_refused(location):
     assert f"--alignment.locations: ({location[0]}, {location[1]}) is outside the model" in str(caught.value)
     assert "blocks go from 1 to 8, layers from 1 to 8" in str(caught.value)
     RunConfig(alignment=AlignmentConfig(locations=(location,)))  # nothing is aligned: nothing to refuse
+
+
+def test_a_trigger_needs_looks():
+    alignment = AlignmentConfig(strategy="detach", stop_below=0.0)
+    with pytest.raises(InputError, match="--alignment.stop-below needs --train.diagnose-every"):
+        RunConfig(alignment=alignment)
+    RunConfig(alignment=alignment, train=TrainConfig(diagnose_every=10))
 
 
 @pytest.mark.parametrize(

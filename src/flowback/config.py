@@ -172,7 +172,14 @@ class AlignmentConfig(Checked):
     tolerance: float = 1e-4
     """`exact` stops where the next term is below this share of the gradient."""
     weight: float = 0.1
-    """Weight of the alignment loss."""
+    """Weight of the alignment loss, at its highest."""
+    stop_at: int | None = None
+    """Step from which on nothing is aligned any more (HASTE, arXiv 2505.16792); None aligns to the end."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the weight falls to 0 at `stop_at`: at once, along a line, or along half a cosine."""
+    stop_below: float | None = None
+    """Also stop when the two losses' gradients, compared every `--train.diagnose-every` steps, have a mean
+    cosine below this in the blocks that the alignment reaches (HASTE's trigger); None never looks."""
     locations: tuple[tuple[int, int], ...] = ((7, 6), (8, 6))
     """(block, layer) pairs whose features are aligned, counted from 1."""
     encoder: str = "efficientnet_lite0"
@@ -197,6 +204,15 @@ class AlignmentConfig(Checked):
         """Refuse values out of range, and those that do not go together."""
         require(
             self.weight >= 0, f"--alignment.weight {self.weight} must not be negative; 0 switches it off."
+        )
+        require(self.stop_at is None or self.stop_at > 0, "--alignment.stop-at must be at least 1.")
+        require(
+            self.decay == "none" or self.stop_at is not None,
+            f"--alignment.decay {self.decay} needs --alignment.stop-at, the step at which the weight is 0.",
+        )
+        require(
+            self.stop_below is None or -1 <= self.stop_below <= 1,
+            "--alignment.stop-below must be in [-1, 1], the range of a cosine.",
         )
         require(
             self.order == "exact" or self.order >= 0,
@@ -375,6 +391,10 @@ class RunConfig(Checked):
             object.__setattr__(self, "data", dataclasses.replace(self.data, name="folder"))
         if not self.alignment.active:
             return
+        require(
+            self.alignment.stop_below is None or self.train.diagnose_every > 0,
+            "--alignment.stop-below needs --train.diagnose-every, the steps between two looks.",
+        )
         for block, layer in self.alignment.locations:
             require(
                 1 <= block <= self.model.blocks and 1 <= layer <= self.model.layers,

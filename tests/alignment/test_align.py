@@ -17,6 +17,7 @@ from flowback import (
     create_encoder,
     register_encoder,
 )
+from flowback.alignment.align import weight_at
 from flowback.training.objective import Objective
 
 MODEL = ModelConfig(
@@ -119,3 +120,23 @@ def test_a_registered_encoder_is_made_by_its_name():
         register_encoder("test-stub")(lambda weights: Stub())
     with pytest.raises(InputError, match="or timm:NAME"):
         create_encoder("test-stubb")
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, [0.5, 0.5, 0.5, 0.5]),
+        ({"stop_at": 8}, [0.5, 0.5, 0.0, 0.0]),
+        ({"stop_at": 8, "decay": "linear"}, [0.5, 0.25, 0.0, 0.0]),
+        ({"stop_at": 8, "decay": "cosine"}, [0.5, 0.25, 0.0, 0.0]),
+        ({"strategy": "none"}, [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_the_weight_falls_as_asked(options, weights):
+    config = AlignmentConfig(**{"strategy": "reverse", "weight": 0.5, **options})
+    assert [weight_at(config, step) for step in (0, 4, 8, 9)] == pytest.approx(weights, abs=1e-12)
+
+
+def test_half_a_cosine_falls_slowly_at_first():
+    config = AlignmentConfig(strategy="reverse", weight=1.0, stop_at=9, decay="cosine")
+    assert weight_at(config, 3) == pytest.approx(0.75, abs=1e-12)  # (1 + cos(π/3)) / 2

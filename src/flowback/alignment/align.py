@@ -5,6 +5,7 @@ Letters in shapes: b images, n flow tokens, m encoder patches, w width of the fl
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from flowback.flow.block import Labels
 from flowback.flow.likelihood import nll_per_dim
 from flowback.flow.tarflow import UserLabels
 
-__all__ = ["Alignment", "Losses", "losses"]
+__all__ = ["Alignment", "Losses", "losses", "weight_at"]
 
 
 class Losses(NamedTuple):
@@ -42,6 +43,24 @@ class Losses(NamedTuple):
         return None if self.alignment is None else -self.alignment
 
 
+def weight_at(config: AlignmentConfig, step: int) -> float:
+    """Weight of the alignment loss at a step, counted from 0; 0 where nothing is aligned.
+
+    Example:
+        >>> from flowback import AlignmentConfig
+        >>> config = AlignmentConfig(strategy="reverse", weight=0.5, stop_at=100, decay="linear")
+        >>> [weight_at(config, step) for step in (0, 50, 100, 150)]
+        [0.5, 0.25, 0.0, 0.0]
+    """
+    if not config.active or (config.stop_at is not None and step >= config.stop_at):
+        return 0.0
+    if config.decay == "none" or config.stop_at is None:
+        return config.weight
+    done = step / config.stop_at
+    left = 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.weight * left
+
+
 def losses(
     flow: TARFlow,
     projector: nn.Module | None,
@@ -50,6 +69,7 @@ def losses(
     labels: Labels = None,
     drop: Bool[Tensor, " b"] | None = None,
     targets: Float[Tensor, "b m f"] | None = None,
+    weight: float | None = None,
 ) -> Losses:
     """Losses of images with their noise added; of the likelihood alone where nothing is to be aligned.
 
@@ -61,6 +81,7 @@ def losses(
         labels: ids or class weights; None is unconditional.
         drop: True where an image's label is replaced by the unconditional embedding.
         targets: the encoder's features of the clean images.
+        weight: of the alignment loss at this step; None is ``config.weight``.
     """
     dims = flow.config.dims
     if projector is None or targets is None or config.strategy == "none":
@@ -69,7 +90,7 @@ def losses(
     out = encode(flow, images, labels, drop, config)
     nll = nll_per_dim(out.log_prob, dims).mean()
     aligned = alignment_loss(out.hidden, targets, projector, config.spatial_norm)
-    total = nll + config.weight * aligned.loss
+    total = nll + (config.weight if weight is None else weight) * aligned.loss
     return Losses(total, nll.detach(), aligned.loss.detach(), aligned.cosine)
 
 
