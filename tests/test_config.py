@@ -149,7 +149,7 @@ def test_an_alignment_location_outside_the_model_is_refused(location):
 
 def test_a_trigger_needs_looks():
     alignment = AlignmentConfig(strategy="detach", stop_below=0.0)
-    with pytest.raises(InputError, match="--alignment.stop-below needs --train.diagnose-every"):
+    with pytest.raises(InputError, match=r"--alignment\.stop-below needs --train\.diagnose-every"):
         RunConfig(alignment=alignment)
     RunConfig(alignment=alignment, train=TrainConfig(diagnose_every=10))
 
