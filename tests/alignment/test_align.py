@@ -18,6 +18,7 @@ from flowback import (
     register_encoder,
 )
 from flowback.alignment.align import weight_at
+from flowback.alignment.loss import ConvProjector, alignment_loss
 from flowback.training.objective import Objective
 
 MODEL = ModelConfig(
@@ -140,3 +141,13 @@ def test_the_weight_falls_as_asked(options, weights):
 def test_half_a_cosine_falls_slowly_at_first():
     config = AlignmentConfig(strategy="reverse", weight=1.0, stop_at=9, decay="cosine")
     assert weight_at(config, 3) == pytest.approx(0.75, abs=1e-12)  # (1 + cos(π/3)) / 2
+
+
+def test_options_of_projector_and_targets_reach_the_loss(flow):
+    align = Alignment(MODEL, target_dim=4, projector="conv", spatial_norm=0.6).double()
+    images, features = torch.randn(2, 1, 8, 8).double(), torch.randn(2, 4, 4)
+    found = align(flow, images, targets=features).alignment
+    hidden = flow(images, hidden=[(2, 2)]).hidden
+    expected = alignment_loss(hidden, features, align.projector, 0.6).loss
+    assert isinstance(align.projector, ConvProjector)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)  # the cosine is fp32, as the features
