@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "flowback"
 
 LEVELS = (
     {"errors"},
-    {"checked", "files", "progress", "provenance"},
+    {"checked", "devices", "files", "progress", "provenance"},
     {"config"},
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flowback.errors import InputError
     from flowback.flow import FlowOutput
     from flowback.model import Flow, create_flow, load
+    from flowback.presets import list_presets
     from flowback.sampling import BlockPlan, Guidance, sample
 
 _MODULES = {
@@ -35,6 +36,7 @@ _MODULES = {
     "errors": ("InputError",),
     "flow": ("FlowOutput",),
     "model": ("Flow", "create_flow", "load"),
+    "presets": ("list_presets",),
     "sampling": ("BlockPlan", "Guidance", "sample"),
 }
 """Public names, by the module that defines them."""
@@ -60,6 +62,7 @@ __all__ = [
     "classify",
     "create_encoder",
     "create_flow",
+    "list_presets",
     "load",
     "register_encoder",
     "sample",

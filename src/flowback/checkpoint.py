@@ -31,6 +31,7 @@ from torch import Tensor
 
 from flowback.checked import from_dict, to_dict
 from flowback.config import RunConfig
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.files import write_json
 
@@ -264,8 +265,9 @@ def load_weights(
         ema: decay of the average, of those the run kept; None is the one it was trained for.
 
     Raises:
-        InputError: no checkpoint, damaged, or written by a newer flowback.
+        InputError: no such device, no checkpoint, damaged, or written by a newer flowback.
     """
+    device = pick_device(device)
     folder = resolve(path)
     config = read_config(folder)
     decays = config.train.averages

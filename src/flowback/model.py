@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowback import checkpoint
 from flowback.config import ModelConfig, RunConfig
+from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
@@ -111,13 +112,14 @@ class Flow(TARFlow):
         Args:
             name: a run's folder (its newest checkpoint), a checkpoint folder, or a repository on the Hugging
                 Face Hub, as ``owner/name``.
-            device: where the weights go.
+            device: where the weights go; ``auto`` is a GPU where there is one.
             ema: decay of the average, of those the run kept; None is the one it was trained for.
             revision: branch, tag or commit of the repository.
 
         Raises:
-            InputError: no checkpoint there, damaged, or written by a newer flowback.
+            InputError: no such device, no checkpoint there, damaged, or written by a newer flowback.
         """
+        device = pick_device(device)
         folder = checkpoint.resolve(checkpoint.fetch(name, revision))
         config, weights = checkpoint.load_weights(folder, device, ema)
         with init_empty_weights(include_buffers=False):  # the weights are about to come

@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from flowback.cli.console import say, show_table
+from flowback.cli.options import parse
 from flowback.evaluation.report import compare, read_record
 from flowback.files import write_json
 
@@ -32,7 +33,7 @@ class Options:
 
 def run(argv: list[str]) -> None:
     """Read both, compare, show."""
-    options = tyro.cli(Options, args=argv, prog="flowback compare")
+    options = parse(Options, argv, "compare")
     records = [read_record(path) for path in (options.a, options.b)]
     found = compare(*records)
     names = [str(options.a), str(options.b)]

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import tyro
 from torch.nn import functional
 
 from flowback import presets
 from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
+from flowback.cli.options import parse
 from flowback.cli.train import Fitted, fit
 from flowback.data.pixels import to_bytes
 from flowback.evaluation.held_out import held_out_figures
@@ -58,7 +58,7 @@ class Options:
 
 def run(argv: list[str]) -> None:
     """Train twice, compare, and say where to look."""
-    options = tyro.cli(Options, args=argv, prog="flowback demo")
+    options = parse(Options, argv, "demo")
     report: dict[str, Any] = {
         "runs": {},
         "settings": {

@@ -10,9 +10,10 @@ import tyro
 
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
+from flowback.cli.options import parse
 from flowback.files import write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes, training_days
-from flowback.presets import PRESETS
+from flowback.presets import PRESETS, list_presets
 from flowback.provenance import environment
 
 __all__ = ["Options", "run"]
@@ -27,17 +28,23 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Options:
-    """List the presets, with what the papers published and what flowback measured."""
+    """List the presets, with what the papers published and what flowback measured.
 
+    On a terminal too narrow for all columns the last ones are left out; a pipe gets all, one line a preset.
+    """
+
+    pattern: tyro.conf.Positional[str] = "*"
+    """Only those whose names match, with `*` for anything: `flowback presets "imagenet64*"`."""
     json: Path | None = None
     """Write the list, with all settings, to this file."""
 
 
 def run(argv: list[str]) -> None:
     """Print the table."""
-    options = tyro.cli(Options, args=argv, prog="flowback presets")
+    options = parse(Options, argv, "presets")
     rows: list[dict[str, Any]] = []
-    for name, preset in PRESETS.items():
+    for name in list_presets(options.pattern):
+        preset = PRESETS[name]
         model, train = preset.config.model, preset.config.train
         rows.append(
             {
@@ -68,6 +75,7 @@ def run(argv: list[str]) -> None:
             ]
             for row in rows
         ],
+        optional=5,
     )
     say(
         "GFLOP: an encode pass; a training step takes three times as much for each image. "

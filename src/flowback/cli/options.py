@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, get_args, get_type_hints
 
@@ -18,6 +20,7 @@ from flowback import checkpoint as checkpoints
 from flowback.config import DataConfig, ModelConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.model import Flow
 from flowback.sampling import BlockPlan
@@ -32,7 +35,6 @@ __all__ = [
     "is_checkpoint",
     "out_folder",
     "parse",
-    "pick_device",
 ]
 
 Options = TypeVar("Options")
@@ -46,15 +48,84 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "config.json").is_file() or bool(checkpoint.step_folders(path))
 
 
-def parse(kind: type[Options], argv: Sequence[str], verb: str) -> Options:
-    """Options of ``kind`` from the command line; the data default to those of the checkpoint named first.
+def parse(
+    kind: type[Options],
+    argv: Sequence[str],
+    verb: str,
+    defaults: Callable[[Any], dict[str, Any]] | None = None,
+) -> Options:
+    """Options of ``kind`` from the command line, in any order.
 
-    ``--data NAME`` and ``--data FOLDER`` are short for ``--data.name`` and ``--data.path``.
+    What is left out may depend on what is given (a preset, a checkpoint, a file of settings), so the words
+    are read twice: first without checks, to see what is given, then on top of the defaults that follow from
+    it. An option of many values takes all words up to the next option, and the positional if that stands
+    right behind it (``--labels 1 2 RUN --out x``); the positional is then missing, which is refused, unless
+    it is the last word of all. ``--data NAME`` and ``--data FOLDER`` are short for ``--data.name`` and
+    ``--data.path``.
+
+    Args:
+        kind: dataclass of the options; a default for each but the required ones.
+        argv: the words after the verb.
+        verb: for usage and messages.
+        defaults: fields of ``kind`` by name, given what the first reading saw; left out, the data are those
+            of the checkpoint that is the first positional.
+
+    Raises:
+        InputError: values out of range, or what ``defaults`` raises.
     """
-    named = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    defaults = {}
-    if named is not None and is_checkpoint(named):
-        defaults["data"] = checkpoint.load_config(named).data
+    has_data = "data" in _groups(kind)
+    words = _without_shorthand(argv) if has_data else list(argv)
+    helps = bool({"-h", "--help"} & set(itertools.takewhile(lambda word: word != "--", words)))
+    given: dict[str, Any] = {}
+    if defaults or has_data:
+        read = [word for word in words if word not in ("-h", "--help")]
+        try:
+            seen = tyro.cli(_unchecked(kind), args=read, prog=f"flowback {verb}", console_outputs=not helps)
+            given = (defaults or _data_of_checkpoint)(seen)
+        except SystemExit:  # something is missing or misspelled, and tyro has said it
+            if not helps:
+                raise
+    if helps:
+        words = ["--help"]  # alone: tyro's help leaves out the positionals before it
+    return tyro.cli(kind, args=words, default=_start(kind, given), prog=f"flowback {verb}")
+
+
+def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
+    """The data of the checkpoint that the first field names; nothing where it names none."""
+    subject = getattr(seen, fields(seen)[0].name)
+    return {"data": checkpoint.load_config(subject).data} if is_checkpoint(subject) else {}
+
+
+@functools.cache
+def _unchecked(kind: type[Any]) -> type[Any]:
+    """The same options with values that nobody looks at: the defaults may not fit them yet."""
+    groups = {name: _unchecked(group) for name, group in _groups(kind).items()}
+    body = {name: field(default_factory=group) for name, group in groups.items()}
+    body |= {"__annotations__": groups, "__post_init__": lambda _: None, "__doc__": kind.__doc__}
+    return dataclass(frozen=True)(type(kind.__name__, (kind,), body))
+
+
+def _start(kind: type[Options], given: dict[str, Any]) -> Options:
+    """What tyro starts from; not constructed, which would check the marks of what is still missing."""
+    start = object.__new__(kind)
+    for one in fields(kind):  # type: ignore[arg-type]
+        if one.name in given:
+            value = given[one.name]
+        elif one.default_factory is not MISSING:
+            value = one.default_factory()
+        else:
+            value = tyro.MISSING if one.default is MISSING else one.default
+        object.__setattr__(start, one.name, value)
+    return start
+
+
+def _groups(kind: type[Any]) -> dict[str, Any]:
+    """The options that are groups of options, by name."""
+    return {name: hint for name, hint in get_type_hints(kind).items() if is_dataclass(hint)}
+
+
+def _without_shorthand(argv: Sequence[str]) -> list[str]:
+    """``--data VALUE`` written out; a set by name does without the checkpoint's path, unless one is given."""
     path_given = any(word.split("=")[0] == "--data.path" for word in argv)
     words: list[str] = []
     for word in argv:
@@ -64,12 +135,10 @@ def parse(kind: type[Options], argv: Sequence[str], verb: str) -> Options:
             words += _shorthand(word.removeprefix("--data="), path_given)
         else:
             words.append(word)
-    default = kind(named if named is not None else tyro.MISSING, **defaults)  # type: ignore[call-arg]
-    return tyro.cli(kind, args=words, default=default, prog=f"flowback {verb}")
+    return words
 
 
 def _shorthand(value: str, path_given: bool) -> list[str]:
-    """A set by name does without the checkpoint's path, unless one is given."""
     if value not in _NAMES:
         return ["--data.name", "folder", "--data.path", value]  # a prepared set is recognised there
     return ["--data.name", value, *(() if path_given else ("--data.path", "None"))]
@@ -93,20 +162,6 @@ def held_out(data: DataConfig, model: ModelConfig, split: str = "test") -> Image
 def out_folder(out: Path | None, subject: Path) -> Path:
     """Where records and pictures go: as asked, or beside the checkpoint."""
     return out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of an option ``--device``.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available here ({str(error).splitlines()[0]}).") from None
 
 
 Sampler = Literal["auto", "sequential", "jacobi"]
@@ -161,12 +216,18 @@ class Processes:
         device: as the option ``--device``; ``auto`` gives each process its own GPU, if there are any.
 
     Raises:
-        InputError: no such device here.
+        InputError: no such device here, or one for several processes.
     """
 
     def __init__(self, device: str) -> None:
-        self.state = PartialState(cpu=device == "cpu")
-        self.device: torch.device = self.state.device if device == "auto" else pick_device(device)
+        picked = pick_device(device, "--device")
+        self.state = PartialState(cpu=picked.type == "cpu")
+        if picked.index is not None and self.state.num_processes > 1:
+            raise InputError(
+                f"--device {device} is one device for {self.state.num_processes} processes; "
+                f"give {picked.type} or auto, and each takes its own."
+            )
+        self.device: torch.device = self.state.device if device == "auto" else picked
 
     @property
     def share(self) -> tuple[int, int]:

@@ -11,6 +11,8 @@ import tyro
 
 from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
+from flowback.cli.options import parse
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.model import Flow
@@ -55,12 +57,10 @@ class Options:
 @torch.no_grad()
 def run(argv: list[str]) -> None:
     """Measure, store, report."""
-    options = tyro.cli(Options, args=argv, prog="flowback plan")
+    options = parse(Options, argv, "plan")
     if options.batch_size < 1:
         raise InputError("--batch-size must be at least 1.")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(options.device, "--device")
     folder = checkpoints.resolve(options.checkpoint)
     flow = Flow.from_pretrained(folder, device)
     asked = wanted(folder, flow, options.batch_size, options.precision, options.guidance, options.tolerance)

@@ -13,7 +13,7 @@ import tyro
 
 from flowback.alignment.encoders import create_encoder, weights_hash
 from flowback.cli.console import say, show_table
-from flowback.cli.options import pick_device
+from flowback.cli.options import parse
 from flowback.config import CodecConfig
 from flowback.data.columns import Maker
 from flowback.data.decode_pool import Settings
@@ -22,6 +22,7 @@ from flowback.data.prepared import FeatureSettings
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
 from flowback.data.vae import Vae, open_codec
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.provenance import environment
@@ -100,7 +101,7 @@ class Options:
 
 def run(argv: list[str]) -> None:
     """Prepare, check, report."""
-    options = tyro.cli(Options, args=argv, prog="flowback prepare")
+    options = parse(Options, argv, "prepare")
     options.check()
     started = time.perf_counter()
     sources = open_source(
@@ -146,7 +147,7 @@ def _codec(options: Options) -> tuple[Vae | None, tuple[int, int, int] | None]:
     config = CodecConfig(
         options.vae, options.vae_revision, None, options.vae_scale, options.vae_shift, image_size=size
     )
-    codec = open_codec(config, pick_device(options.device))
+    codec = open_codec(config, pick_device(options.device, "--device"))
     assert isinstance(codec, Vae)
     channels, height, width = codec.encode(torch.zeros(1, options.channels, size, size)).shape[2:]
     return codec, (channels, height, width)
@@ -157,7 +158,7 @@ def _encoder(options: Options) -> tuple[Maker | None, FeatureSettings | None]:
     if options.encoder is None or options.encoder_grid is None:
         return None, None
     grid, file = options.encoder_grid, weights_hash(options.encoder_weights)
-    device = pick_device(options.device)
+    device = pick_device(options.device, "--device")
     encoder = create_encoder(options.encoder, options.encoder_weights).to(device)
     settings = FeatureSettings(
         options.encoder, file, encoder.fingerprint, grid, encoder.input_size(grid), encoder.dim

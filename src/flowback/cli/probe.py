@@ -11,10 +11,11 @@ import tyro
 from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
-from flowback.cli.options import held_out, out_folder, parse, pick_device
+from flowback.cli.options import held_out, out_folder, parse
 from flowback.config import DataConfig
 from flowback.data.image_set import ImageSet, evenly
 from flowback.data.load import pixels_of
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.evaluation.held_out import topk_accuracy
 from flowback.evaluation.linear_probe import Probe, all_locations, encoder_features, features, probe
@@ -65,7 +66,7 @@ def run(argv: list[str]) -> None:
     """Probe, show, plot, write."""
     options = parse(Options, argv, "probe")
     options.check()
-    flow = Flow.from_pretrained(options.checkpoint, pick_device(options.device))
+    flow = Flow.from_pretrained(options.checkpoint, pick_device(options.device, "--device"))
     train, test = (held_out(options.data, flow.config, split) for split in ("train", "test"))
     locations = list(options.locations) or all_locations(flow)
     sides, labels = [], []

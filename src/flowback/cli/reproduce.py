@@ -13,6 +13,7 @@ import tyro
 
 from flowback.cli import evaluate, train
 from flowback.cli.console import say, show_table
+from flowback.cli.options import parse
 from flowback.errors import InputError
 from flowback.files import replacing, write_json
 from flowback.presets import Preset, table
@@ -66,7 +67,7 @@ class Options:
 
 def run(argv: list[str]) -> None:
     """Train, evaluate, tabulate."""
-    options = tyro.cli(Options, args=argv, prog="flowback reproduce")
+    options = parse(Options, argv, "reproduce")
     options.check()
     presets = table(options.table, options.mini)
     name = options.table + ("-mini" if options.mini else "")

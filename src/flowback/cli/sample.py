@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
-from flowback.cli.options import Precision, Sampler, choose
+from flowback.cli.options import Precision, Processes, Sampler, choose, parse
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
 from flowback.files import write_json
@@ -93,12 +92,11 @@ class Options:
 
 def run(argv: list[str]) -> None:
     """Draw, write, report."""
-    options = tyro.cli(Options, args=argv, prog="flowback sample")
+    options = parse(Options, argv, "sample")
     _check(options)
-    state = PartialState(cpu=options.device == "cpu")
-    flow = Flow.from_pretrained(
-        options.checkpoint, state.device if options.device == "auto" else options.device
-    )
+    processes = Processes(options.device)
+    state = processes.state
+    flow = Flow.from_pretrained(options.checkpoint, processes.device)
     codec = open_codec(
         checkpoints.load_config(options.checkpoint).codec, flow.device, options.vae, options.force_vae
     )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from flowback import checkpoint
 from flowback.cli.console import say
+from flowback.cli.options import parse
 from flowback.config import RunConfig
 from flowback.errors import InputError
 from flowback.flow.cost import parameters
@@ -43,7 +44,7 @@ class ImportOptions:
 
 def run_import(argv: list[str]) -> None:
     """Read, convert, write."""
-    options = tyro.cli(ImportOptions, args=argv, prog="flowback import-tarflow")
+    options = parse(ImportOptions, argv, "import-tarflow")
     if options.image_size < 1 or options.patch_size < 1:
         raise InputError("--image-size and --patch-size must be at least 1.")
     if options.noise_std < 0:
@@ -74,7 +75,7 @@ class ExportOptions:
 
 def run_export(argv: list[str]) -> None:
     """Read, convert, write."""
-    options = tyro.cli(ExportOptions, args=argv, prog="flowback export-tarflow")
+    options = parse(ExportOptions, argv, "export-tarflow")
     if options.out.is_dir():
         raise InputError(f"{options.out} is a folder; give the name of a .pth file.")
     config = Flow.from_pretrained(options.checkpoint).config  # checks that config and weights fit together

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from flowback import presets
 from flowback.alignment.targets import make_targets
 from flowback.checked import from_dict, to_dict
 from flowback.cli.console import say, show_table
+from flowback.cli.options import parse
 from flowback.config import AlignmentConfig, CodecConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
@@ -64,7 +64,7 @@ class Fitted:
 
 def run(argv: list[str]) -> None:
     """Train, and show where it ended."""
-    options = _parse(argv)
+    options = parse(Options, argv, "train", _settings)
     config = RunConfig(options.model, options.data, options.alignment, options.train, options.codec)
     if options.dry_run:
         _dry_run(config)
@@ -114,41 +114,26 @@ def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:
     return replace(config, model=model, codec=found)
 
 
-def _parse(argv: Sequence[str]) -> Options:
-    """Options on top of YAML on top of the preset."""
-    named = argv[0] if argv and not argv[0].startswith("-") else None
-    base = presets.get(named).config if named else RunConfig()
-    file = _option(argv, "--config")
-    if file is not None:
-        try:
-            values = yaml.safe_load(Path(file).read_text()) or {}
-        except OSError as error:
-            raise InputError(f"--config {file} cannot be read: {error.strerror}.") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"--config {file} is not YAML: {str(error).splitlines()[0]}.") from None
-        try:
-            base = from_dict(RunConfig, values, base)
-        except InputError as error:
-            raise InputError(f"--config {file}: {error}") from None
-    default = Options(
-        preset=named or tyro.MISSING,
-        model=base.model,
-        data=base.data,
-        alignment=base.alignment,
-        train=base.train,
-        codec=base.codec,
-    )
-    return tyro.cli(Options, args=argv, default=default, prog="flowback train")
+def _settings(seen: Any) -> dict[str, Any]:
+    """The preset's settings with those of ``--config`` on top, by section."""
+    base = presets.get(seen.preset).config
+    if seen.config is not None:
+        base = _from_yaml(seen.config, base)
+    return {name: getattr(base, name) for name in ("model", "data", "alignment", "train", "codec")}
 
 
-def _option(argv: Sequence[str], name: str) -> str | None:
-    """The value of an option that must be known before the others are parsed."""
-    for index, word in enumerate(argv):
-        if word == name and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith(name + "="):
-            return word.split("=", 1)[1]
-    return None
+def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InputError(f"--config {file} cannot be read: {reason}.") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {file} is not YAML: {str(error).splitlines()[0]}.") from None
+    try:
+        return from_dict(RunConfig, values, base)
+    except InputError as error:
+        raise InputError(f"--config {file}: {error}") from None
 
 
 def _dry_run(config: RunConfig) -> None:

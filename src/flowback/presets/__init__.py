@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 from flowback.errors import InputError, nearest
 from flowback.presets.measured import MEASURED
@@ -13,7 +14,7 @@ from flowback.presets.papers import TABLES
 from flowback.presets.preset import Preset
 from flowback.presets.small import SMALL, mini
 
-__all__ = ["PRESETS", "TABLES", "Preset", "get", "table"]
+__all__ = ["PRESETS", "TABLES", "Preset", "get", "list_presets", "table"]
 
 
 def _all() -> dict[str, Preset]:
@@ -36,6 +37,23 @@ def get(name: str) -> Preset:
     if name not in PRESETS:
         raise InputError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
     return PRESETS[name]
+
+
+def list_presets(pattern: str = "*") -> list[str]:
+    """Names of the presets that match a pattern, where ``*`` stands for anything and ``?`` for one letter.
+
+    Raises:
+        InputError: none matches; the message names the nearest.
+
+    Example:
+        >>> import flowback
+        >>> flowback.list_presets("digits*e")
+        ['digits-reverse']
+    """
+    found = [name for name in PRESETS if fnmatchcase(name, pattern)]
+    if not found:
+        raise InputError(f"No preset matches {pattern!r}; {nearest(pattern.strip('*'), PRESETS)}")
+    return found
 
 
 def table(name: str, mini: bool = False) -> dict[str, Preset]:

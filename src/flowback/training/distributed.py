@@ -26,6 +26,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed, nn
 
 from flowback.config import TrainConfig
+from flowback.devices import pick_device
 from flowback.errors import InputError, ProcessLostError
 from flowback.training.objective import Objective
 
@@ -66,16 +67,21 @@ def start(train: TrainConfig) -> PartialState:
             f"accelerate was configured for {engine}, which flowback does not train with; launch with "
             "--use_fsdp --fsdp_version 2, or with torchrun and --train.shard."
         )
-    there = torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
+    device = pick_device(train.device, "--train.device")
     # Accelerate joins processes on the CPU only where it is told to use it.
-    cpu = train.device == "cpu" or (train.device == "auto" and not there)
-    state = PartialState(
-        cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=train.timeout)
-    )
-    if train.device.split(":")[0] not in ("auto", state.device.type):
+    cpu = device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=train.timeout))
+    if train.device != "auto" and device.type != state.device.type:
         raise InputError(
-            f"--train.device {train.device} is not there: this machine has {state.device.type}; use auto."
+            f"--train.device {train.device} is not what the launcher chose, {state.device.type}; use auto."
         )
+    if device.index is not None and state.num_processes > 1:
+        raise InputError(
+            f"--train.device {train.device} is one device for {state.num_processes} processes; "
+            f"give {device.type} or auto, and each takes its own."
+        )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what plain "cuda" means from here, in Accelerate too
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise InputError(

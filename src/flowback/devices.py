@@ -1,0 +1,59 @@
+"""Where to compute: the names that options and functions take, and what is there."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from flowback.errors import InputError, nearest
+
+__all__ = ["pick_device"]
+
+_KINDS = ("cpu", "cuda", "mps", "xpu")
+"""Kinds of device that training and sampling run on."""
+
+
+def pick_device(name: str | torch.device = "auto", option: str = "Device") -> torch.device:
+    """The device of that name.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``mps`` or ``xpu``, with an index (``cuda:1``) where there are several;
+            ``auto`` is the first of CUDA, XPU and MPS that is there, else the CPU.
+        option: what the message calls it; the command line says ``--device``.
+
+    Raises:
+        InputError: no such device, or not on this machine.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+    """
+    name = str(name)
+    if name == "auto":
+        return torch.device(next((kind for kind in ("cuda", "xpu", "mps") if _count(kind)), "cpu"))
+    match = re.fullmatch(r"([a-z]+)(?::(\d+))?", name)
+    if match is None or match[1] not in _KINDS:
+        hint = nearest(name.split(":")[0].lower(), ("auto", *_KINDS))
+        raise InputError(f"{option} {name} is unknown; {hint}")
+    kind, index = match[1], int(match[2] or 0)
+    if index >= _count(kind):
+        raise InputError(f"{option} {name} is not available: this machine has {_present()}.")
+    return torch.device(name)
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind this machine has."""
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "xpu":
+        return torch.xpu.device_count() if torch.xpu.is_available() else 0
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    return 1
+
+
+def _present() -> str:
+    """The names of all devices here, in words."""
+    names = [kind if kind == "cpu" else f"{kind}:{i}" for kind in _KINDS for i in range(_count(kind))]
+    return ", ".join(names)
