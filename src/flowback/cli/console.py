@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["say", "show_table"]
 
@@ -18,46 +19,50 @@ def say(text: str) -> None:
     _write(f"{text}\n")
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], optional: int = 0) -> None:
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], optional: int = 0, note: str = ""
+) -> None:
     """Print a table; floats are shortened to four digits.
 
-    On a terminal, numbers are right-aligned, the first column stays whole and the others wrap between words;
-    a table that is too wide even so is printed row by row. In a pipe there is one line for each row, with tabs
-    between the columns, after title and columns on lines that begin with ``#``.
+    On a terminal, numbers are right-aligned, the first column stays whole and the others wrap between
+    words; a table that is too wide even so is printed row by row. In a pipe there is one line for each row,
+    with tabs between the columns; all other lines begin with ``#``.
 
     Args:
         title: printed above.
         columns: their names.
         rows: a value for each column; None is shown as a dash.
         optional: so many columns, from the right, may be left out where the terminal is too narrow.
+        note: printed below.
     """
     texts = [[_text(value) for value in row] for row in rows]
     if not sys.stdout.isatty():
         lines = [f"# {title}", "# " + "\t".join(columns), *("\t".join(row) for row in texts)]
+        lines += [f"# {note}"] if note else []
         _write("".join(f"{line}\n" for line in lines))
         return
     console = Console(highlight=False)
     cells = list(zip(columns, *texts, strict=True))  # by column, the name first
     needed = [_needed(column, whole=index == 0) for index, column in enumerate(cells)]
     shown = len(columns)
-    while optional and not _fits(needed[:shown], console.width):
+    while optional and _spare(needed[:shown], console.width) < 0:
         shown, optional = shown - 1, optional - 1
-    if not _fits(needed[:shown], console.width):
-        _write(f"{title}\n{_row_by_row(columns, texts)}")
-        return
-    table = Table()
-    for index, column in enumerate(columns[:shown]):
-        numeric = all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
-        table.add_column(
-            column, justify="right" if numeric else "left", min_width=needed[index], no_wrap=index == 0
-        )
-    for row in texts:
-        table.add_row(*row[:shown])
-    with console.capture() as printed:
-        console.print(table, markup=False)
-    _write(f"{title}\n{printed.get()}")
-    if shown < len(columns):
-        _write(f"Not shown on {console.width} columns: {', '.join(columns[shown:])}.\n")
+    if _spare(needed[:shown], console.width) >= 0:
+        table = Table()
+        widths = _widths(cells[:shown], needed[:shown], console.width)
+        for index, column in enumerate(columns[:shown]):
+            numeric = all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", width=widths[index])
+        for row in texts:
+            table.add_row(*map(Text, row[:shown]))  # as it is: brackets are no markup
+        with console.capture() as printed:
+            console.print(table)
+        body = printed.get()
+    else:
+        body = _row_by_row(columns, texts)
+    missing = columns[shown:]
+    hidden = f"Not shown, for want of width: {', '.join(missing)}.\n" if missing else ""
+    _write(f"{title}\n{body}{hidden}" + (f"{note}\n" if note else ""))
 
 
 def _needed(cells: Sequence[str], whole: bool) -> int:
@@ -65,9 +70,19 @@ def _needed(cells: Sequence[str], whole: bool) -> int:
     return max(len(part) for cell in cells for part in ([cell] if whole else cell.split() or [""]))
 
 
-def _fits(widths: Sequence[int], width: int) -> bool:
-    """Whether columns fit on the terminal, with a border and two spaces for each."""
-    return sum(widths) + 3 * len(widths) + 1 <= width
+def _spare(widths: Sequence[int], width: int) -> int:
+    """What columns leave of the terminal, with a border and two spaces for each; negative: too wide."""
+    return width - sum(widths) - 3 * len(widths) - 1
+
+
+def _widths(cells: Sequence[Sequence[str]], needed: Sequence[int], width: int) -> list[int]:
+    """What each column needs, and of the rest what it lacks, those first that lack least."""
+    widths, spare = list(needed), _spare(needed, width)
+    lacking = [max(map(len, column)) - least for column, least in zip(cells, needed, strict=True)]
+    for index in sorted(range(len(widths)), key=lacking.__getitem__):
+        more = min(lacking[index], spare)
+        widths[index], spare = widths[index] + more, spare - more
+    return widths
 
 
 def _row_by_row(columns: Sequence[str], texts: Sequence[Sequence[str]]) -> str:

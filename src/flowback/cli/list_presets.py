@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from flowback.checked import to_dict
-from flowback.cli.console import say, show_table
+from flowback.cli.console import show_table
 from flowback.cli.options import parse
 from flowback.files import write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes, training_days
@@ -76,12 +76,10 @@ def run(argv: list[str]) -> None:
             for row in rows
         ],
         optional=5,
-    )
-    say(
-        "GFLOP: an encode pass; a training step takes three times as much for each image. "
+        note="GFLOP: an encode pass; a training step takes three times as much for each image. "
         f"GiB: estimated for {AT_ONCE} images at once (--train.micro-batch). "
         f"H100 days: estimated for one, at {UTILISATION:.0%} of its bf16 peak, without alignment. "
-        "Published: the papers' numbers. Measured: by this project, on a CPU, seed 0 (docs/results.md)."
+        "Published: the papers' numbers. Measured: by this project, on a CPU, seed 0 (docs/results.md).",
     )
     if options.json:
         record = {"environment": environment(), "utilisation": UTILISATION, "images_at_once": AT_ONCE}
