@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pickle
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -185,11 +187,71 @@ def test_a_flipped_bit_is_found(folder, name, share):
 
 
 def change_config(folder: Path, **changes) -> None:
-    """As another program would have written it, which gives no sum of its own content."""
+    """As a user would, or another program."""
     file = folder / "config.json"
     values = json.loads(file.read_text())
-    values["sha256"].pop("config.json")
     file.write_text(json.dumps({**values, **changes}))
+
+
+def test_an_edited_config_is_used_and_the_sections_are_named(folder, caplog):
+    change_config(folder, data={"name": "folder", "path": "/moved"}, classes=list("abcde"))
+    flow = load(folder)
+    assert flow.classes == tuple("abcde")
+    assert flow.run.data.path == Path("/moved")
+    said = f"{folder / 'config.json'} was edited since it was written (data, classes); going on with it."
+    assert [record.message for record in caplog.records] == [said]  # once, though it is read several times
+
+
+def test_a_config_in_another_layout_is_the_same(folder, caplog):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), sort_keys=True))
+    assert same(load(folder), weights())
+    assert not caplog.records
+
+
+def test_an_edited_value_is_checked(folder):
+    change_config(folder, train={"lr": "fast"})
+    assert sentence(load, folder) == (
+        f'{folder / "config.json"}: Option train.lr is "fast", which is not float.'
+    )
+
+
+def test_other_folders_beside_the_steps_are_left_alone(tmp_path):
+    step = tmp_path / "checkpoints" / "step-00000010"
+    checkpoint.save(step, CONFIG, weights())
+    for other in ("step-00000010-best", "step-00000011.old", "step-latest"):
+        checkpoint.save(step.with_name(other), CONFIG, weights(1))
+    assert checkpoint.step_folders(tmp_path) == [step]
+    assert same(load(tmp_path), weights())
+    assert same(load(step.with_name("step-00000010-best")), weights(1))
+    assert checkpoint.resolve(step.parent) == step
+
+
+def test_the_runs_in_a_folder_are_named(tmp_path):
+    for name in ("none", "reverse"):
+        checkpoint.save(tmp_path / "demo" / name / "checkpoints" / "step-00000010", CONFIG, weights())
+    checkpoint.save(tmp_path / "demo" / "kept", CONFIG, weights())
+    (tmp_path / "demo" / "report.md").write_text("a report")
+    folder = tmp_path / "demo"
+    expected = f"give one of {folder / 'kept'}, {folder / 'none'}, {folder / 'reverse'}."
+    assert sentence(load, folder) == f"No checkpoint at {folder}, but in it; {expected}"
+    assert sentence(load, folder / "report.md").startswith(f"No checkpoint at {folder / 'report.md'}: it is a ")
+
+
+def test_systems_without_rename_of_two_or_sync_of_folders(folder, monkeypatch):
+    """As on macOS and Windows, where a folder cannot be opened and files only be flushed when writable."""
+    synced = os.fsync
+
+    def windows_fsync(handle):
+        assert not stat.S_ISDIR(os.fstat(handle).st_mode)
+        assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_RDWR
+        synced(handle)
+
+    monkeypatch.setattr(checkpoint.sys, "platform", "win32")
+    monkeypatch.setattr(checkpoint.os, "fsync", windows_fsync)
+    monkeypatch.setattr(checkpoint.ctypes, "CDLL", lambda _: pytest.fail("no C library by that name"))
+    checkpoint.save(folder, CONFIG, weights(1))
+    assert same(load(folder), weights(1))
 
 
 def test_a_newer_format_is_refused(folder):

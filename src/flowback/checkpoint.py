@@ -6,8 +6,8 @@
     training.pt            raw weights, optimiser and position; only needed to go on training
 
 A folder appears whole or not at all: it is written under a temporary name, flushed to disk and renamed.
-config.json holds the SHA-256 of the other files and of its own content, which are compared whenever they
-are read.
+config.json holds the SHA-256 of the other files, which are compared whenever they are read, and of its own
+sections. It may be edited (when the data have moved, say); a warning then names the sections that changed.
 A run keeps its checkpoints in ``checkpoints/step-NNNNNNNN``, and every function here that takes a path
 takes the run's folder too, and then uses the newest.
 """
@@ -15,11 +15,14 @@ takes the run's folder too, and then uses the newest.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,30 +52,47 @@ __all__ = [
 
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
+_SHOWN = 8
+"""Runs that a message names."""
+
+log = logging.getLogger("flowback")
 
 
 def step_folders(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    """The complete checkpoints of a run, oldest first; ``run`` is its folder or ``checkpoints`` in it."""
+    run = Path(run)
+    places = [run / "checkpoints", *([run] if run.name == "checkpoints" else [])]
+    folders = [folder for place in places for folder in place.glob("step-*")]
+    return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8}", folder.name))
 
 
 def resolve(path: str | Path) -> Path:
     """The checkpoint folder that ``path`` means: itself, or the newest of a run.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none; the message names the runs in the folder, if it holds any.
     """
     path = Path(path)
-    if any((path / name).is_file() for name in ("model.safetensors", "training.pt")):
+    if _is_checkpoint(path):
         return path
     folders = step_folders(path)
     if folders:
         return folders[-1]
     if not path.exists():
         raise InputError(f"No checkpoint at {path}: the folder does not exist.")
+    if not path.is_dir():
+        raise InputError(f"No checkpoint at {path}: it is a file; give the folder of a checkpoint or a run.")
+    runs = [str(inner) for inner in sorted(path.iterdir()) if _is_checkpoint(inner) or step_folders(inner)]
+    if runs:
+        shown = ", ".join(runs[:_SHOWN]) + (", ..." if len(runs) > _SHOWN else "")
+        raise InputError(f"No checkpoint at {path}, but in it; give one of {shown}.")
     raise InputError(
         f"No checkpoint at {path}: give a folder with config.json and model.safetensors, or a run."
     )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("model.safetensors", "training.pt"))
 
 
 def fetch(name: str | Path, revision: str | None = None) -> Path:
@@ -120,7 +140,8 @@ def save(
         InputError: the folder holds something else, or the disk is full.
     """
     folder = Path(folder)
-    foreign = folder.exists() and not (folder / "config.json").is_file()
+    known = _is_checkpoint(folder) or (folder / "config.json").is_file()  # damaged ones are replaced, too
+    foreign = folder.exists() and not known
     if foreign and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something else than a checkpoint; choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -135,10 +156,10 @@ def save(
             save_file(contiguous, temporary / name, metadata={"format": "pt"})
         if training is not None:
             torch.save(training, temporary / "training.pt")
-        settings = {"format": FORMAT, **to_dict(config)}
-        sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        sums["config.json"] = _settings_sum(settings)
-        write_json(temporary / "config.json", {**settings, "sha256": sums})
+        settings = to_dict(config)
+        sums: dict[str, Any] = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        sums["config.json"] = _section_sums(settings)
+        write_json(temporary / "config.json", {"format": FORMAT, **settings, "sha256": sums})
         for written in (*temporary.iterdir(), temporary):
             _flush(written)
         _swap(temporary, folder)
@@ -179,13 +200,18 @@ def _exchange(one: Path, two: Path) -> bool:
 
     Linux's renameat2 with RENAME_EXCHANGE, which Python does not offer.
     """
+    if sys.platform != "linux":
+        return False
     here, exchange = -100, 2
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Bring a file or a folder to the disk; Windows does that for files alone, and those open for writing."""
+    if path.is_dir() and sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -195,11 +221,6 @@ def _flush(path: Path) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _settings_sum(settings: dict[str, Any]) -> str:
-    """SHA-256 of config.json's content, in a form that spaces and the order of keys do not change."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(file: Path) -> None:
@@ -225,28 +246,43 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file} has no format number: this is not a flowback checkpoint.")
     if found > FORMAT:
         raise InputError(f"{file} has format {found}, this flowback reads up to {FORMAT}; update flowback.")
-    values = {"sha256": {}, **values}
-    expected = values["sha256"].pop("config.json", None)
-    settings = {name: value for name, value in values.items() if name != "sha256"}
-    if expected not in (None, _settings_sum({"format": found, **settings})):
-        raise InputError(
-            f"{file} is damaged: its content has another SHA-256 than it says; take another copy."
-        )
-    return values
+    return {"sha256": {}, **values}
+
+
+def _section_sums(settings: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of each section, in a form that spaces and the order of keys do not change."""
+    return {
+        name: hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
+        for name, section in settings.items()
+    }
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once for each message: a command reads its checkpoint several times."""
+    log.warning(message)
 
 
 def read_config(folder: Path) -> RunConfig:
     """The settings in ``folder``/config.json, of a checkpoint or of a run that has none yet.
 
+    Where they were edited since the checkpoint was written, a warning names the sections.
+
     Raises:
-        InputError: missing, damaged, or written by a newer flowback.
+        InputError: missing, not readable, or written by a newer flowback.
     """
     values = _read_config(folder)
-    del values["sha256"]
+    written = values.pop("sha256").get("config.json", {})
     try:
-        return from_dict(RunConfig, values)
+        config = from_dict(RunConfig, values)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
+    now = _section_sums(values)
+    changed = [name for name, checksum in written.items() if now.get(name) != checksum]
+    if changed:
+        edited = ", ".join(changed)
+        _warn(f"{folder / 'config.json'} was edited since it was written ({edited}); going on with it.")
+    return config
 
 
 def load_config(path: str | Path) -> RunConfig:
