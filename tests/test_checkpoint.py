@@ -235,7 +235,9 @@ def test_the_runs_in_a_folder_are_named(tmp_path):
     folder = tmp_path / "demo"
     expected = f"give one of {folder / 'kept'}, {folder / 'none'}, {folder / 'reverse'}."
     assert sentence(load, folder) == f"No checkpoint at {folder}, but in it; {expected}"
-    assert sentence(load, folder / "report.md").startswith(f"No checkpoint at {folder / 'report.md'}: it is a ")
+    assert sentence(load, folder / "report.md").startswith(
+        f"No checkpoint at {folder / 'report.md'}: it is a "
+    )
 
 
 def test_systems_without_rename_of_two_or_sync_of_folders(folder, monkeypatch):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
 
 from flowback.errors import InputError, nearest
 
-__all__ = ["pick_device"]
+__all__ = ["cpu_cores", "pick_device"]
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 """Kinds of device that training and sampling run on."""
@@ -40,6 +41,13 @@ def pick_device(name: str | torch.device = "auto", option: str = "Device") -> to
     if index >= _count(kind):
         raise InputError(f"{option} {name} is not available: this machine has {_present()}.")
     return torch.device(name)
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use, where the system says so (Linux); else those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _count(kind: str) -> int:

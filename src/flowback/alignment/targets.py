@@ -97,7 +97,7 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
                 array[batch[0] : batch[-1] + 1, mirror] = features.cpu().numpy()
         array.flush()
         del array
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes what is open for writing
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

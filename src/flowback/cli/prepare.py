@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from flowback.data.prepared import FeatureSettings
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
 from flowback.data.vae import Vae, open_codec
-from flowback.devices import pick_device
+from flowback.devices import cpu_cores, pick_device
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.provenance import environment
@@ -114,7 +113,7 @@ def run(argv: list[str]) -> None:
         options.image_size, options.channels, options.crop, options.holdout,
         None if codec is None else codec.config, latent, features,
     )  # fmt: skip
-    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    workers = cpu_cores() if options.workers is None else options.workers
     complete = (options.out / "prepared.json").is_file()
     summary = prepare(
         sources, options.out, options.data, settings, options.bad_images, workers, codec, encoder

@@ -124,7 +124,7 @@ def _settings(seen: Any) -> dict[str, Any]:
 
 def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
     try:
-        values = yaml.safe_load(file.read_text()) or {}
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise InputError(f"--config {file} cannot be read: {reason}.") from None

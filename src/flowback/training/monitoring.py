@@ -11,7 +11,6 @@ blames for the forward strategy's results (arXiv 2511.22345).
 from __future__ import annotations
 
 import importlib.util
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,11 @@ from flowback.flow.block import Labels
 from flowback.flow.cost import flops_per_image
 from flowback.flow.likelihood import nll_per_dim
 from flowback.model import Flow
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 __all__ = [
     "Guard",
@@ -139,9 +143,14 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by PyTorch on the device, or by the process where the device is the CPU."""
+    """Most bytes held so far: by PyTorch on the device, or by the process where the device is the CPU.
+
+    0 on Windows, whose Python does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     kilobytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
 
