@@ -30,7 +30,7 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:  # writing, unlike opening, does not know it
+        if isinstance(error, OSError) and error.filename in (None, temporary):  # neither means much to users
             error.filename = str(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

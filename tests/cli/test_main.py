@@ -36,6 +36,35 @@ def test_every_verb_has_help(flowback, verb):
     assert f"usage: flowback {verb}" in out
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["trian"]])
+def test_what_needs_no_verb_loads_no_library(words):
+    """A process with PyTorch and NumPy takes seconds to start; this is Python and two small modules."""
+    code = (
+        f"import sys; from flowback.cli import main; main({words}); import flowback\n"
+        "heavy = {'torch', 'numpy', 'tyro', 'rich', 'pydantic', 'PIL'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_record_that_cannot_be_written_is_said_at_the_start(flowback, tmp_path):
+    (tmp_path / "file").write_text("something else")
+    words = ("demo", "--steps", 1, "--out", tmp_path / "out")
+    code, out, err = flowback(*words, "--json", tmp_path)
+    assert (code, out, err) == (2, "", f"flowback: --json {tmp_path} is a folder; give the name of a file.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_sentence(flowback, tmp_path):
+    (tmp_path / "file").write_text("something else")
+    code, _, err = flowback("presets", "--json", tmp_path / "file" / "presets.json")
+    assert code == 2
+    assert err == (
+        f"flowback: {tmp_path / 'file'} cannot be written: File exists; make room, or choose another place.\n"
+    )
+    assert (tmp_path / "file").read_text() == "something else"
+
+
 def test_python_m_flowback():
     done = subprocess.run(
         [sys.executable, "-m", "flowback", "--version"], capture_output=True, text=True, check=True

@@ -32,8 +32,11 @@ VERBS = {
 
 BAD_INPUT = 2
 """Exit code for options, files or data that the user can mend."""
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
-"""What the system says of a full disk, a limit on files, or a folder of others."""
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
+"""What the system says of a full disk, a limit on files, a folder of others, a file in the way."""
 INTERRUPTED, PROCESS_LOST = 75, 74
 """Exit codes of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to go on), and of
 one that has lost another of its processes (EX_IOERR)."""
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         reason = os.strerror(error.errno)
         return _refuse(
-            f"{error.filename or 'A file'} cannot be written: {reason}; make room, or choose another folder."
+            f"{error.filename or 'A file'} cannot be written: {reason}; make room, or choose another place."
         )
     except KeyboardInterrupt:
         return 130

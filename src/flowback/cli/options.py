@@ -71,7 +71,7 @@ def parse(
             of the checkpoint that is the first positional.
 
     Raises:
-        InputError: values out of range, or what ``defaults`` raises.
+        InputError: values out of range, a folder as ``--json``, or what ``defaults`` raises.
     """
     has_data = "data" in _groups(kind)
     words = _without_shorthand(argv) if has_data else list(argv)
@@ -87,7 +87,11 @@ def parse(
                 raise
     if helps:
         words = ["--help"]  # alone: tyro's help leaves out the positionals before it
-    return tyro.cli(kind, args=words, default=_start(kind, given), prog=f"flowback {verb}")
+    options = tyro.cli(kind, args=words, default=_start(kind, given), prog=f"flowback {verb}")
+    record = getattr(options, "json", None)  # known now, not when the work is done
+    if record is not None and record.is_dir():
+        raise InputError(f"--json {record} is a folder; give the name of a file.")
+    return options
 
 
 def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
