@@ -100,7 +100,6 @@ def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
     return {"data": checkpoint.load_config(subject).data} if is_checkpoint(subject) else {}
 
 
-@functools.cache
 def _unchecked(kind: type[Any]) -> type[Any]:
     """The same options with values that nobody looks at: the defaults may not fit them yet."""
     groups = {name: _unchecked(group) for name, group in _groups(kind).items()}
