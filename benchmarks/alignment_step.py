@@ -34,6 +34,7 @@ from torch import Tensor
 from flowback import AlignmentConfig, Flow, FlowOutput, ModelConfig
 from flowback.alignment.loss import Projector, alignment_loss
 from flowback.alignment.strategies import encode
+from flowback.data.pixels import to_unit_range
 from flowback.flow.likelihood import nll_per_dim
 from flowback.nn.patch import patchify
 from flowback.provenance import environment
@@ -72,7 +73,7 @@ class Setting:
         self.projector = Projector(MODEL.width, 256, DIM).to(device)
         self.features = torch.randn(MODEL.token_dim, DIM, device=device)
         photographs = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
-        self.photographs = [image.to(device) / 127.5 - 1 for image in photographs]
+        self.photographs = [to_unit_range(image.to(device)) for image in photographs]
         self.device = device
         self.draw(batch)
 

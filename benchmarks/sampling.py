@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from flowback import BlockPlan, Flow, Guidance, ModelConfig, RunConfig, TrainConfig, load, sample
 from flowback.checkpoint import save
+from flowback.data.pixels import from_levels
 from flowback.flow.cost import flops_per_image
 from flowback.progress import track
 from flowback.sampling.block_plan import Plan, device_name, make_plan
@@ -81,7 +82,7 @@ def photographs(batch: int, generator: np.random.Generator) -> tuple[Tensor, Ten
         crop = F.interpolate(crop.float(), size=(64, 64), mode="bilinear", antialias=True)
         crops.append(crop.flip(-1) if generator.integers(2) else crop)
         labels.append(label)
-    return torch.cat(crops) / 127.5 - 1, torch.tensor(labels)
+    return from_levels(torch.cat(crops)), torch.tensor(labels)
 
 
 def trained_flow(steps: int, device: str) -> Flow:

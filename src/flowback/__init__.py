@@ -20,6 +20,9 @@ if TYPE_CHECKING:
         SampleConfig,
         TrainConfig,
     )
+    from flowback.data.image_set import ImageSet, image_set
+    from flowback.data.load import load_images
+    from flowback.data.named_sets import register_dataset
     from flowback.errors import InputError
     from flowback.flow import FlowOutput
     from flowback.model import Flow, create_flow, load
@@ -33,6 +36,9 @@ _MODULES = {
     "config": (
         *("AlignmentConfig", "DataConfig", "ModelConfig", "RunConfig", "SampleConfig", "TrainConfig"),
     ),
+    "data.image_set": ("ImageSet", "image_set"),
+    "data.load": ("load_images",),
+    "data.named_sets": ("register_dataset",),
     "errors": ("InputError",),
     "flow": ("FlowOutput",),
     "model": ("Flow", "create_flow", "load"),
@@ -52,6 +58,7 @@ __all__ = [
     "Flow",
     "FlowOutput",
     "Guidance",
+    "ImageSet",
     "InputError",
     "ModelConfig",
     "Recipe",
@@ -62,8 +69,11 @@ __all__ = [
     "classify",
     "create_encoder",
     "create_flow",
+    "image_set",
     "list_presets",
     "load",
+    "load_images",
+    "register_dataset",
     "register_encoder",
     "sample",
 ]

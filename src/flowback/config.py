@@ -110,14 +110,14 @@ class DataConfig(Checked):
 
     section: ClassVar[str] = "data"
 
-    name: Literal["digits", "folder", "prepared", "mnist", "cifar10", "cifar100", "fake"] = "digits"
-    """Data set: scikit-learn's digits, a folder of images or what `flowback prepare` made of it, or one of
-    torchvision's."""
+    name: str = "digits"
+    """Data set: `digits` (scikit-learn's), `folder` (of images), `prepared` (by `flowback prepare`), `mnist`,
+    `fashion-mnist`, `kmnist`, `emnist`, `cifar10`, `cifar100`, `fake`, or a name that you registered."""
     path: Path | None = None
-    """The folder of images (one sub-folder a class; none: unconditional), the prepared set, or where
-    torchvision's files lie. A path given with the name left at `digits` means `folder`."""
+    """The folder of images (one sub-folder a class; none: unconditional), the prepared set, or where a named
+    set's files lie. A path given with the name left at `digits` means `folder`."""
     download: bool = False
-    """Download torchvision's set if its files are not at `path`."""
+    """Download a named set if its files are not there."""
     flip: bool = False
     """Mirror half of the training images (never those of evaluation)."""
     bad_images: Literal["refuse", "skip"] = "refuse"

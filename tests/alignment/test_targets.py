@@ -13,9 +13,9 @@ from flowback import AlignmentConfig, DataConfig, InputError, ModelConfig, RunCo
 from flowback.alignment import targets as module
 from flowback.alignment.targets import make_targets
 from flowback.data.decode_pool import Settings
+from flowback.data.image_set import FeatureSettings
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
-from flowback.data.prepared import FeatureSettings
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
 

@@ -80,8 +80,8 @@ def test_moments_are_the_vaes_and_their_samples_follow_them(prepared, vae):
 
     model = diffusers.AutoencoderKL.from_pretrained(vae).eval()
     latents = load_images(DataConfig(path=prepared), 16, 4, "train")
-    images = latents.pixels.read(torch.tensor([3])).float() / 127.5 - 1
-    stored = latents.posterior(torch.tensor([3]))[0]
+    images = latents.in_pixels.read(torch.tensor([3])).float() / 127.5 - 1
+    stored = latents.read_training(torch.tensor([3]))[0]
     for mirror, own in enumerate((images, images.flip(3))):
         with torch.no_grad():
             expected = model.encode(own).latent_dist

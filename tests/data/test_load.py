@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flowback import DataConfig, InputError
+from flowback import DataConfig, InputError, image_set, register_dataset
+from flowback.data import named_sets
 from flowback.data.load import load_images
+from flowback.data.named_sets import dataset_names
+from flowback.data.sources import open_source
 
 ALL = torch.arange(360)
 
@@ -105,3 +108,80 @@ def test_path_alone_means_folder(tmp_path):
     for index in range(4):
         Image.new("L", (4, 4), index).save(tmp_path / f"{index}.png")
     assert len(load_images(DataConfig(path=tmp_path, holdout=0.0), 4, 1, "train")) == 4
+
+
+@pytest.fixture
+def registered():
+    """Names that a test registers are gone after it."""
+    before = dict(named_sets._LOADERS)
+    yield
+    named_sets._LOADERS.clear()
+    named_sets._LOADERS.update(before)
+
+
+GREY = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 1, 8, 8)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_function_is_a_set_by_name(tmp_path):
+    asked = []
+
+    @register_dataset("mine")
+    def mine(split, image_size, channels, path):
+        asked.append((split, image_size, channels, path))
+        return torch.from_numpy(GREY), [0, 1, 1], ("cat", "dog")
+
+    data = DataConfig("mine", path=tmp_path)
+    images = load_images(data, 8, 1, "test")
+    assert asked == [("test", 8, 1, tmp_path)]
+    assert (images.name, images.classes, images.labels.tolist()) == ("mine-test", ("cat", "dog"), [0, 1, 1])
+    assert np.array_equal(images.pixels.numpy(), GREY)
+    assert load_images(data, 4, 3, "test").pixels.shape == (3, 3, 4, 4)  # brought to size and colour
+    assert "mine" in dataset_names()
+
+    sources = open_source("mine", 16, 1, 0.1)
+    assert sources["train"].labels.tolist() == [0, 1, 1]
+    assert np.array_equal(np.asarray(sources["train"].open(2)), GREY[2, 0])  # prepare crops it for itself
+
+    @register_dataset("mine")
+    def again(split, image_size, channels, path):
+        del split, path
+        pixels = torch.zeros(5, channels, image_size, image_size, dtype=torch.uint8)
+        return image_set(pixels, name="zeros")
+
+    assert load_images(data, 8, 1).name == "zeros"
+    source = open_source("mine", 16, 3, 0.1)["train"]
+    assert (len(source), source.labels, source.classes) == (5, None, ())
+    assert len(source.fingerprint) == 32
+
+
+BAD_SETS = {
+    "dtype": (lambda: (GREY.astype(np.float32), None, ()), r"images are float32 of the shape \(3, 1, 8, 8\)"),
+    "channels": (lambda: (GREY.transpose(0, 2, 3, 1), None, ()), r"the shape \(3, 8, 8, 1\)"),
+    "labels": (lambda: (GREY, [0, 1], ()), "give 3 class ids"),
+    "none": (lambda: (GREY[:0], None, ()), r"the shape \(0, 1, 8, 8\)"),
+    "size": (lambda: image_set(GREY), r"gives images of the shape \(1, 8, 8\), \(3, 8, 8\) is asked for"),
+}
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("give", "sentence"), BAD_SETS.values(), ids=BAD_SETS)
+def test_what_a_registered_function_must_give(give, sentence):
+    register_dataset("mine")(lambda *_: give())
+    with pytest.raises(InputError, match=f"^Data set mine.*{sentence}"):
+        load_images(DataConfig("mine"), 8, 3, "train")
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "folder", "prepared"])
+def test_own_names_are_taken(name):
+    with pytest.raises(InputError, match=f"'{name}' is a data set of flowback's own"):
+        register_dataset(name)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(
+        InputError, match=r"^--data.name fashon-mnist is not known; did you mean fashion-mnist"
+    ):
+        load_images(DataConfig("fashon-mnist"), 8, 1, "train")
+    with pytest.raises(InputError, match=r"--data.name xyz is not known; known: cifar10, .*folder, "):
+        load_images(DataConfig("xyz"), 8, 1, "train")

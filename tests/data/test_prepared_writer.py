@@ -21,9 +21,10 @@ from flowback import DataConfig, InputError
 from flowback.data import decode_pool
 from flowback.data import prepared_writer as module
 from flowback.data.decode_pool import Settings
+from flowback.data.image_set import FeatureSettings
 from flowback.data.load import load_images
 from flowback.data.pixels import decode, fit
-from flowback.data.prepared import FeatureSettings, load_prepared
+from flowback.data.prepared import load_prepared
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
 

@@ -1,6 +1,6 @@
 """What the flow's features are aligned with: an encoder's features of each batch, computed or kept on disk.
 
-A table of a whole data set is a :class:`~flowback.data.prepared.FeatureTable` in fp32; beside it a .json
+A table of a whole data set is a :class:`~flowback.data.image_set.FeatureTable` in fp32; beside it a .json
 says what it holds. The file's name carries the hash of everything the features depend on: the encoder's
 weights and way of feeding, the images, the grid and whether mirror images are in it. Other weights, another
 size or another data set hence look for another file, and never find this one.
@@ -8,7 +8,6 @@ size or another data set hence look for another file, and never find this one.
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import json
 import logging
@@ -24,10 +23,10 @@ from torch import Tensor
 
 from flowback.alignment.encoders import Encoder, create_encoder, weights_hash
 from flowback.config import AlignmentConfig, RunConfig
-from flowback.data.image_set import ImageSet, Subset
-from flowback.data.load import load_images, pixels_of
+from flowback.data.image_set import FeatureTable, ImageSet, Subset
+from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
-from flowback.data.prepared import FeatureTable, PreparedImages, load_prepared, mapped, read_summary
+from flowback.data.prepared import is_prepared, load_prepared, mapped, read_summary
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.progress import track
@@ -151,7 +150,7 @@ def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTarg
     """
     if not config.alignment.active:
         return None
-    wanted, pixels = config.alignment, pixels_of(images)
+    wanted, pixels = config.alignment, images.in_pixels
     grid = wanted.grid or config.model.grid
     seen = pixels if wanted.originals_path is None else _same_images(wanted.originals_path, pixels)
     prepared = None if wanted.originals else _prepared(seen, wanted, grid)
@@ -170,9 +169,10 @@ def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTarg
 
 def _prepared(seen: ImageSet, wanted: AlignmentConfig, grid: int) -> FeatureTable | None:
     """The features that were prepared with the images, if they are those of the encoder and the grid."""
-    if not isinstance(seen, PreparedImages) or seen.features is None:
+    table = seen.feature_table
+    if table is None or table.settings is None:
         return None
-    found = seen.features
+    found = table.settings
     own = (found.encoder, found.grid, found.file)
     if own != (wanted.encoder, grid, weights_hash(wanted.weights)):
         logger.info(
@@ -181,12 +181,11 @@ def _prepared(seen: ImageSet, wanted: AlignmentConfig, grid: int) -> FeatureTabl
             f" (weights with SHA-256 {found.file[:12]}...)" if found.file else "",
         )
         return None
-    table = seen.feature_table
     logger.info("Features of %s are read from %s; the encoder is not loaded.", found.encoder, table.path)
     return table
 
 
-def _same_images(path: Path, images: ImageSet) -> PreparedImages:
+def _same_images(path: Path, images: ImageSet) -> ImageSet:
     """The training images of the prepared set ``path``, at its own size.
 
     Raises:
@@ -194,10 +193,9 @@ def _same_images(path: Path, images: ImageSet) -> PreparedImages:
     """
     settings = read_summary(path)["settings"]
     other = load_prepared(path, settings["image_size"], settings["channels"], "train")
-    same = isinstance(images, PreparedImages) and filecmp.cmp(
-        images.folder / "names.txt", other.folder / "names.txt", shallow=False
-    )
-    if not same:
+    if len(images) != len(other) or any(
+        images.file_name(index) != other.file_name(index) for index in range(len(other))
+    ):
         raise InputError(
             f"--alignment.originals-path {path} does not hold the images of {images.name} in the same order; "
             "prepare both from the same files with the same options but --image-size."
@@ -211,7 +209,7 @@ def _originals(config: RunConfig, images: ImageSet, size: int) -> ImageSet:
     Raises:
         InputError: they come from a prepared set, or a file cannot be read.
     """
-    if isinstance(images, PreparedImages):
+    if config.data.path is not None and is_prepared(config.data.path):
         raise InputError(
             f"--alignment.originals needs the image files, and {images.name} is prepared; prepare them with "
             f"--image-size {size} into another folder, and give that as --alignment.originals-path."

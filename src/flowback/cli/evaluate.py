@@ -27,7 +27,6 @@ from flowback.cli.options import (
 )
 from flowback.config import DataConfig
 from flowback.data.image_set import ImageSet, evenly, in_batches
-from flowback.data.load import pixels_of
 from flowback.data.pixels import Faults, quantise
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
@@ -229,7 +228,7 @@ def _held_out_figures(options: Options, flow: Flow, images: ImageSet, processes:
         )  # fmt: skip
         found = processes.merged(part)
         estimates = {"nll": found.nll, "bits_per_dim": found.bits_per_dim}
-        if pixels_of(images) is not images:
+        if images.in_pixels is not images:
             del estimates["bits_per_dim"]  # of 8-bit pixels, which latents are not
         for name, estimate in estimates.items():
             figures[name] = estimate.mean
@@ -252,7 +251,7 @@ def _reference(options: Options, flow: Flow) -> Reference:
         codec = checkpoints.load_config(options.subject).codec
         size, channels = (config.image_size, config.channels) if codec.vae is None else (codec.image_size, 3)
         return load_reference(options.reference, size, channels)
-    images = pixels_of(held_out(options.data, config, "train"))
+    images = held_out(options.data, config, "train").in_pixels
     return Reference(images.name, images.fingerprint, images)
 
 

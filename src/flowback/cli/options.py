@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, Protocol, Self, TypeVar, get_type_hints
 
 import torch
 import tyro
@@ -20,6 +20,7 @@ from flowback import checkpoint as checkpoints
 from flowback.config import DataConfig, ModelConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
+from flowback.data.named_sets import dataset_names
 from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.model import Flow
@@ -38,9 +39,6 @@ __all__ = [
 ]
 
 Options = TypeVar("Options")
-
-
-_NAMES = get_args(get_type_hints(DataConfig)["name"])
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -142,7 +140,7 @@ def _without_shorthand(argv: Sequence[str]) -> list[str]:
 
 
 def _shorthand(value: str, path_given: bool) -> list[str]:
-    if value not in _NAMES:
+    if value not in dataset_names():
         return ["--data.name", "folder", "--data.path", value]  # a prepared set is recognised there
     return ["--data.name", value, *(() if path_given else ("--data.path", "None"))]
 

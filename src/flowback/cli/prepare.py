@@ -16,8 +16,8 @@ from flowback.cli.options import parse
 from flowback.config import CodecConfig
 from flowback.data.columns import Maker
 from flowback.data.decode_pool import Settings
+from flowback.data.image_set import FeatureSettings
 from flowback.data.pixels import Crop
-from flowback.data.prepared import FeatureSettings
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
 from flowback.data.vae import Vae, open_codec
@@ -39,7 +39,8 @@ class Options:
 
     data: tyro.conf.Positional[str]
     """A folder of images (one sub-folder a class), a folder of tar shards (webdataset) or one shard,
-    `hf:NAME` or a folder saved by Hugging Face `datasets`, or digits, mnist, cifar10, cifar100, fake."""
+    `hf:NAME` or a folder saved by Hugging Face `datasets`, or digits, mnist, fashion-mnist, kmnist,
+    emnist, cifar10, cifar100, fake."""
     out: Annotated[Path, tyro.conf.arg(help_behavior_hint="")]
     """The prepared set's folder."""
     image_size: int = 64
@@ -55,9 +56,9 @@ class Options:
     bad_images: Literal["refuse", "skip"] = "refuse"
     """What to do with images that cannot be read: stop with their names, or leave them out and say so."""
     path: Path | None = None
-    """Where torchvision's files lie."""
+    """Where the files of a named set lie."""
     download: bool = False
-    """Download torchvision's set if its files are not there."""
+    """Download a named set if its files are not there."""
     vae: str | None = None
     """Also write latents of this AutoencoderKL or AutoencoderTiny: a folder, or a name on the hub."""
     vae_revision: str | None = None

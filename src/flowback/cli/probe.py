@@ -14,7 +14,6 @@ from flowback.cli.console import say, show_table
 from flowback.cli.options import held_out, out_folder, parse
 from flowback.config import DataConfig
 from flowback.data.image_set import ImageSet, evenly
-from flowback.data.load import pixels_of
 from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.evaluation.held_out import topk_accuracy
@@ -124,7 +123,7 @@ def _labels(images: ImageSet, limit: int | None) -> torch.Tensor:
 
 def _aligned(options: Options, test: ImageSet, device: torch.device) -> torch.Tensor:
     encoder = create_encoder(options.encoder or "", options.encoder_weights).to(device)
-    return encoder_features(encoder, pixels_of(test), options.test_limit, options.batch_size)
+    return encoder_features(encoder, test.in_pixels, options.test_limit, options.batch_size)
 
 
 def _without_location(row: Probe) -> dict[str, float | None]:

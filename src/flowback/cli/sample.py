@@ -16,6 +16,7 @@ from torch import Tensor
 from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
 from flowback.cli.options import Precision, Processes, Sampler, choose, parse
+from flowback.data.pixels import to_unit_range
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
 from flowback.files import write_json
@@ -220,7 +221,7 @@ def _extras(
             order = [n for k in range(len(labels)) for n in range(k, columns * len(labels), len(labels))]
             black = torch.zeros_like(pixels[there[0]])
             shown = [pixels.get(n, black) for n in order or there]
-            save_grid(torch.stack(shown).float() / 127.5 - 1, options.grid, columns)
+            save_grid(to_unit_range(torch.stack(shown)), options.grid, columns)
         if options.npz:
             own = [labels[n % len(labels)] for n in there] if labels else None
             save_npz(torch.stack([pixels[n] for n in there]), options.npz, own)

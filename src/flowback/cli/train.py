@@ -18,7 +18,6 @@ from flowback.cli.options import parse
 from flowback.config import AlignmentConfig, CodecConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
-from flowback.data.prepared import PreparedLatents
 from flowback.errors import InputError
 from flowback.files import cache_folder, write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
@@ -100,7 +99,7 @@ def fit(config: RunConfig, out: Path, description: str) -> Fitted:
 
 def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:
     """Take the number of classes and the VAE from the data; refuse another VAE in the settings."""
-    asked, found = config.codec, images.codec if isinstance(images, PreparedLatents) else CodecConfig()
+    asked, found = config.codec, images.codec
     other = asked.weights is not None and asked.weights != found.weights
     if asked.vae is not None and (asked.vae != found.vae or other):
         made = f"latents of {found.vae}" if found.vae else "pixels"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowback.data.decode_pool import Settings
+from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 
 __all__ = ["Column", "Maker", "bytes_of_image", "derive", "open_columns", "settings_of"]
@@ -127,7 +128,7 @@ def derive(makers: Mapping[str, Maker], pixels: np.ndarray) -> dict[str, np.ndar
     made: dict[str, np.ndarray] = {}
     if not makers or not len(pixels):
         return made
-    images = torch.from_numpy(pixels).float() / 127.5 - 1
+    images = to_unit_range(torch.from_numpy(pixels))
     for name, maker in makers.items():
         both = torch.stack([maker(images), maker(images.flip(3))], dim=1).half()
         if not bool(both.isfinite().all()):

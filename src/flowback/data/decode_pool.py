@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from flowback.config import CodecConfig
+from flowback.data.image_set import FeatureSettings
 from flowback.data.pixels import Crop, UnreadableImageError, decode, fit
-from flowback.data.prepared import FeatureSettings
 from flowback.data.sources import Source
 from flowback.errors import InputError
 

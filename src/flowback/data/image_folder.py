@@ -32,7 +32,7 @@ from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 
 from flowback.config import DataConfig
-from flowback.data.image_set import MemoryImages
+from flowback.data.image_set import MemoryImages, PixelSet
 from flowback.data.pixels import EXTENSIONS, UnreadableImageError, decode
 from flowback.errors import InputError
 from flowback.progress import track
@@ -65,7 +65,7 @@ class Listing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FolderImages:
+class FolderImages(PixelSet):
     """Images decoded on read, for folders too large for memory; see `flowback.data.image_set.ImageSet`."""
 
     name: str

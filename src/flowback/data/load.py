@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 from flowback.config import DataConfig
-from flowback.data.builtin import digits, torchvision_images
 from flowback.data.image_folder import load_folder
 from flowback.data.image_set import ImageSet
-from flowback.data.prepared import PreparedLatents, is_prepared, load_latents, load_prepared, read_summary
+from flowback.data.named_sets import load_named
+from flowback.data.prepared import is_prepared, load_latents, load_prepared, read_summary
 from flowback.errors import InputError
 
-__all__ = ["load_images", "pixels_of"]
+__all__ = ["load_images"]
 
 
 def load_images(
-    data: DataConfig, image_size: int, channels: int, split: Literal["train", "test"]
+    data: DataConfig, image_size: int, channels: int, split: Literal["train", "test"] = "train"
 ) -> ImageSet:
     """The training or test images that ``data`` names.
 
@@ -47,11 +47,4 @@ def load_images(
         )
     if data.name == "folder" or (data.name == "digits" and data.path is not None):
         return load_folder(data, image_size, channels, split)
-    if data.name == "digits":
-        return digits(image_size, channels, split)
-    return torchvision_images(data, image_size, channels, split)
-
-
-def pixels_of(images: ImageSet) -> ImageSet:
-    """The images themselves, where ``images`` are latents of them: what encoders and references see."""
-    return images.pixels if isinstance(images, PreparedLatents) else images
+    return load_named(data, image_size, channels, split)

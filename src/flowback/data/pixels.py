@@ -34,8 +34,10 @@ __all__ = [
     "UnreadableImageError",
     "decode",
     "fit",
+    "from_levels",
     "quantise",
     "to_bytes",
+    "to_levels",
     "to_unit_range",
 ]
 
@@ -162,12 +164,22 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def to_unit_range(images: UInt8[Tensor, "*s"] | Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """8-bit values as floats on [-1, 1]; floats are latents, which have their scale already."""
-    return images if images.is_floating_point() else images.float() / 127.5 - 1
+    return images if images.is_floating_point() else from_levels(images.float())
 
 
 def to_bytes(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
     """Images on [-1, 1] as 8-bit values, rounded to nearest; non-finite values become black."""
-    return ((images.float().nan_to_num(-1, 1, -1) + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+    return to_levels(images.float().nan_to_num(-1, 1, -1)).round().clamp(0, 255).byte().cpu()
+
+
+def from_levels(levels: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Values on the scale of 8 bits, 0 ... 255, on [-1, 1]."""
+    return levels / 127.5 - 1
+
+
+def to_levels(images: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Values on [-1, 1] on the scale of 8 bits, 0 ... 255, not rounded."""
+    return (images + 1) * 127.5
 
 
 Rounding = Literal["nearest", "truncate"]

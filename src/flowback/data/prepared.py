@@ -15,6 +15,7 @@ prepared.json is written last: a folder without it is not complete.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +28,12 @@ from torch import Tensor
 
 from flowback.checked import from_dict
 from flowback.config import CodecConfig
+from flowback.data.image_set import FeatureSettings, FeatureTable, PixelSet
 from flowback.errors import InputError
 
 __all__ = [
     "AGAIN",
     "FORMAT",
-    "FeatureSettings",
-    "FeatureTable",
     "PreparedImages",
     "PreparedLatents",
     "is_prepared",
@@ -45,49 +45,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class FeatureSettings:
-    """What decides the features of a prepared set, beside its images."""
-
-    encoder: str
-    """Name, as `--alignment.encoder` takes it."""
-    file: str | None
-    """SHA-256 of the file of weights that was given; None: the weights that the name stands for."""
-    fingerprint: str
-    """Hash of the weights and of the way of feeding."""
-    grid: int
-    """Patches along one side."""
-    input_size: int
-    """Side of the encoder's input, in pixels."""
-    width: int
-    """Of one feature."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Patches and width."""
-        return self.grid**2, self.width
-
-
-@dataclass(frozen=True)
-class FeatureTable:
-    """Patch features of every image of a set, and of its mirror image if there are two mirrors."""
-
-    path: Path
-    values: Float[Tensor, "n f m c"]
-    """(images, mirrors, patches, width), mapped; mirror 1 is the mirrored image."""
-
-    def rows(self, indices: Int[Tensor, " b"], flipped: Bool[Tensor, " b"]) -> Float[Tensor, "b m c"]:
-        """Features of the images at ``indices``, of the mirror image where ``flipped``.
-
-        Raises:
-            ValueError: a mirror image is asked for, and the table has none.
-        """
-        mirrors = self.values.shape[1]
-        if mirrors == 1 and bool(flipped.any()):
-            raise ValueError(f"{self.path} holds no features of mirror images.")
-        return self.values.flatten(0, 1).index_select(0, mirrors * indices.cpu() + flipped.cpu())
-
-
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 
@@ -97,7 +54,7 @@ AGAIN = "run the same `flowback prepare` into an empty folder."
 
 
 @dataclass(frozen=True)
-class PreparedImages:
+class PreparedImages(PixelSet):
     """Images read through the memory map; see `flowback.data.image_set.ImageSet`.
 
     Only paths and numbers are kept or sent to other processes: each opens the files for itself, and the
@@ -146,19 +103,29 @@ class PreparedImages:
         return self.pixels.index_select(0, indices)
 
     @cached_property
-    def feature_table(self) -> FeatureTable:
-        """The encoder's features of all images, mapped; there must be some."""
-        assert self.features is not None
+    def feature_table(self) -> FeatureTable | None:
+        """The encoder's features of all images, mapped.
+
+        Raises:
+            InputError: a damaged file.
+        """
+        if self.features is None:
+            return None
         file = self.folder / "features.npy"
-        return FeatureTable(file, mapped(file, np.float16, (len(self), 2, *self.features.shape)))
+        values = mapped(file, np.float16, (len(self), 2, *self.features.shape))
+        return FeatureTable(file, values, self.features)
+
+    @cached_property
+    def _names(self) -> tuple[Tensor, np.memmap]:
+        """Where each name ends, and the file of names, mapped."""
+        ends = mapped(self.folder / "ends.npy", np.int64, self.shape[:1])
+        return ends, np.memmap(self.folder / "names.txt", dtype=np.uint8, mode="r")
 
     def file_name(self, index: int) -> str:
         """The image's file, relative to the source."""
-        ends = mapped(self.folder / "ends.npy", np.int64, self.shape[:1])
+        ends, names = self._names
         start = int(ends[index - 1]) if index else 0
-        with (self.folder / "names.txt").open("rb") as file:
-            file.seek(start)
-            return file.read(int(ends[index]) - start).decode().rstrip("\n")
+        return names[start : int(ends[index])].tobytes().decode().rstrip("\n")
 
 
 def is_prepared(path: Path) -> bool:
@@ -251,7 +218,7 @@ def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> Tensor:
 class PreparedLatents:
     """Latents read through the memory map; see `flowback.data.image_set.ImageSet`."""
 
-    pixels: PreparedImages
+    in_pixels: PreparedImages
     """The images, for encoders and references."""
     shape: tuple[int, int, int]
     """Channels, height and width of a latent."""
@@ -259,44 +226,44 @@ class PreparedLatents:
     """The VAE that made them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PreparedLatents, (self.pixels, self.shape, self.codec)
+        return PreparedLatents, (self.in_pixels, self.shape, self.codec)
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.in_pixels)
 
     @property
     def name(self) -> str:
         """Name of the set and the split."""
-        return self.pixels.name
+        return self.in_pixels.name
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes."""
-        return self.pixels.classes
+        return self.in_pixels.classes
 
     @property
     def labels(self) -> Int64[Tensor, " n"] | None:
         """Class of each image."""
-        return self.pixels.labels
+        return self.in_pixels.labels
 
     @property
     def skipped(self) -> tuple[str, ...]:
         """Files that were left out."""
-        return self.pixels.skipped
+        return self.in_pixels.skipped
 
     @property
     def fingerprint(self) -> str:
         """Hash of all that is stored of the images."""
-        return self.pixels.fingerprint
+        return self.in_pixels.fingerprint
 
     def file_name(self, index: int) -> str:
         """The image's file, relative to the source."""
-        return self.pixels.file_name(index)
+        return self.in_pixels.file_name(index)
 
     @property
     def file(self) -> Path:
         """The file of the latents."""
-        return self.pixels.folder / "latents.npy"
+        return self.in_pixels.folder / "latents.npy"
 
     @cached_property
     def moments(self) -> Float[Tensor, "n 2 2 c h w"]:
@@ -307,9 +274,20 @@ class PreparedLatents:
         """Posterior means of the images at ``indices``: what evaluation sees."""
         return self._finite(self.moments[:, 0, 0].index_select(0, indices))
 
-    def posterior(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b 2 2 c h w"]:
-        """Both moments of these images and of their mirror images: what training samples from."""
+    @property
+    def feature_table(self) -> FeatureTable | None:
+        """Features of the images themselves."""
+        return self.in_pixels.feature_table
+
+    def read_training(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b 2 2 c h w"]:
+        """Both moments of these images and of their mirror images."""
         return self._finite(self.moments.index_select(0, indices))
+
+    def draw(
+        self, stored: Float[Tensor, "b 2 2 c h w"], flipped: Bool[Tensor, " b"], noise: Callable[[], Tensor]
+    ) -> Float[Tensor, "b c h w"]:
+        """Latents drawn from the posterior, of the mirror image where ``flipped``."""
+        return sample_posterior(stored.to(flipped.device, non_blocking=True), flipped, noise())
 
     def _finite(self, values: Tensor) -> Tensor:
         if not bool(values.isfinite().all()):

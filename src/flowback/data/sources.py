@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, get_args, get_type_hints, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from flowback.config import DataConfig
-from flowback.data.builtin import Pictures, pictures
 from flowback.data.hf_datasets import is_saved, open_hub
 from flowback.data.image_folder import fingerprint_of, held_out, labels_of, list_images, split_folder
+from flowback.data.named_sets import Pictures, dataset_names, pictures
 from flowback.data.shards import is_sharded, open_shards
 from flowback.errors import InputError
 
@@ -107,14 +107,16 @@ class PictureSource:
         return self.pictures.classes
 
     @cached_property
-    def labels(self) -> Int64[Tensor, " n"]:
-        """Class of each image."""
-        return torch.as_tensor(self.pictures.targets, dtype=torch.int64)
+    def labels(self) -> Int64[Tensor, " n"] | None:
+        """Class of each image; None for unconditional."""
+        targets = self.pictures.targets
+        return None if targets is None else torch.as_tensor(targets, dtype=torch.int64)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the pixels and labels."""
-        digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
+        labels = b"" if self.labels is None else self.labels.numpy().tobytes()
+        digest = hashlib.blake2b(labels, digest_size=16)
         for image in self.pictures.images:
             digest.update(np.asarray(image).tobytes())
         return digest.hexdigest()
@@ -151,8 +153,8 @@ def open_source(
         raise InputError(f"--labels {labels} goes with a folder of images, and {data} is none.")
     if data.startswith("hf:") or is_saved(Path(data)):
         return open_hub(data, holdout)
-    if data in set(get_args(get_type_hints(DataConfig)["name"])) - {"folder", "prepared"}:
-        config = DataConfig(data, path, download)  # type: ignore[arg-type]
+    if data in dataset_names():
+        config = DataConfig(data, path, download)
         splits: tuple[Split, ...] = ("train", "test")
         return {
             split: PictureSource(f"{data}-{split}", pictures(config, image_size, channels, split))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowback.config import DataConfig
-from flowback.data.image_set import ImageSet
+from flowback.data.image_set import ImageSet, PixelSet
 from flowback.data.load import load_images
 from flowback.data.pixels import EXTENSIONS
 from flowback.errors import InputError
@@ -26,7 +26,7 @@ __all__ = ["NpzImages", "Reference", "load_reference", "open_images"]
 
 
 @dataclass(frozen=True)
-class NpzImages:
+class NpzImages(PixelSet):
     """Images of an ADM .npz: ``arr_0``, uint8 (N, H, W, 3); see `flowback.data.image_set.ImageSet`.
 
     An uncompressed file is mapped, not read.

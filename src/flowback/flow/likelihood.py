@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowback.config import ModelConfig
+from flowback.data.pixels import to_levels
 
 __all__ = ["add_noise", "bits_per_dim", "dequantise", "log_prior", "nll_per_dim"]
 
@@ -51,7 +52,7 @@ def dequantise(images: Float[Tensor, "*s"], noise: Float[Tensor, "*s"]) -> Float
         images: on [-1, 1], each value one of the 256 levels.
         noise: uniform on [0, 1).
     """
-    values = torch.round((images + 1) * 127.5)
+    values = torch.round(to_levels(images))
     return 2 * (values + noise) / 256 - 1
 
 

@@ -10,7 +10,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
-from flowback.data.pixels import to_unit_range
-from flowback.data.prepared import PreparedLatents, sample_posterior
 from flowback.errors import InputError
 from flowback.flow.likelihood import dequantise
 
@@ -85,9 +83,7 @@ class _Reader(Dataset):
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | InputError:
         try:
             originals = None if self.originals is None else self.originals.read(indices)
-            if isinstance(self.images, PreparedLatents):
-                return indices, self.images.posterior(indices), originals
-            return indices, self.images.read(indices), originals
+            return indices, self.images.read_training(indices), originals
         except InputError as error:
             return error
 
@@ -158,7 +154,7 @@ def batches(
     for offset, found in enumerate(loader):
         if isinstance(found, InputError):
             raise found
-        indices, pixels, larger = found
+        indices, stored, larger = found
         # Draw for the whole batch and take the share: the same numbers for any number of processes.
         random = generator(device, train.seed, _STEP, step + offset)
         flipped = torch.rand(train.batch_size, generator=random, device=device)[share] < 0.5
@@ -166,15 +162,11 @@ def batches(
         shape = (train.batch_size, model.channels, model.image_size, model.image_size)
         if not config.data.flip:
             flipped = torch.zeros_like(flipped)
-        if isinstance(images, PreparedLatents):
-            noise = torch.randn(shape, generator=random, device=device)[share]
-            clean = sample_posterior(pixels.to(device, non_blocking=True), flipped, noise)
-        else:
-            clean = _shown(pixels, flipped)
-        seen = clean if larger is None else _shown(larger, flipped)
+        normal = partial(_normal, shape, random, share)
+        clean = images.draw(stored, flipped, normal)
+        seen = clean if originals is None else originals.draw(larger, flipped, normal)
         if model.noise == "gaussian":
-            noise = torch.randn(shape, generator=random, device=device)[share]
-            noised = clean + model.noise_std * noise
+            noised = clean + model.noise_std * normal()
         else:
             noise = torch.rand(shape, generator=random, device=device)[share]
             noised = dequantise(clean, noise)
@@ -185,7 +177,6 @@ def batches(
         yield Batch(indices, flipped, clean, seen, noised, labels, drop if labels is not None else None)
 
 
-def _shown(pixels: Tensor, flipped: Tensor) -> Tensor:
-    """8-bit images on [-1, 1], on the device of ``flipped`` and mirrored where it says so."""
-    images = to_unit_range(pixels.to(flipped.device, non_blocking=True))
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+def _normal(shape: tuple[int, ...], random: torch.Generator, share: slice) -> Tensor:
+    """This process's share of standard normal values for the whole batch."""
+    return torch.randn(shape, generator=random, device=random.device)[share]
