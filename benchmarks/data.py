@@ -11,7 +11,6 @@ cache. Memory is that of fresh processes, on all images and on a quarter of them
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import shutil
 import statistics
@@ -29,10 +28,11 @@ from flowback.data.decode_pool import Settings
 from flowback.data.prepared import load_prepared
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import FileSource
+from flowback.devices import cpu_cores
 from flowback.progress import track
 from harness import interleave, peak_bytes, peak_in_fresh_process, write_rows
 
-CORES = len(os.sched_getaffinity(0))
+CORES = cpu_cores()
 SIZE = 64
 BATCH = 256
 SETTINGS = Settings(SIZE, 3, "adm", 0.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowback import DataConfig, InputError
+from flowback import DataConfig, InputError, load_images
 from flowback.data import image_folder as module
 from flowback.data.image_folder import FolderImages, load_folder
 
@@ -221,3 +221,69 @@ def test_bad_layouts(tmp_path):
     write(tmp_path / "test" / "horse" / "a.png")
     with pytest.raises(InputError, match=r"class folders of .*test are not those of .*train"):
         load(tmp_path, "test")
+
+
+def animation(path):
+    frames = [Image.new("L", (4, 4), value) for value in (7, 200)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def test_animations_are_counted_and_named(tmp_path, kind, caplog):
+    write(tmp_path / "a.png", 3)
+    for name in ("b.gif", "c.tif"):
+        animation(tmp_path / name)
+    images = load(tmp_path, holdout=0.0)
+    assert values(images) == values(images) == [3, 7, 7]
+    expected = {
+        "memory": [
+            "Images with several frames or pages, of which the first is used: "
+            f"2 of 3 in {tmp_path} (b.gif, c.tif)."
+        ],
+        "on read": [
+            f"{tmp_path}/{name} has several frames or pages, of which the first is used."
+            for name in ("b.gif", "c.tif")
+        ],
+    }
+    assert [record.getMessage() for record in caplog.records] == expected[kind]
+
+
+def test_a_useless_profile_is_counted(tmp_path, caplog):
+    for index in range(10):
+        Image.new("L", (4, 4), 5).save(tmp_path / f"{index}.png", icc_profile=b"no profile")
+    assert values(load(tmp_path, holdout=0.0)) == [5] * 10
+    assert "and is ignored: 10 of 10 in" in caplog.text
+    assert "(0.png, 1.png, 2.png, 3.png, 4.png, 5.png, 6.png, 7.png, ...)." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("1", "2", "10"), "0 is 1, 1 is 10, 2 is 2."),
+        (("1", "2", "3"), None),
+        (("01", "02", "10"), None),
+        (("a1", "a10", "a2"), None),
+        (
+            tuple(map(str, range(20))),
+            "0 is 0, 1 is 1, 2 is 10, 3 is 11, 4 is 12, 5 is 13, 6 is 14, 7 is 15, "
+            "8 is 16, 9 is 17, 10 is 18, 11 is 19, ...",
+        ),
+    ],
+)
+def test_numbers_in_the_order_of_text_are_shown(tmp_path, caplog, names, shown):
+    """torchvision's order is kept; whoever trains sees which id is which."""
+    for name in names:
+        for split in ("train", "test"):
+            write(tmp_path / split / name / "a.png")
+    caplog.set_level("INFO", "flowback")
+    images = load_images(DataConfig("folder", path=tmp_path), 4, 1, "train")
+    assert images.classes == tuple(sorted(names))
+    if shown is None:
+        assert not caplog.records
+    else:
+        assert (
+            f"The classes of {images.name} have ids in the order of their names as text: {shown}"
+            in caplog.text
+        )
+    caplog.clear()
+    load_images(DataConfig("folder", path=tmp_path), 4, 1, "test")
+    assert not caplog.records

@@ -1,6 +1,7 @@
 """Sets in memory, what every set answers, and classes matched by name."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ BAD = {
     "not a number": ({"images": RAMP.float() * torch.nan}, r"bring them to \[-1, 1\]"),
     "unit range": ({"images": RAMP.float() / 255}, r"look like \[0, 1\]; give 2 \* images - 1"),
     "labels": ({"images": RAMP, "labels": [0, 1]}, "give 4 class ids"),
-    "kind of labels": ({"images": RAMP, "labels": [0.0] * 4}, "give 4 class ids"),
+    "kind of labels": ({"images": RAMP, "labels": torch.zeros(4)}, "give 4 class ids"),
     "ids": (
         {"images": RAMP, "labels": [0, 1, 2, 3], "classes": ("a", "b")},
         "from 0 to 3, there are 2 classes",
@@ -128,7 +129,7 @@ def test_every_set_of_pixels_answers_all(images):
 def test_a_part_of_latents_is_one_of_the_images_too():
     class Latents(Own):
         in_pixels = Own()
-        feature_table = FeatureTable("x", torch.zeros(4, 1, 1, 1))
+        feature_table = FeatureTable(Path("x"), torch.zeros(4, 1, 1, 1))
 
         def read_training(self, indices):
             return torch.zeros(len(indices), 2, 2, 1, 8, 8)

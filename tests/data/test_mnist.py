@@ -161,9 +161,7 @@ def test_damaged_files_are_named(tmp_path, content, sentence):
 def test_labels_of_another_set(tmp_path, labels):
     write(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.array(labels, np.uint8)))
-    with pytest.raises(
-        InputError, match="train-labels-idx1-ubyte does not hold the labels of .*train-images"
-    ):
+    with pytest.raises(InputError, match=r"train-labels-idx1-ubyte does not hold the labels of .*images"):
         load_images(DataConfig("mnist", path=tmp_path), 28, 1, "train")
 
 

@@ -1,10 +1,12 @@
 """Every kind of image file, against what its pixels must become; exact unless a tolerance is stated."""
 
+import struct
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, features
 
-from flowback.data.pixels import UnreadableImageError, decode, fit
+from flowback.data.pixels import UnreadableImageError, decode, fit, read_image
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 
@@ -171,3 +173,166 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
     with pytest.raises(UnreadableImageError, match="too many pixels"):
         decode(save(tmp_path, Image.new("L", (9, 9))), 4, 1)
+
+
+def fixed(*values):
+    """Numbers as ICC's 15.16 fixed point."""
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
+def icc(space, tags, pcs=b"XYZ "):
+    """An ICC profile of version 2.1 with these tags."""
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    head = struct.pack(">I4xI4s4s4s12x4s28x", start + len(body), 0x02100000, b"mntr", space, pcs, b"acsp")
+    head += fixed(0.9642, 1, 0.8249)  # D50
+    return head.ljust(128, b"\0") + table + body
+
+
+def curve(gamma):
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+
+
+WHITE_POINT = {b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)}
+PRIMARIES = ((0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))  # sRGB's, for D50
+
+
+def rgb_profile(order=(0, 1, 2), gamma=2.2):
+    tags = dict(WHITE_POINT)
+    for channel, own in zip((b"r", b"g", b"b"), order, strict=True):
+        tags |= {channel + b"XYZ": b"XYZ \0\0\0\0" + fixed(*PRIMARIES[own]), channel + b"TRC": curve(gamma)}
+    return icc(b"RGB ", tags)
+
+
+def grey_profile(gamma):
+    return icc(b"GRAY", WHITE_POINT | {b"kTRC": curve(gamma)})
+
+
+def cmyk_profile():
+    """Black ink alone prints, from L* = 100 without it to 0; the other three are invisible."""
+    identity, corners = bytes(range(256)), 8 * bytes((255, 128, 128, 0, 128, 128))
+    table = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    return icc(b"CMYK", WHITE_POINT | {b"A2B0": table + 4 * identity + corners + 3 * identity}, b"Lab ")
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+BLUE = [0, 0, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("ending", ["png", "tif", "webp", "jpg"])
+def test_colours_are_brought_to_srgb(tmp_path, mode, ending):
+    """A profile whose red is sRGB's blue."""
+    if (ending, mode) in {("jpg", "RGBA"), ("jpg", "P"), ("webp", "P")}:
+        pytest.skip("no such files")
+    image = Image.new("RGB", (4, 4), "red")
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(ending, {})
+    path = save(tmp_path, image, f"image.{ending}", icc_profile=rgb_profile((2, 1, 0)), **options)
+    pixels, notes = read_image(path, 4, 3)
+    # JPEG's red is 254; the steep end of gamma 2.2 below.
+    np.testing.assert_allclose(pixels[:, 0, 0], BLUE, atol=2)
+    assert notes == ()
+    plain = save(tmp_path, image, f"plain.{ending}", **options)
+    np.testing.assert_allclose(decode(plain, 4, 3)[:, 0, 0], RED, atol=2)
+    np.testing.assert_allclose(decode(path, 4, 1), 0.114 * 255, atol=2)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "1"])
+def test_grey_is_brought_to_srgb(tmp_path, mode):
+    """Half of the light is 188 in sRGB: its curve at 1/2 is 0.735."""
+    if mode == "I;16":
+        image = Image.fromarray(np.full((4, 4), 128 * 257, dtype=np.uint16))
+    else:
+        image = Image.new("L", (4, 4), 128).convert(mode) if mode != "1" else Image.new("1", (4, 4), 1)
+    path = save(tmp_path, image, icc_profile=grey_profile(1.0))
+    expected = 255 if mode == "1" else 188
+    np.testing.assert_allclose(decode(path, 4, 1), expected, atol=1)
+    np.testing.assert_allclose(decode(path, 4, 3), expected, atol=1)
+
+
+def test_a_profile_of_colours_serves_grey_images_too(tmp_path):
+    path = save(tmp_path, Image.new("L", (4, 4), 128), icc_profile=rgb_profile(gamma=1.0))
+    np.testing.assert_allclose(decode(path, 4, 1), 188, atol=1)
+    assert read_image(path, 4, 1)[1] == ()
+
+
+def test_cmyk_is_brought_to_srgb(tmp_path):
+    path = save(
+        tmp_path, Image.new("CMYK", (4, 4), (200, 0, 0, 128)), "image.tif", icc_profile=cmyk_profile()
+    )
+    pixels, notes = read_image(path, 4, 3)
+    np.testing.assert_allclose(pixels, 119, atol=2)  # L* = 50 is Y = 0.184, 0.466 on sRGB's curve
+    assert notes == ()
+
+
+def test_transparent_is_white_whatever_the_profile(tmp_path):
+    image = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    path = save(tmp_path, image, icc_profile=rgb_profile((2, 1, 0)))
+    assert colours(path) == [[BLUE, WHITE], [WHITE, WHITE]]
+
+
+def test_srgb_changes_no_pixel(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for profile in (SRGB, None):
+        path = save(tmp_path, Image.fromarray(pixels), icc_profile=profile)
+        np.testing.assert_array_equal(decode(path, 8, 3), pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [
+        ("RGB", b"not a profile"),
+        ("RGB", SRGB[:300]),
+        ("RGB", SRGB[:128] + bytes(len(SRGB) - 128)),
+        ("RGB", grey_profile(1.0)),
+        ("RGB", cmyk_profile()),
+        ("CMYK", SRGB),
+        ("RGB", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()),
+    ],
+    ids=["text", "cut short", "no tags", "grey for colour", "inks for colour", "colour for inks", "Lab"],
+)
+def test_a_useless_profile_is_ignored_and_noted(tmp_path, mode, profile):
+    image = Image.new("RGB", (4, 4), "red").convert(mode)
+    path = save(tmp_path, image, "image.tif", icc_profile=profile)
+    pixels, notes = read_image(path, 4, 3)
+    assert pixels[:, 0, 0].tolist() == RED
+    assert notes == ("profile",)
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "apng", "tif", "avif"])
+def test_animations_and_pages_are_noted(tmp_path, ending):
+    if ending == "avif" and not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    kind = {"apng": "PNG"}.get(ending)
+    options = {"webp": {"lossless": True}, "avif": {"quality": 100}}.get(ending, {})
+    path = save(
+        tmp_path, frames[0], f"two.{ending}", format=kind, save_all=True, append_images=frames[1:], **options
+    )
+    pixels, notes = read_image(path, 16, 3)
+    np.testing.assert_allclose(pixels[:, 8, 8], RED, atol=4)  # AVIF's YUV
+    assert notes == ("animation",)
+    assert read_image(path.read_bytes(), 16, 3)[1] == ("animation",)
+    path = save(tmp_path, frames[0], f"one.{ending}", format=kind, **options)
+    assert read_image(path, 16, 3)[1] == ()
+
+
+def test_previews_in_a_photograph_are_no_animation(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    path = save(tmp_path, frames[0], "photo.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    assert read_image(path, 16, 3)[1] == ()
+
+
+def test_damage_behind_the_first_frame_does_not_cost_it(tmp_path):
+    frames = [
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8))
+        for seed in (0, 1)
+    ]
+    path = save(tmp_path, frames[0], "two.gif", save_all=True, append_images=frames[1:])
+    whole, content = decode(path, 64, 3), path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 4])
+    np.testing.assert_array_equal(decode(path, 64, 3), whole)

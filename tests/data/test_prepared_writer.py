@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -23,7 +24,7 @@ from flowback.data import prepared_writer as module
 from flowback.data.decode_pool import Settings
 from flowback.data.image_set import FeatureSettings
 from flowback.data.load import load_images
-from flowback.data.pixels import decode, fit
+from flowback.data.pixels import decode, fit, read_image
 from flowback.data.prepared import load_prepared
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
@@ -139,12 +140,12 @@ def test_a_stopped_preparation_resumes_to_the_same_bytes(tmp_path, small_commits
         calls.append(path)
         if len(calls) == 22:  # in the third commit
             raise KeyboardInterrupt
-        return decode(path, *rest)
+        return read_image(path, *rest)
 
-    monkeypatch.setattr(decode_pool, "decode", failing)
+    monkeypatch.setattr(decode_pool, "read_image", failing)
     with pytest.raises(KeyboardInterrupt):
         make(data, tmp_path / "out")
-    monkeypatch.setattr(decode_pool, "decode", decode)
+    monkeypatch.setattr(decode_pool, "read_image", read_image)
     with pytest.raises(InputError, match="is not complete; run the same `flowback prepare` again"):
         load_prepared(tmp_path / "out", 16, 3, "train")
     with (tmp_path / "out/train/images.npy").open("ab") as file:
@@ -162,9 +163,9 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(tmp_path, small_commits,
 
     def slow(*words):
         time.sleep(0.05)  # so that the kill comes long before the end
-        return decode(*words)
+        return read_image(*words)
 
-    monkeypatch.setattr(decode_pool, "decode", slow)
+    monkeypatch.setattr(decode_pool, "read_image", slow)
     fork = multiprocessing.get_context("fork")
     running = fork.Process(target=make, args=(data, tmp_path / "out"), kwargs={"workers": 2})
     running.start()
@@ -177,7 +178,7 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(tmp_path, small_commits,
     assert len(children) == 2
     assert not (tmp_path / "out/prepared.json").exists()
     assert psutil.wait_procs(children, timeout=30)[1] == []
-    monkeypatch.setattr(decode_pool, "decode", decode)
+    monkeypatch.setattr(decode_pool, "read_image", read_image)
     make(data, tmp_path / "out", workers=2)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -479,3 +480,49 @@ def test_a_set_of_another_size_than_the_models(tmp_path):
     make(write_images(tmp_path / "data"), tmp_path / "out")
     with pytest.raises(InputError, match="prepared with --image-size 16 --channels 3, the model takes 32x32"):
         load_images(DataConfig("prepared", tmp_path / "out"), 32, 3, "train")
+
+
+def test_animations_are_counted_across_commits_and_kills(tmp_path, small_commits, monkeypatch):
+    """prepared.json says how many and which first; a resumed preparation counts those before it, too."""
+    data = write_images(tmp_path / "data", count=20)
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for name in ("ant/000.gif", "ant/999.gif", "bee/500.webp"):
+        frames[0].save(data / name, save_all=True, append_images=frames[1:])
+    Image.new("RGB", (32, 32)).save(data / "bee/501.png", icc_profile=b"none")
+    settings = replace(BICUBIC, holdout=0.0)
+    calls = []
+
+    def failing(path, *rest):
+        calls.append(path)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return read_image(path, *rest)
+
+    monkeypatch.setattr(decode_pool, "read_image", failing)
+    with pytest.raises(KeyboardInterrupt):
+        make(data, tmp_path / "out", settings)
+    monkeypatch.setattr(decode_pool, "read_image", read_image)
+    summary = make(data, tmp_path / "out", settings)
+    assert summary["splits"]["train"]["noted"] == {
+        "animation": {"images": 3, "first": ["ant/000.gif", "ant/999.gif", "bee/500.webp"]},
+        "profile": {"images": 1, "first": ["bee/501.png"]},
+    }
+    assert summary["splits"]["train"]["images"] == 44
+
+
+# --- processes ---
+
+
+@pytest.mark.parametrize(("platform", "method"), [("linux", "fork"), ("darwin", "spawn"), ("win32", "spawn")])
+def test_only_linux_forks(monkeypatch, platform, method):
+    """macOS can fork, but its frameworks do not survive it."""
+    monkeypatch.setattr(sys, "platform", platform)
+    assert decode_pool.start_method() == method
+
+
+def test_processes_that_are_spawned_decode_the_same(tmp_path, monkeypatch):
+    data = write_images(tmp_path / "data", count=3)
+    make(data, tmp_path / "forked")
+    monkeypatch.setattr(decode_pool, "start_method", lambda: "spawn")
+    make(data, tmp_path / "spawned", workers=1)
+    assert tree(tmp_path / "spawned") == tree(tmp_path / "forked")

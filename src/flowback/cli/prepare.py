@@ -17,7 +17,7 @@ from flowback.config import CodecConfig
 from flowback.data.columns import Maker
 from flowback.data.decode_pool import Settings
 from flowback.data.image_set import FeatureSettings
-from flowback.data.pixels import Crop
+from flowback.data.pixels import Crop, note_sentence
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
 from flowback.data.vae import Vae, open_codec
@@ -128,6 +128,9 @@ def run(argv: list[str]) -> None:
     skipped = [name for found in summary["splits"].values() for name in found["skipped"]]
     if skipped:
         say(f"Left out: {', '.join(skipped[:8])}{', ...' if len(skipped) > 8 else ''}")
+    for split, found in summary["splits"].items():
+        for note, counted in found.get("noted", {}).items():
+            say(note_sentence(note, counted["images"], found["images"], counted["first"], split))
     if complete:
         say("The set was complete: the source and every byte are as they were.")
     shape = f" --model.channels {latent[0]} --model.image-size {latent[1]}" if latent else ""

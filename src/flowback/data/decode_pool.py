@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -11,18 +12,19 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from flowback.config import CodecConfig
 from flowback.data.image_set import FeatureSettings
-from flowback.data.pixels import Crop, UnreadableImageError, decode, fit
+from flowback.data.pixels import Crop, Note, UnreadableImageError, fit, read_image
 from flowback.data.sources import Source
 from flowback.errors import InputError
 
-__all__ = ["TASK", "Part", "Settings", "decoded"]
+__all__ = ["TASK", "Part", "Settings", "decoded", "start_method"]
 
 TASK = 64
 """Images that a process decodes before it hands them over."""
@@ -52,6 +54,8 @@ class Part:
     labels: np.ndarray
     names: list[bytes]
     skipped: list[str]
+    noted: dict[Note, list[str]] = field(default_factory=dict)
+    """Names of images by what is to be known of them."""
     derived: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What a VAE or an encoder made of the pixels."""
 
@@ -73,9 +77,7 @@ def decoded(source: Source, settings: Settings, start: int, workers: int) -> Gen
     if workers == 0:
         yield from map(decoder, starts)
         return
-    # Forking costs nothing and shares the listing; the children only decode, and never touch PyTorch.
-    method = "fork" if "fork" in get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, get_context(method), _begin_process, (decoder, os.getpid()))
+    pool = ProcessPoolExecutor(workers, get_context(start_method()), _begin_process, (decoder, os.getpid()))
     ahead: deque[Future[Part]] = deque()
     try:
         for begin in starts:
@@ -93,6 +95,15 @@ def decoded(source: Source, settings: Settings, start: int, workers: int) -> Gen
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def start_method() -> Literal["fork", "spawn"]:
+    """How processes that decode begin.
+
+    Forking costs nothing and shares the listing; the children only decode, and never touch PyTorch. macOS can
+    fork, too, but the threads of its own libraries do not survive it; Windows cannot.
+    """
+    return "fork" if sys.platform == "linux" else "spawn"
+
+
 class _Decoder:
     """Decodes TASK images from a given one on."""
 
@@ -106,23 +117,26 @@ class _Decoder:
         pixels = np.empty((len(span), settings.channels, size, size), dtype=np.uint8)
         good: list[int] = []
         skipped: list[str] = []
+        noted: dict[Note, list[str]] = {}
         for index in span:
             try:
-                pixels[len(good)] = self._image(index)
+                pixels[len(good)], notes = self._image(index)
                 good.append(index)
+                for note in notes:
+                    noted.setdefault(note, []).append(source.file_name(index))
             except UnreadableImageError as error:
                 skipped.append(f"{source.file_name(index)} ({error})")
         labels = np.full(len(good), -1, dtype=np.int64)
         if source.labels is not None:
             labels[:] = source.labels[good].numpy()
         names = [source.file_name(index).replace("\n", " ").encode() + b"\n" for index in good]
-        return Part(pixels[: len(good)], labels, names, skipped)
+        return Part(pixels[: len(good)], labels, names, skipped, noted)
 
-    def _image(self, index: int) -> np.ndarray:
+    def _image(self, index: int) -> tuple[np.ndarray, tuple[Note, ...]]:
         settings, content = self.settings, self.source.open(index)
         if isinstance(content, (bytes, Path)):
-            return decode(content, settings.image_size, settings.channels, settings.crop)
-        return fit(content, settings.image_size, settings.channels, settings.crop)
+            return read_image(content, settings.image_size, settings.channels, settings.crop)
+        return fit(content, settings.image_size, settings.channels, settings.crop), ()
 
 
 _decoder: _Decoder | None = None

@@ -9,7 +9,7 @@ added later move no image from one side to the other.
 Files count as images by their ending, hidden files do not count. A set that fits in memory is decoded at
 once, so that every bad file is known before training starts; a larger one is decoded on read, and the same
 choice, refuse or skip, is made then. A skipped image of a larger set is replaced by the next readable one
-of its class, and logged by name.
+of its class, and logged by name. Animations and useless colour profiles are counted and named in the log.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from flowback.config import DataConfig
 from flowback.data.image_set import MemoryImages, PixelSet
-from flowback.data.pixels import EXTENSIONS, UnreadableImageError, decode
+from flowback.data.pixels import EXTENSIONS, NOTES, Note, UnreadableImageError, note_sentence, read_image
 from flowback.errors import InputError
 from flowback.progress import track
 
@@ -101,7 +101,11 @@ class FolderImages(PixelSet):
     def _read(self, index: int) -> UInt8[np.ndarray, "c s s"]:
         for other in self._successors(index):
             try:
-                return decode(self.folder / self.files[other], self.image_size, self.channels)
+                file = self.folder / self.files[other]
+                pixels, notes = read_image(file, self.image_size, self.channels)
+                for note in notes:
+                    _note_once(file, note)
+                return pixels
             except UnreadableImageError as error:
                 if self.bad_images == "refuse":
                     raise _refusal(self.folder, [f"{self.files[other]} ({error})"], len(self)) from None
@@ -137,13 +141,15 @@ def load_folder(
         return FolderImages(
             name, listing.classes, labels, folder, listing.files, image_size, channels, data.bad_images
         )
-    files, pixels, bad = _read_all(folder, listing.files, image_size, channels)
+    files, pixels, bad, noted = _read_all(folder, listing.files, image_size, channels)
     if bad and (data.bad_images == "refuse" or not files):
         raise _refusal(folder, bad, len(listing.files))
     if bad:
         logger.warning(
             "Skipped %d of the %d images in %s: %s", len(bad), len(listing.files), folder, _name(bad, 20)
         )
+    for note, names in noted.items():
+        logger.warning("%s", note_sentence(note, len(names), len(files), names[:8], folder))
     return MemoryImages(name, listing.classes, labels_of(listing.classes, files), pixels, files, tuple(bad))
 
 
@@ -258,27 +264,37 @@ def labels_of(classes: tuple[str, ...], files: tuple[str, ...]) -> Int64[Tensor,
 
 def _read_all(
     folder: Path, files: tuple[str, ...], image_size: int, channels: int
-) -> tuple[tuple[str, ...], UInt8[Tensor, "n c h w"], list[str]]:
-    """The readable files, their images, and the others with the reason."""
+) -> tuple[tuple[str, ...], UInt8[Tensor, "n c h w"], list[str], dict[Note, list[str]]]:
+    """The readable files, their images, the others with the reason, and files with a note."""
 
-    def read(file: str) -> np.ndarray | UnreadableImageError:
+    def read(file: str) -> tuple[np.ndarray, tuple[Note, ...]] | UnreadableImageError:
         try:
-            return decode(folder / file, image_size, channels)
+            return read_image(folder / file, image_size, channels)
         except UnreadableImageError as error:
             return error
 
     pixels = torch.empty(len(files), channels, image_size, image_size, dtype=torch.uint8)
     good: list[str] = []
     bad: list[str] = []
+    noted: dict[Note, list[str]] = {}
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoders release the GIL
         results = track(pool.map(read, files), len(files), "Reading images")
         for file, result in zip(files, results, strict=True):
             if isinstance(result, UnreadableImageError):
                 bad.append(f"{file} ({result})")
             else:
-                pixels[len(good)] = torch.from_numpy(result.copy())
+                image, notes = result
+                pixels[len(good)] = torch.from_numpy(image.copy())
                 good.append(file)
-    return tuple(good), pixels[: len(good)], bad
+                for note in notes:
+                    noted.setdefault(note, []).append(file)
+    return tuple(good), pixels[: len(good)], bad, noted
+
+
+@lru_cache(maxsize=10_000)
+def _note_once(file: Path, note: Note) -> None:
+    """Say once in this process what is to be known of a file that is read again and again."""
+    logger.warning("%s has %s.", file, NOTES[note])
 
 
 def _refusal(folder: Path, bad: list[str], total: int) -> InputError:

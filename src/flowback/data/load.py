@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 from flowback.config import DataConfig
@@ -12,6 +13,8 @@ from flowback.data.prepared import is_prepared, load_latents, load_prepared, rea
 from flowback.errors import InputError
 
 __all__ = ["load_images"]
+
+logger = logging.getLogger(__name__)
 
 
 def load_images(
@@ -35,6 +38,25 @@ def load_images(
         >>> len(images), images.read(torch.tensor([0, 5])).shape
         (360, torch.Size([2, 1, 8, 8]))
     """
+    images = _load(data, image_size, channels, split)
+    if split == "train":
+        _show_order(images)
+    return images
+
+
+def _show_order(images: ImageSet) -> None:
+    """Say which class has which id where their names are numbers in another order, as 1, 10, 2."""
+    names = images.classes
+    if not all(name.isdecimal() for name in names) or sorted(names, key=int) == list(names):
+        return
+    shown = ", ".join(f"{index} is {name}" for index, name in enumerate(names[:12]))
+    logger.info(
+        "The classes of %s have ids in the order of their names as text: %s%s",
+        *(images.name, shown, ", ..." if len(names) > 12 else "."),
+    )
+
+
+def _load(data: DataConfig, image_size: int, channels: int, split: Literal["train", "test"]) -> ImageSet:
     if data.name == "prepared" and data.path is None:
         raise InputError("The data set is a prepared one, but --data.path does not say which.")
     if data.path is not None and (data.name == "prepared" or is_prepared(data.path)):

@@ -1,9 +1,11 @@
 """Pixels: files to 8-bit images of a fixed size, 8-bit values to [-1, 1] and back. The only place for it.
 
 Files, in this order: decode, turn upright by its EXIF orientation, reduce to 8 bits (16-bit values divided by
-257, rounded), composite alpha over white, convert to grey or RGB, then bring the short side to the asked
-size and crop the centre, in one of three ways (all antialiased). Never flips. Of an animation, the first
-frame counts.
+257, rounded), composite alpha over white, convert from an embedded colour profile to sRGB, convert to grey or
+RGB, then bring the short side to the asked size and crop the centre, in one of three ways (all antialiased).
+Never flips. Of an animation or a file of several pages, the first image counts, and it is noted. A profile
+that is sRGB, within 2 of 255 levels, changes nothing; one that is damaged, or of another kind than the
+image, is ignored and noted.
 
 bicubic   one bicubic resize of the centre square; what folders get that were not prepared
 adm       ADM's (arXiv 2105.05233): halve by averaging while the short side is at least twice the size, then
@@ -18,24 +20,28 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 __all__ = [
     "EXTENSIONS",
+    "NOTES",
     "Crop",
     "Faults",
+    "Note",
     "Rounding",
     "UnreadableImageError",
     "decode",
     "fit",
     "from_levels",
+    "note_sentence",
     "quantise",
+    "read_image",
     "to_bytes",
     "to_levels",
     "to_unit_range",
@@ -67,6 +73,23 @@ class UnreadableImageError(Exception):
     """A file that holds no usable image; the text is a short reason."""
 
 
+Note = Literal["animation", "profile"]
+"""What a reader of the set should know of an image that was read."""
+
+
+NOTES: dict[Note, str] = {
+    "animation": "several frames or pages, of which the first is used",
+    "profile": "a colour profile that is damaged or of another kind than the image, and is ignored",
+}
+"""What the images with a note have."""
+
+
+def note_sentence(note: Note, count: int, total: int, names: Sequence[str], where: Path | str) -> str:
+    """What is to be said of the ``count`` images, the first of them ``names``, that have a note."""
+    more = ", ..." if count > len(names) else ""
+    return f"Images with {NOTES[note]}: {count} of {total} in {where} ({', '.join(names)}{more})."
+
+
 def decode(
     source: Path | bytes, size: int, channels: int, crop: Crop = "bicubic"
 ) -> UInt8[np.ndarray, "c s s"]:
@@ -75,12 +98,26 @@ def decode(
     Raises:
         UnreadableImageError: no file, no image, damaged, or of a kind without a stated range of values.
     """
+    return read_image(source, size, channels, crop)[0]
+
+
+def read_image(
+    source: Path | bytes, size: int, channels: int, crop: Crop = "bicubic"
+) -> tuple[UInt8[np.ndarray, "c s s"], tuple[Note, ...]]:
+    """As :func:`decode`, with what should be known of the file.
+
+    Raises:
+        UnreadableImageError: no file, no image, damaged, or of a kind without a stated range of values.
+    """
     try:
         with Image.open(
             BytesIO(source) if isinstance(source, bytes) else source, formats=_known_formats()
         ) as image:
+            animated = _is_animated(image)
             image.load()
-            return fit(_upright(image), size, channels, crop)
+            flat, fits = _flat_srgb(_upright(image))
+            notes: list[Note] = (["animation"] if animated else []) + ([] if fits else ["profile"])
+            return _square(flat, size, channels, crop), tuple(notes)
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
@@ -97,15 +134,16 @@ def decode(
 
 
 def fit(image: Image.Image, size: int, channels: int, crop: Crop = "bicubic") -> UInt8[np.ndarray, "c s s"]:
-    """Pixels of an upright image: to 8 bits, over white, to grey or RGB, short side to ``size``, centre.
+    """Pixels of an upright image: to 8 bits, over white, to sRGB or grey, short side to ``size``, centre.
 
     Raises:
         UnreadableImageError: values without a stated range (float, or integers beyond 16 bits).
     """
-    image = _eight_bits(image)
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return _square(_flat_srgb(image)[0], size, channels, crop)
+
+
+def _square(image: Image.Image, size: int, channels: int, crop: Crop) -> UInt8[np.ndarray, "c s s"]:
+    """Pixels of an 8-bit image without alpha."""
     mode = "L" if channels == 1 else "RGB"
     image = image if image.mode == mode else image.convert(mode)
     if crop == "adm":
@@ -160,6 +198,75 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise UnreadableImageError("integer pixels beyond 16 bits")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Whether the file holds more images than the first; asked before it is loaded, since GIF seeks."""
+    try:
+        # The further images of an MPO, a photograph by some cameras, are previews of the first.
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # damage behind the first image, which may be whole
+        return False
+
+
+def _flat_srgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image in 8 bits, over white and in sRGB; and whether its profile, if it has one, could be used."""
+    profile = image.info.get("icc_profile")
+    image = _eight_bits(image)
+    grey = image.mode in ("1", "L", "LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    if not profile:
+        return image, True
+    conversion = _conversion(profile)
+    if conversion is None or (conversion.mode == "L" and not grey):
+        return image, False
+    if (conversion.mode == "CMYK") != (image.mode == "CMYK"):
+        return image, False
+    if conversion.transform is None:
+        return image, True
+    image = image if image.mode == conversion.mode else image.convert(conversion.mode)
+    converted = ImageCms.applyTransform(image, conversion.transform)
+    assert converted is not None  # as it is not done in place
+    return converted, True
+
+
+class _Conversion(NamedTuple):
+    mode: Literal["L", "RGB", "CMYK"]
+    """Of the images that the profile is for."""
+    transform: ImageCms.ImageCmsTransform | None
+    """To sRGB; None where it would change nothing."""
+
+
+SAME = 2
+"""Levels by which a profile may differ from sRGB and pass for it, as other writers' sRGB profiles do."""
+
+
+@lru_cache(maxsize=64)
+def _conversion(profile: bytes) -> _Conversion | None:
+    """The way from a profile to sRGB; None if it is damaged, or of a kind that no image here has."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = _PROFILE_MODES[source.profile.xcolor_space.strip()]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "CMYK":
+            return _Conversion(mode, transform)
+        if mode == "L":
+            probe = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+        else:
+            steps = np.linspace(0, 255, 9).astype(np.uint8)
+            colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+            probe = Image.fromarray(colours)
+        converted = ImageCms.applyTransform(probe, transform)
+        assert converted is not None
+        change = np.asarray(converted).astype(int) - np.asarray(probe.convert("RGB"))
+    except (ImageCms.PyCMSError, KeyError, OSError, ValueError):
+        return None
+    return _Conversion(mode, transform if np.abs(change).max() > SAME else None)
+
+
+_PROFILE_MODES: dict[str, Literal["L", "RGB", "CMYK"]] = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
 
 
 def to_unit_range(images: UInt8[Tensor, "*s"] | Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:

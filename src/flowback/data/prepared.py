@@ -1,6 +1,7 @@
 """A prepared set: uint8 images of one size in one memory-mapped file, written by `flowback prepare`.
 
-    prepared.json          format, source, settings, classes; each split's number of images and content hash
+    prepared.json          format, source, settings, classes; for each split the number of images, content
+                           hash, files left out, and animations and useless colour profiles
     train/images.npy       (images, channels, size, size), uint8
     train/labels.npy       (images,), int64; -1 throughout for unconditional
     train/names.txt        the images' names, one a line; ends.npy holds where each one ends

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -24,6 +24,7 @@ from PIL import __version__ as pillow
 from flowback.checked import to_dict
 from flowback.data.columns import Column, Maker, bytes_of_image, derive, open_columns, settings_of
 from flowback.data.decode_pool import TASK, Part, Settings, decoded
+from flowback.data.pixels import Note
 from flowback.data.prepared import FORMAT
 from flowback.data.sources import Source, Split
 from flowback.data.vae import Codec
@@ -55,6 +56,8 @@ class _State:
     """Hash of what this commit added to the columns."""
     skipped: list[str] = field(default_factory=list)
     """Files that this commit left out."""
+    noted: dict[Note, list[str]] = field(default_factory=dict)
+    """Files of this commit by what is to be known of them."""
 
 
 def prepare(
@@ -118,6 +121,7 @@ def prepare(
             "images": commits[-1].images,
             "fingerprint": fingerprint,
             "skipped": [name for state in commits for name in state.skipped],
+            "noted": _counted(commits),
             "commits": rows,
         }
     summary = {**head, "splits": splits}
@@ -254,7 +258,23 @@ def _commit(columns: dict[str, Column], parts: list[Part], state: _State, items:
         state.names + sum(map(len, names)),
         digest.hexdigest(),
         [name for part in parts for name in part.skipped],
+        _merged(part.noted for part in parts),
     )
+
+
+def _merged(parts: Iterable[dict[Note, list[str]]]) -> dict[Note, list[str]]:
+    """The names of all parts, by note."""
+    merged: dict[Note, list[str]] = {}
+    for part in parts:
+        for note, names in part.items():
+            merged.setdefault(note, []).extend(names)
+    return merged
+
+
+def _counted(commits: list[_State]) -> dict[Note, dict[str, Any]]:
+    """Number and first names of a split's images with a note."""
+    merged = _merged(state.noted for state in commits)
+    return {note: {"images": len(names), "first": names[:8]} for note, names in merged.items()}
 
 
 def _read_journal(file: Path) -> list[_State]:

@@ -203,7 +203,7 @@ def _class_names(root: Path, values: list[int | str | None]) -> tuple[str, ...]:
     file = (root if root.is_dir() else root.parent) / "classes.txt"
     if not file.is_file():
         return tuple(map(str, range(count)))
-    names = tuple(file.read_text().split("\n"))
+    names = tuple(file.read_text(encoding="utf-8").split("\n"))
     names = names[:-1] if names[-1] == "" else names
     if len(names) < count:
         raise InputError(f"{file} names {len(names)} classes, the shards hold labels up to {count - 1}.")

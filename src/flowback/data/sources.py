@@ -224,7 +224,7 @@ def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, st
     A first line that names none of the files is a heading.
     """
     try:
-        with file.open(newline="") as stream:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
             rows = [row for row in csv.reader(stream) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--labels {file} cannot be read ({error}).") from None
