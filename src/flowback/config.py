@@ -147,16 +147,16 @@ class CodecConfig(Checked):
     """Revision of the VAE on the hub."""
     weights: str | None = None
     """SHA-256 of the VAE's weights, taken when the data were prepared."""
-    scale: float = 0.18215
-    """Factor of the latents: the flow sees (latent - shift) · scale."""
-    shift: float = 0.0
-    """Subtracted from the latents before they are scaled."""
+    scale: float | None = None
+    """Factor of the latents, which the flow sees as (latent - shift) · scale; None: the VAE's own."""
+    shift: float | None = None
+    """Subtracted from the latents before they are scaled; None: the VAE's own."""
     image_size: int = 256
     """Height and width of the decoded images."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
-        require(self.scale > 0, "--codec.scale must be above 0.")
+        require(self.scale is None or self.scale > 0, "--codec.scale must be above 0.")
 
 
 @dataclass(frozen=True)

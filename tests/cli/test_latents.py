@@ -244,3 +244,69 @@ def test_a_tiny_autoencoder_has_no_posterior(tmp_path):
 
 def test_pixels_take_no_vae():
     assert torch.equal(open_codec(CodecConfig()).decode(torch.ones(1, 3, 2, 2)), torch.ones(1, 3, 2, 2))
+
+
+def with_config(vae, folder, **changes):
+    """The same VAE under another config; None takes an entry out."""
+    shutil.copytree(vae, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None or key == "shift_factor"}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
+
+
+def prepare_small(flowback, photos, out, vae, *more):
+    return flowback(
+        "prepare", photos, "--image-size", 16, "--vae", vae, "--device", "cpu", "--workers", 0, "--out", out, *more
+    )  # fmt: skip
+
+
+def settings_of(out):
+    codec = json.loads((out / "prepared.json").read_text())["settings"]["codec"]
+    return codec["scale"], codec["shift"]
+
+
+def test_scale_and_shift_are_the_vaes_own(flowback, photos, vae, tmp_path):
+    own = with_config(vae, tmp_path / "own", scaling_factor=1.5305, shift_factor=0.0609)
+    code, printed, err = prepare_small(flowback, photos, tmp_path / "set", own)
+    assert code == 0, err
+    assert settings_of(tmp_path / "set") == (1.5305, 0.0609)
+    assert "replaces the VAE's own" not in printed + err
+    latents = load_images(DataConfig(path=tmp_path / "set"), 8, 4, "train")
+    config = latents.codec
+    images = latents.in_pixels.read(torch.tensor([0])).float() / 127.5 - 1
+    raw = open_codec(replace(config, scale=1.0, shift=0.0)).encode(images)[0, 0]
+    stored = latents.read(torch.tensor([0]))[0]
+    torch.testing.assert_close(stored, 1.5305 * (raw - 0.0609), rtol=1e-3, atol=2e-3)  # float16
+    # Another config beside the same weights changes nothing for latents that are there.
+    assert open_codec(config, vae=str(vae)).scale == 1.5305
+
+
+def test_options_replace_the_vaes_own_with_a_notice(flowback, photos, vae, tmp_path):
+    own = with_config(vae, tmp_path / "own", scaling_factor=1.5305, shift_factor=0.0609)
+    words = ("--vae-scale", 2.5, "--vae-shift", 0)
+    code, printed, err = prepare_small(flowback, photos, tmp_path / "set", own, *words)
+    assert code == 0, err
+    assert settings_of(tmp_path / "set") == (2.5, 0.0)
+    assert "--vae-scale 2.5 replaces the VAE's own, 1.53." in printed + err
+    assert "--vae-shift 0 replaces the VAE's own, 0.0609." in printed + err
+
+
+@pytest.mark.parametrize("spread", [0.4, 0.6, 1.9, 2.5])
+def test_latents_far_from_unit_scale_are_warned_of(flowback, photos, vae, tmp_path, caplog, spread):
+    """Scale the latents to a known standard deviation, as measured with scale 1."""
+    assert prepare_small(flowback, photos, tmp_path / "unit", vae, "--vae-scale", 1, "--holdout", 0)[0] == 0
+    moments = torch.from_numpy(np.load(tmp_path / "unit/train/latents.npy")).float()[:, 0]
+    unit = float((moments[:, 0].var(correction=0) + moments[:, 1].square().mean()).sqrt())
+    caplog.clear()
+    words = ("--vae-scale", spread / unit, "--holdout", 0)
+    assert prepare_small(flowback, photos, tmp_path / "set", vae, *words)[0] == 0
+    warned = [record.getMessage() for record in caplog.records if "standard deviation" in record.getMessage()]
+    if 0.5 <= spread <= 2:
+        assert warned == []
+    else:
+        (text,) = warned
+        assert text.startswith(
+            f"The latents of the first 48 images have the standard deviation {spread:.3g};"
+        )
+        assert f"with --vae-scale {1 / unit:.3g}, or choose" in text

@@ -63,10 +63,10 @@ class Options:
     """Also write latents of this AutoencoderKL or AutoencoderTiny: a folder, or a name on the hub."""
     vae_revision: str | None = None
     """Revision of the VAE on the hub."""
-    vae_scale: float = 0.18215
-    """Factor of the latents; 0.18215 is that of Stable Diffusion's VAEs."""
-    vae_shift: float = 0.0
-    """Subtracted from the latents before they are scaled."""
+    vae_scale: float | None = None
+    """Factor of the latents; None: the `scaling_factor` of the VAE's own config."""
+    vae_shift: float | None = None
+    """Subtracted from the latents before they are scaled; None: the VAE's own `shift_factor`."""
     encoder: str | None = None
     """Also write the patch features of this encoder, for alignment: as in `--alignment.encoder`."""
     encoder_grid: int | None = None
@@ -152,6 +152,11 @@ def _codec(options: Options) -> tuple[Vae | None, tuple[int, int, int] | None]:
     )
     codec = open_codec(config, pick_device(options.device, "--device"))
     assert isinstance(codec, Vae)
+    for what, used, own in zip(
+        ("scale", "shift"), (codec.scale, codec.shift), codec.own_scaling, strict=True
+    ):
+        if used != own:
+            say(f"--vae-{what} {used:g} replaces the VAE's own, {own:g}.")
     channels, height, width = codec.encode(torch.zeros(1, options.channels, size, size)).shape[2:]
     return codec, (channels, height, width)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -33,6 +35,8 @@ from flowback.files import write_json
 from flowback.progress import bar
 
 __all__ = ["prepare"]
+
+logger = logging.getLogger(__name__)
 
 COMMIT = 16
 """Most tasks between commits."""
@@ -203,6 +207,7 @@ def _fill(
         ):
             task = progress.add_task(f"preparing {split}", total=len(source), note="")
             waiting: list[Part] = []
+            checked = False
             for first, part in zip(range(state.items, len(source), TASK), parts, strict=True):
                 if part.skipped and bad_images == "refuse":
                     raise InputError(
@@ -214,6 +219,8 @@ def _fill(
                 done = min(first + TASK, len(source))
                 progress.update(task, completed=done)
                 if len(waiting) == together or done == len(source):
+                    if "latents" in makers and split == "train" and not checked:
+                        checked = _check_scale(waiting, settings)
                     state = _commit(columns, waiting, state, done)
                     commits.append(state)
                     _note(journal, state)
@@ -221,6 +228,23 @@ def _fill(
         for name, column in columns.items():
             column.seal(_rows(name, state))
     return commits
+
+
+def _check_scale(parts: list[Part], settings: Settings) -> bool:
+    """Warn of latents whose standard deviation is far from 1; True where there were latents to look at."""
+    moments = [part.derived["latents"][:, 0].astype(np.float32) for part in parts if part.names]
+    if not moments or settings.codec is None or settings.codec.scale is None:
+        return False
+    mean, deviation = (np.concatenate([part[:, moment] for part in moments]) for moment in (0, 1))
+    spread = math.sqrt(mean.var() + np.square(deviation).mean())
+    if spread > 0 and not 0.5 <= spread <= 2:
+        logger.warning(
+            "The latents of the first %d images have the standard deviation %.3g; noise levels and presets are "
+            "made for about 1. Stop, and prepare into an empty folder with --vae-scale %.3g, or choose "
+            "--model.noise-std to match.",
+            *(len(mean), spread, settings.codec.scale / spread),
+        )
+    return True
 
 
 def _note(journal: IO[str], state: _State) -> None:

@@ -58,12 +58,22 @@ class Vae:
     """An AutoencoderKL or AutoencoderTiny of diffusers, frozen.
 
     Args:
-        config: with the hash of its weights.
+        config: with the hash of its weights; scale and shift that are None are taken from the VAE's own config.
         model: the network, in eval mode.
     """
 
     def __init__(self, config: CodecConfig, model: Any) -> None:
-        self.config, self.model = config, model
+        self.model = model
+        own_scale, own_shift = self.own_scaling
+        self.scale = own_scale if config.scale is None else config.scale
+        self.shift = own_shift if config.shift is None else config.shift
+        self.config = replace(config, scale=self.scale, shift=self.shift)
+
+    @property
+    def own_scaling(self) -> tuple[float, float]:
+        """Scale and shift that the VAE's config names; 1 and 0 where it names none."""
+        scale, shift = (self.model.config.get(name) for name in ("scaling_factor", "shift_factor"))
+        return (1.0 if scale is None else float(scale)), (0.0 if shift is None else float(shift))
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 d p q"]:
@@ -79,8 +89,8 @@ class Vae:
                 mean, deviation = found.latent_dist.mean, found.latent_dist.std
             else:  # AutoencoderTiny has no posterior
                 mean, deviation = found.latents, torch.zeros_like(found.latents)
-            mean = (mean - self.config.shift) * self.config.scale
-            parts.append(torch.stack([mean, deviation * self.config.scale], dim=1).float().cpu())
+            mean = (mean - self.shift) * self.scale
+            parts.append(torch.stack([mean, deviation * self.scale], dim=1).float().cpu())
         moments = torch.cat(parts)
         if not bool(moments.isfinite().all()):
             raise InputError(f"The VAE {self.config.vae} gives latents that are not finite; take another.")
@@ -90,7 +100,7 @@ class Vae:
     def decode(self, drawn: Float[Tensor, "b d p q"]) -> Float[Tensor, "b c h w"]:
         """Images of z, computed in chunks."""
         parts = [
-            self.model.decode(chunk.to(self.model.device) / self.config.scale + self.config.shift).sample
+            self.model.decode(chunk.to(self.model.device) / self.scale + self.shift).sample
             for chunk in drawn.split(CHUNK)
         ]
         return torch.cat(parts).to(drawn)
