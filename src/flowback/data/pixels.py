@@ -116,8 +116,9 @@ def read_image(
             animated = _is_animated(image)
             image.load()
             flat, fits = _flat_srgb(_upright(image))
-            notes: list[Note] = (["animation"] if animated else []) + ([] if fits else ["profile"])
-            return _square(flat, size, channels, crop), tuple(notes)
+            found: dict[Note, bool] = {"animation": animated, "profile": not fits}
+            notes = tuple(note for note, has in found.items() if has)
+            return _square(flat, size, channels, crop), notes
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
