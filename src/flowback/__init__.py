@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         SampleConfig,
         TrainConfig,
     )
-    from flowback.data.image_set import ImageSet, image_set
+    from flowback.data.image_set import ImageSet, PixelSet, image_set
     from flowback.data.load import load_images
     from flowback.data.named_sets import register_dataset
     from flowback.errors import InputError
@@ -36,7 +36,7 @@ _MODULES = {
     "config": (
         *("AlignmentConfig", "DataConfig", "ModelConfig", "RunConfig", "SampleConfig", "TrainConfig"),
     ),
-    "data.image_set": ("ImageSet", "image_set"),
+    "data.image_set": ("ImageSet", "PixelSet", "image_set"),
     "data.load": ("load_images",),
     "data.named_sets": ("register_dataset",),
     "errors": ("InputError",),
@@ -61,6 +61,7 @@ __all__ = [
     "ImageSet",
     "InputError",
     "ModelConfig",
+    "PixelSet",
     "Recipe",
     "RunConfig",
     "SampleConfig",

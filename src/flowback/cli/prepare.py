@@ -152,9 +152,8 @@ def _codec(options: Options) -> tuple[Vae | None, tuple[int, int, int] | None]:
     )
     codec = open_codec(config, pick_device(options.device, "--device"))
     assert isinstance(codec, Vae)
-    for what, used, own in zip(
-        ("scale", "shift"), (codec.scale, codec.shift), codec.own_scaling, strict=True
-    ):
+    used_scaling = (codec.scale, codec.shift)
+    for what, used, own in zip(("scale", "shift"), used_scaling, codec.own_scaling, strict=True):
         if used != own:
             say(f"--vae-{what} {used:g} replaces the VAE's own, {own:g}.")
     channels, height, width = codec.encode(torch.zeros(1, options.channels, size, size)).shape[2:]

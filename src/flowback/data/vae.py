@@ -58,7 +58,7 @@ class Vae:
     """An AutoencoderKL or AutoencoderTiny of diffusers, frozen.
 
     Args:
-        config: with the hash of its weights; scale and shift that are None are taken from the VAE's own config.
+        config: with the hash of its weights; a scale or shift of None is that of the VAE's own config.
         model: the network, in eval mode.
     """
 
