@@ -131,6 +131,9 @@ def test_a_part_of_latents_is_one_of_the_images_too():
         in_pixels = Own()
         feature_table = FeatureTable(Path("x"), torch.zeros(4, 1, 1, 1))
 
+        def read(self, indices):
+            return torch.zeros(len(indices), 1, 8, 8)
+
         def read_training(self, indices):
             return torch.zeros(len(indices), 2, 2, 1, 8, 8)
 

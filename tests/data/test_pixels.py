@@ -199,10 +199,17 @@ WHITE_POINT = {b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)}
 PRIMARIES = ((0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))  # sRGB's, for D50
 
 
-def rgb_profile(order=(0, 1, 2), gamma=2.2):
-    tags = dict(WHITE_POINT)
+def table(levels):
+    """sRGB's curve, as coarse as other writers store it."""
+    x = np.linspace(0, 1, levels)
+    light = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    return b"curv\0\0\0\0" + struct.pack(">I", levels) + np.rint(light * 65535).astype(">u2").tobytes()
+
+
+def rgb_profile(order=(0, 1, 2), gamma=2.2, response=None):
+    response, tags = response or curve(gamma), dict(WHITE_POINT)
     for channel, own in zip((b"r", b"g", b"b"), order, strict=True):
-        tags |= {channel + b"XYZ": b"XYZ \0\0\0\0" + fixed(*PRIMARIES[own]), channel + b"TRC": curve(gamma)}
+        tags |= {channel + b"XYZ": b"XYZ \0\0\0\0" + fixed(*PRIMARIES[own]), channel + b"TRC": response}
     return icc(b"RGB ", tags)
 
 
@@ -277,7 +284,7 @@ def test_transparent_is_white_whatever_the_profile(tmp_path):
 
 def test_srgb_changes_no_pixel(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    for profile in (SRGB, None):
+    for profile in (SRGB, rgb_profile(response=table(16)), None):
         path = save(tmp_path, Image.fromarray(pixels), icc_profile=profile)
         np.testing.assert_array_equal(decode(path, 8, 3), pixels.transpose(2, 0, 1))
 

@@ -239,8 +239,8 @@ def _check_scale(parts: list[Part], settings: Settings) -> bool:
     spread = math.sqrt(mean.var() + np.square(deviation).mean())
     if spread > 0 and not 0.5 <= spread <= 2:
         logger.warning(
-            "The latents of %d images have the standard deviation %.3g; noise levels and presets are made for "
-            "about 1. Stop, and prepare into an empty folder with --vae-scale %.3g, or choose "
+            "The latents of %d images have the standard deviation %.3g; noise levels and presets are made "
+            "for about 1. Stop, and prepare into an empty folder with --vae-scale %.3g, or choose "
             "--model.noise-std to match.",
             *(len(mean), spread, settings.codec.scale / spread),
         )
