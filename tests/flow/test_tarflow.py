@@ -107,8 +107,7 @@ def test_log_prob_integrates_to_one():
     images[:, 0, 0, 0], images[:, 0, 0, 1] = first.flatten(), second.flatten()
     block = flow.blocks[0]
     with torch.no_grad():  # marginal of the first two tokens, through the first block alone
-        z, log_det, _ = block(flow.tokens(images), None)
-        log_scale = block.predict(flow.tokens(images), None).log_scale
+        z, log_det, log_scale, _ = block(flow.tokens(images), None)
     log_p = (
         -0.5 * z[:, :2].square().sum(dim=(1, 2)) - math.log(2 * math.pi) - log_scale[:, :2].sum(dim=(1, 2))
     )
