@@ -63,7 +63,7 @@ def library() -> ctypes.CDLL | None:
             _log.warning("the fast decoder is compiled for this process alone: %s", error)
         with tempfile.TemporaryDirectory() as temporary:
             return _load(_compiled(compiler, Path(temporary)))  # once loaded, the file can go
-    except (OSError, _CompilerError) as error:
+    except (OSError, subprocess.TimeoutExpired, _CompilerError) as error:
         _log.warning("the fast decoder could not be compiled, PyTorch decodes instead: %s", error)
         return None
 
@@ -116,7 +116,7 @@ def _run(command: list[str]) -> str:
     """What a command of the compiler prints."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LIMIT)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise _CompilerError(str(error)) from None
     if done.returncode:
         lines = done.stderr.splitlines() or [f"{command[0]} ended with code {done.returncode}"]
