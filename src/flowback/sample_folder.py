@@ -187,7 +187,7 @@ def draw_folder(
 
     Example:
         >>> import flowback, tempfile
-        >>> flow = flowback.create_flow("digits", width=16, head_dim=8, layers=1, blocks=2)
+        >>> flow = flowback.create_flow("digits", num_classes=10, width=16, head_dim=8, layers=1, blocks=2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report = flowback.draw_folder(flow, folder, count=4, labels=[3, 7], guidance=1.0)
         >>> report.drawn, report.failed

@@ -182,7 +182,7 @@ def plan_sampling(flow: TARFlow, config: SampleConfig | None = None, **options: 
 
     Example:
         >>> import flowback
-        >>> flow = flowback.create_flow("digits", width=16, head_dim=8, layers=1, blocks=2)
+        >>> flow = flowback.create_flow("digits", num_classes=10, width=16, head_dim=8, layers=1, blocks=2)
         >>> plan = flowback.plan_sampling(flow, batch_size=2, guidance=1.0)
         >>> sampler = flowback.Sampler(flow, guidance=1.0, batch_size=2, plans=plan.blocks)
         >>> sampler([3, 7], seeds=[0, 1]).shape
