@@ -89,6 +89,8 @@ class FolderConfig(Checked):
         for name in ("grid", "npz", "trajectory"):
             path = getattr(self, name)
             require(path is None or not path.is_dir(), f"--{name} {path} is a folder; name a file.")
+            file = next((parent for parent in path.parents if parent.is_file()), None) if path else None
+            require(file is None, f"--{name} {path}: {file} is a file; name another folder.")
 
 
 @dataclass(frozen=True)
