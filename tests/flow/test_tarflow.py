@@ -107,7 +107,8 @@ def test_log_prob_integrates_to_one():
     images[:, 0, 0, 0], images[:, 0, 0, 1] = first.flatten(), second.flatten()
     block = flow.blocks[0]
     with torch.no_grad():  # marginal of the first two tokens, through the first block alone
-        z, log_det, log_scale, _ = block(flow.tokens(images), None)
+        z, log_det, prediction = block(flow.tokens(images), None)
+        log_scale = prediction.log_scale
     log_p = (
         -0.5 * z[:, :2].square().sum(dim=(1, 2)) - math.log(2 * math.pi) - log_scale[:, :2].sum(dim=(1, 2))
     )
@@ -258,7 +259,7 @@ def test_blocks_one_after_another(drop):
         prediction = block.predict(x, block.context(labels, drop))
         assert torch.equal(output.z, alone.z)
         assert torch.equal(output.log_det, alone.log_det)
-        assert torch.equal(output.log_scale, prediction.log_scale)
+        assert torch.equal(output.prediction.log_scale, prediction.log_scale)
         x, log_det = output.z, log_det + output.log_det
     assert torch.equal(x, whole.z)
     assert torch.equal(log_det, whole.log_det)

@@ -40,9 +40,13 @@ class BlockOutput(NamedTuple):
     z: Float[Tensor, "b n d"]
     log_det: Float[Tensor, " b"]
     """log|det dz/dx| in nats, summed over dimensions."""
-    log_scale: Float[Tensor, "b n d"]
-    hidden: dict[int, Float[Tensor, "b n w"]]
-    """Outputs of the chosen layers, counted from 1."""
+    prediction: Prediction
+    """What the block predicted from the tokens."""
+
+    @property
+    def hidden(self) -> dict[int, Float[Tensor, "b n w"]]:
+        """Outputs of the chosen layers, counted from 1."""
+        return self.prediction.hidden
 
 
 @runtime_checkable
@@ -156,9 +160,9 @@ class Block(nn.Module):
         self, x: Float[Tensor, "b n d"], context: Tensor | None, hidden: Collection[int] = ()
     ) -> BlockOutput:
         """Data to noise: z = (x - shift) * exp(-log_scale)."""
-        shift, log_scale, states = self.predict(x, context, hidden)
-        z = affine.forward(x, shift, log_scale)
-        return BlockOutput(z, affine.log_det(log_scale), log_scale, states)
+        predicted = self.predict(x, context, hidden)
+        z = affine.forward(x, predicted.shift, predicted.log_scale)
+        return BlockOutput(z, affine.log_det(predicted.log_scale), predicted)
 
     def step(
         self,

@@ -107,8 +107,8 @@ def block_statistics(flow: Flow, images: Float[Tensor, "b c h w"], labels: Label
     found: dict[str, Tensor] = {}
     for t, output in enumerate(flow.encode_blocks(flow.tokens(images), labels), start=1):
         found[f"z2_{t}"] = output.z.square().mean()
-        found[f"log_scale_min_{t}"] = output.log_scale.min()
-        found[f"log_scale_max_{t}"] = output.log_scale.max()
+        found[f"log_scale_min_{t}"] = output.prediction.log_scale.min()
+        found[f"log_scale_max_{t}"] = output.prediction.log_scale.max()
     return {name: float(value) for name, value in found.items()}
 
 
