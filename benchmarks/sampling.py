@@ -27,14 +27,22 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowback import BlockPlan, Flow, Guidance, ModelConfig, RunConfig, TrainConfig, load, sample
+from flowback import (
+    BlockPlan,
+    Flow,
+    Guidance,
+    ModelConfig,
+    RunConfig,
+    Sampler,
+    TrainConfig,
+    load,
+    plan_sampling,
+)
 from flowback.checkpoint import save
 from flowback.data.pixels import from_levels
 from flowback.flow.cost import flops_per_image
 from flowback.progress import track
-from flowback.sampling.block_plan import Plan, device_name, make_plan
-from flowback.sampling.decoder import Engine
-from flowback.sampling.sampler import Batch, noise
+from flowback.sampling.sampler import noise
 from harness import interleave, write_rows
 
 MODEL = ModelConfig(image_size=64, patch_size=4, width=256, blocks=4, layers=4, num_classes=2)
@@ -143,14 +151,10 @@ def matmul_peak(device: torch.device, clock: Callable[[], float]) -> float:
     return 2 * 1536**3 / min(seconds)
 
 
-def planned(flow: Flow, labels: Tensor, guidance: Guidance) -> tuple[BlockPlan, ...]:
+def planned(flow: Flow, batch: int, guidance: Guidance) -> tuple[BlockPlan, ...]:
     """The blocks' plans for such a batch, measured on other noise."""
-    engine, scale = Engine(flow), float(torch.as_tensor(guidance.scale))
-    labels = labels[: engine.images_at_once(len(labels), guidance.active)]
-    z = noise(flow, range(2**31, 2**31 + len(labels)))
-    batch = Batch(engine, labels, guidance, guidance.scales(len(labels), z))
-    asked = Plan("", device_name(flow.device), len(labels), "fp32", scale, 1e-3, 0.0, 0.0, 0.0, ())
-    plan, _ = make_plan(batch, z, asked)
+    scale = float(torch.as_tensor(guidance.scale))
+    plan = plan_sampling(flow, guidance=scale, ramp=guidance.ramp, batch_size=batch)
     print("plan:", ", ".join(f"block {i} window {p.window}" for i, p in enumerate(plan.blocks, start=1)))
     return plan.blocks
 
@@ -171,10 +175,10 @@ def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: f
         precision: Literal["fp32", "bf16"] = "fp32",
         plans: Sequence[BlockPlan] | None = None,
     ) -> None:
+        sampler = Sampler(flow, guidance, False, batch_size=batch, precision=precision, plans=plans)
+
         def call() -> None:
-            kept[name] = sample(
-                flow, labels, seeds, guidance, False, batch_size=batch, precision=precision, plans=plans
-            )
+            kept[name] = sampler(labels, seeds)
 
         calls[name] = call
 
@@ -190,7 +194,7 @@ def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: f
         if options.bf16:
             ours(f"ours-sequential-bf16-b{batch}{suffix}", guidance, "bf16")
         if options.jacobi:
-            ours(f"ours-auto-b{batch}{suffix}", guidance, plans=planned(flow, labels, guidance))
+            ours(f"ours-auto-b{batch}{suffix}", guidance, plans=planned(flow, batch, guidance))
             if not suffix:
                 every = [BlockPlan(window=16, tolerance=1e-4)] * flow.config.blocks
                 ours(f"ours-jacobi-b{batch}", guidance, plans=every)

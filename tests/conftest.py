@@ -1,7 +1,7 @@
 """Shape annotations are checked in tests: jaxtyping with beartype wraps flowback's functions.
 
-Not those of ``cli``, where the option parser fills dataclasses with marks of its own, nor ``config``, which
-checks itself.
+Not those of ``cli``, where the option parser fills dataclasses with marks of its own, nor of ``config`` and
+``sample_folder``, whose options check themselves.
 """
 
 import os

@@ -27,7 +27,7 @@ LEVELS = (
     {"flow"},
     {"alignment", "classification", "sampling", "tarflow_weights"},
     {"model"},
-    {"evaluation"},
+    {"evaluation", "sample_folder"},
     {"training"},
     {"cli"},
     {"__init__", "__main__"},

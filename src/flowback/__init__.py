@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from flowback.flow import FlowOutput
     from flowback.model import Flow, create_flow, load
     from flowback.presets import list_presets
-    from flowback.sampling import BlockPlan, Guidance, sample
+    from flowback.sample_folder import draw_folder
+    from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -43,7 +44,8 @@ _MODULES = {
     "flow": ("FlowOutput",),
     "model": ("Flow", "create_flow", "load"),
     "presets": ("list_presets",),
-    "sampling": ("BlockPlan", "Guidance", "sample"),
+    "sample_folder": ("draw_folder",),
+    "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
 }
 """Public names, by the module that defines them."""
 
@@ -65,15 +67,18 @@ __all__ = [
     "Recipe",
     "RunConfig",
     "SampleConfig",
+    "Sampler",
     "TrainConfig",
     "__version__",
     "classify",
     "create_encoder",
     "create_flow",
+    "draw_folder",
     "image_set",
     "list_presets",
     "load",
     "load_images",
+    "plan_sampling",
     "register_dataset",
     "register_encoder",
     "sample",

@@ -14,6 +14,7 @@ from flowback.config import RunConfig
 from flowback.data.pixels import to_bytes
 from flowback.sampling.image_files import read_png
 from sampling.flows import tame_flow
+from sampling.test_sampler import breaking
 
 CPU = ("--device", "cpu")
 
@@ -89,6 +90,10 @@ def test_models_of_uniform_noise_say_that_nothing_is_denoised(flowback, tmp_path
         (("--labels", 1, "--unconditional"), "exclude"),
         (("--unconditional", "--guidance", 1), "attention temperature"),
         (("--guided-blocks", 5, "--guidance", 1), "guided blocks"),
+        (("--labels", "cat"), "does not know the names of its classes"),
+        (("--grid", "."), "--grid . is a folder"),
+        (("--seed", -1), "--seed"),
+        (("--vae", "x"), "--vae x: the model works on pixels"),
     ],
 )
 def test_bad_options(flowback, checkpoint, tmp_path, words, message):
@@ -149,3 +154,53 @@ def test_the_grid_has_a_row_for_each_class(flowback, checkpoint, tmp_path):
         scale = cell[0] // images[0].shape[1]
         expected = images[number] if number < 5 else torch.zeros_like(images[0])
         assert torch.equal(shown[:, ::scale, ::scale], expected), number
+
+
+def test_labels_by_name(flowback, tmp_path):
+    flow = tame_flow(torch.float32)
+    config = RunConfig(model=flow.config, classes=("cat", "dog", "eel", "1", "fox"))
+    save(tmp_path / "c", config, flow.state_dict())
+    words = ("sample", tmp_path / "c", "--out", tmp_path / "s", "--count", 4, *CPU)
+    code, _, err = flowback(*words, "--labels", "dog", "cat", "1", "2")  # 1 is a name, 2 is none
+    assert code == 0, err
+    notes = [read_png(file)[1]["label"] for file in sorted((tmp_path / "s").glob("*.png"))]
+    assert notes == ["1", "0", "3", "2"]
+    code, _, err = flowback("sample", tmp_path / "c", "--out", tmp_path / "t", "--labels", "dot")
+    assert code == 2
+    assert "no class 'dot'; did you mean dog" in err
+    assert not (tmp_path / "t").exists()
+
+
+def test_images_that_fail_are_named_and_the_command_fails(flowback, tmp_path):
+    """With the block and the token where they broke: block 2 reads backwards."""
+    flow = breaking(2, 5)
+    save(tmp_path / "c", RunConfig(model=flow.config), flow.state_dict())
+    words = ("sample", tmp_path / "c", "--out", tmp_path / "s", "--count", 4, "--json", tmp_path / "s.json")
+    code, out, err = flowback(*words, *CPU, "--redraws", 1, "--grid", tmp_path / "g.png")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "4 of 4 images are missing" in err
+    assert "block 2, token 10" in err
+    assert "block 2, token 10" in out
+    result = json.loads((tmp_path / "s.json").read_text())["result"]
+    assert (result["drawn"], result["redrawn"]) == (0, 0)
+    assert result["failed"][3] == {"image": 3, "block": 2, "token": 10}
+    assert not (tmp_path / "g.png").exists()
+
+
+def test_a_checkpoint_that_changed_under_its_path_is_noticed(flowback, checkpoint, tmp_path):
+    words = ("sample", tmp_path / "c", "--out", tmp_path / "s", "--count", 1, *CPU)
+    for seed, expected in ((0, 0), (1, 2)):
+        flow = tame_flow(torch.float32, seed=seed)
+        save(tmp_path / "c", RunConfig(model=flow.config), flow.state_dict())
+        code, _, err = flowback(*words)
+        assert code == expected
+    assert "weights = " in err
+    assert flowback("sample", checkpoint[0], *words[2:])[0] == 0  # the first weights, at another path
+
+
+def test_planning_refuses_before_it_measures(flowback, checkpoint, tmp_path):
+    for words, message in ((("--batch-size", 0), "--batch-size"), (("--guided-blocks", 9), "guided blocks")):
+        code, _, err = flowback("plan", checkpoint[0], *CPU, *words)
+        assert code == 2
+        assert message in err

@@ -144,3 +144,18 @@ def test_nothing_remains_after_an_exception_in_the_middle_of_decoding():
     assert {name: set(vars(module)) for name, module in block.named_modules()} == attributes
     assert torch.equal(z, original)
     assert torch.equal(block.inverse(z, block.context(None)), before)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_steps_over_pieces_equal_the_prediction_from_the_whole_sequence(body):
+    """In the block's own order, with pieces of 5, 1 and 9 of the 16 tokens; the last has no follower."""
+    flow = random_flow(**body)
+    x = flow.tokens(random_images(flow, 2))
+    for block in flow.blocks:
+        context = block.context(torch.tensor([1, 3]))
+        own, cache = block.reorder(x), block.body.empty_cache(2, 16, like=x)
+        whole = block.predict(x, context)
+        pieces = [block.step(own[:, a:b], context, cache, a) for a, b in ((0, 5), (5, 6), (6, 15))]
+        for found, expected in zip(zip(*pieces, strict=True), whole[:2], strict=True):
+            following = block.reorder(expected)[:, 1:]
+            torch.testing.assert_close(torch.cat(found, 1), following, rtol=0, atol=1e-12)

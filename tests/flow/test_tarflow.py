@@ -107,8 +107,8 @@ def test_log_prob_integrates_to_one():
     images[:, 0, 0, 0], images[:, 0, 0, 1] = first.flatten(), second.flatten()
     block = flow.blocks[0]
     with torch.no_grad():  # marginal of the first two tokens, through the first block alone
-        z, log_det, _ = block(flow.tokens(images), None)
-        log_scale = block.predict(flow.tokens(images), None).log_scale
+        z, log_det, prediction = block(flow.tokens(images), None)
+        log_scale = prediction.log_scale
     log_p = (
         -0.5 * z[:, :2].square().sum(dim=(1, 2)) - math.log(2 * math.pi) - log_scale[:, :2].sum(dim=(1, 2))
     )
@@ -245,3 +245,24 @@ def test_images_of_another_size_are_refused():
     flow = random_flow()
     with pytest.raises(InputError, match=r"takes images of shape \(B, 1, 8, 8\), not \(2, 1, 16, 16\)"):
         flow(torch.zeros(2, 1, 16, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("drop", [None, torch.tensor([True, False])])
+def test_blocks_one_after_another(drop):
+    """Each output is that of the block alone, and a block that is not asked for does not run."""
+    flow, labels = random_flow(), torch.tensor([4, 1])
+    images = random_images(flow, 2)
+    whole = flow(images, labels, drop, hidden=[(2, 1)])
+    x, log_det = flow.tokens(images), 0.0
+    for block, output in zip(flow.blocks, flow.encode_blocks(x, labels, drop, hidden=[(2, 1)]), strict=True):
+        alone = block(x, block.context(labels, drop))
+        prediction = block.predict(x, block.context(labels, drop))
+        assert torch.equal(output.z, alone.z)
+        assert torch.equal(output.log_det, alone.log_det)
+        assert torch.equal(output.prediction.log_scale, prediction.log_scale)
+        x, log_det = output.z, log_det + output.log_det
+    assert torch.equal(x, whole.z)
+    assert torch.equal(log_det, whole.log_det)
+    assert torch.equal(output.hidden[1], whole.hidden[2, 1])
+    flow.blocks[1].proj_in.register_forward_hook(lambda *_: pytest.fail("the second block ran"))
+    next(flow.encode_blocks(flow.tokens(images), labels))

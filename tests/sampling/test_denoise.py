@@ -41,3 +41,14 @@ def test_models_of_uniform_noise_have_no_such_step():
         images = random_images(flow, 2)
         assert not denoises(flow)
         assert denoise(flow, images) is images
+
+
+def test_under_inference_mode():
+    """Images and labels made there take part in no gradient; their copies do."""
+    flow = random_flow()
+    images, labels = random_images(flow, 2), torch.tensor([1, 4])
+    weights = torch.eye(5, dtype=torch.float64)[labels]
+    with torch.inference_mode():
+        found = [denoise(flow, images.clone(), own.clone()) for own in (labels, weights)]
+    assert torch.equal(found[0], denoise(flow, images, labels))
+    torch.testing.assert_close(found[1], found[0], atol=1e-12, rtol=0)

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from flowback import checkpoint
 from flowback import checkpoint as checkpoints
-from flowback.config import DataConfig, ModelConfig
+from flowback.config import DataConfig, ModelConfig, SampleConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.data.named_sets import dataset_names
@@ -25,7 +25,7 @@ from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.model import Flow
 from flowback.sampling import BlockPlan
-from flowback.sampling.block_plan import load_plan, plan_file, wanted
+from flowback.sampling.block_plan import resolve_plan
 
 __all__ = [
     "Precision",
@@ -185,20 +185,15 @@ def choose(
 
     ``auto`` takes the checkpoint's plan where it was measured for such sampling on this device.
     """
-    if sampler == "jacobi":
-        every = BlockPlan(min(window, flow.config.tokens), "z", tolerance)
-        return (every,) * flow.config.blocks, None
-    if sampler == "sequential":
-        return None, None
-    folder = checkpoints.resolve(checkpoint)
-    if not plan_file(folder).is_file():
-        return None, f"Sequential: {checkpoint} has no plan; `flowback plan` makes one."
-    plan = load_plan(plan_file(folder))
-    misfit = plan.misfit(wanted(folder, flow, batch_size, precision, guidance, tolerance))
-    if misfit:
-        return None, f"Sequential: the plan does not fit, {misfit}; `flowback plan` makes one that does."
-    swept = sum(block.window > 1 for block in plan.blocks)
-    return plan.blocks, f"Planned: {swept} of {len(plan.blocks)} blocks by Jacobi sweeps."
+    config = SampleConfig(
+        guidance,
+        sampler=sampler,
+        tolerance=tolerance,
+        window=window,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    return resolve_plan(flow, config, checkpoints.resolve(checkpoint))
 
 
 class _Mergeable(Protocol):

@@ -40,7 +40,13 @@ class BlockOutput(NamedTuple):
     z: Float[Tensor, "b n d"]
     log_det: Float[Tensor, " b"]
     """log|det dz/dx| in nats, summed over dimensions."""
-    hidden: dict[int, Float[Tensor, "b n w"]]
+    prediction: Prediction
+    """What the block predicted from the tokens."""
+
+    @property
+    def hidden(self) -> dict[int, Float[Tensor, "b n w"]]:
+        """Outputs of the chosen layers, counted from 1."""
+        return self.prediction.hidden
 
 
 @runtime_checkable
@@ -114,7 +120,7 @@ class Block(nn.Module):
             return None, Rotary(self.rotary_cos[place], self.rotary_sin[place])
         return self.reorder(self.position, dim=0)[place], None
 
-    def _run(
+    def _following(
         self,
         x: Float[Tensor, "b n d"],
         context: Tensor | None,
@@ -141,7 +147,7 @@ class Block(nn.Module):
         self, x: Float[Tensor, "b n d"], context: Tensor | None, hidden: Collection[int] = ()
     ) -> Prediction:
         """Shift and log-scale of every token from the tokens before it, in one parallel pass."""
-        shift, log_scale, states = self._run(self.reorder(x), context, hidden=hidden)
+        shift, log_scale, states = self._following(self.reorder(x), context, hidden=hidden)
         # The output at a token predicts the next one; the first token has no context: zeros.
         shift, log_scale = (F.pad(y[:, :-1], (0, 0, 1, 0)) for y in (shift, log_scale))
         return Prediction(
@@ -154,8 +160,32 @@ class Block(nn.Module):
         self, x: Float[Tensor, "b n d"], context: Tensor | None, hidden: Collection[int] = ()
     ) -> BlockOutput:
         """Data to noise: z = (x - shift) * exp(-log_scale)."""
-        shift, log_scale, states = self.predict(x, context, hidden)
-        return BlockOutput(affine.forward(x, shift, log_scale), affine.log_det(log_scale), states)
+        predicted = self.predict(x, context, hidden)
+        z = affine.forward(x, predicted.shift, predicted.log_scale)
+        return BlockOutput(z, affine.log_det(predicted.log_scale), predicted)
+
+    def step(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "#b w"] | None,
+        cache: KVCache,
+        start: int | Tensor = 0,
+        temperature: float | Tensor = 1.0,
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
+        """Decode step: shift and log-scale of the tokens that follow those in ``x``.
+
+        All in the block's own order.
+
+        Args:
+            x: tokens start ... start + n - 1 of the block's order.
+            context: from :meth:`context`.
+            cache: keys and values of the tokens before ``start``; those of ``x`` are written into it.
+            start: place of the first token; for a single token it may be a tensor of one element, which is
+                read on the device only.
+            temperature: divides the attention logits; a tensor (b, 1, 1, 1) sets it per row.
+        """
+        shift, log_scale, _ = self._following(x, context, cache, start, temperature)
+        return shift, log_scale
 
     @torch.no_grad()
     def inverse(
@@ -182,9 +212,8 @@ class Block(nn.Module):
         x[:, 0] = z[:, 0]
         for i in range(n - 1):
             last = x[:, i : i + 1]
-            shift, log_scale, _ = self._run(
-                last.repeat(2, 1, 1) if guide else last, context, cache, i, temperature
-            )
+            rows_of_last = last.repeat(2, 1, 1) if guide else last
+            shift, log_scale = self.step(rows_of_last, context, cache, i, temperature)
             if guide:
                 shift, log_scale = guide(shift, log_scale, i + 1)
             x[:, i + 1 : i + 2] = affine.inverse(z[:, i + 1 : i + 2], shift, log_scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowback.config import ModelConfig
 from flowback.errors import InputError
-from flowback.flow.block import Block, Labels
+from flowback.flow.block import Block, BlockOutput, Labels
 from flowback.flow.likelihood import log_prior
 from flowback.nn.patch import patchify, unpatchify
 
@@ -147,15 +147,34 @@ class TARFlow(nn.Module):
         """
         if labels is not None and not isinstance(labels, Tensor):
             labels = self.labels(labels, len(images))
-        x = self.tokens(images)
-        log_det = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        z = self.tokens(images)
+        log_det = torch.zeros(len(z), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
         states: dict[Location, Tensor] = {}
+        for index, output in enumerate(self.encode_blocks(z, labels, drop, hidden), start=1):
+            z, log_det = output.z, log_det + output.log_det
+            states.update({(index, layer): state for layer, state in output.hidden.items()})
+        return FlowOutput(z, log_det, states)
+
+    def encode_blocks(
+        self,
+        x: Float[Tensor, "b n d"],
+        labels: Labels = None,
+        drop: Bool[Tensor, " b"] | None = None,
+        hidden: Collection[Location] = (),
+    ) -> Iterator[BlockOutput]:
+        """The outputs of blocks 1 ... T, one after another; a block runs when its output is asked for.
+
+        Args:
+            x: the images' tokens, from :meth:`tokens`.
+            labels: class ids, soft class weights, or None, as tensors.
+            drop: True where an image's label is replaced by the unconditional embedding.
+            hidden: (block, layer) pairs whose outputs are returned.
+        """
         for index, block in enumerate(self.blocks, start=1):
             layers = [layer for t, layer in hidden if t == index]
-            x, added, found = block(x, block.context(labels, drop), layers)
-            log_det = log_det + added
-            states.update({(index, layer): state for layer, state in found.items()})
-        return FlowOutput(x, log_det, states)
+            output = block(x, block.context(labels, drop), layers)
+            yield output
+            x = output.z
 
     @torch.no_grad()
     def inverse(self, z: Float[Tensor, "b n d"], labels: UserLabels = None) -> Float[Tensor, "b c h w"]:

@@ -1,6 +1,7 @@
 """Sampling: noise to images, as pure functions of the flow, the labels and the seeds."""
 
+from flowback.sampling.block_plan import plan_sampling
 from flowback.sampling.guidance import Guidance
-from flowback.sampling.sampler import BlockPlan, sample, trajectory
+from flowback.sampling.sampler import BlockPlan, Sampler, sample
 
-__all__ = ["BlockPlan", "Guidance", "sample", "trajectory"]
+__all__ = ["BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"]

@@ -12,25 +12,40 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save
 from torch import Tensor
 
 from flowback.checked import from_dict
+from flowback.config import SampleConfig
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.flow import TARFlow
+from flowback.flow.block import Labels
 from flowback.provenance import environment
 from flowback.sampling.decoder import Decoder, Precision
 from flowback.sampling.jacobi import Init, first_guess, solve_window
-from flowback.sampling.sampler import Batch, BlockPlan, new_tokens, solve
+from flowback.sampling.sampler import BlockPlan, Sampler, noise
 
-__all__ = ["Measured", "Plan", "device_name", "load_plan", "make_plan", "plan_file", "save_plan", "wanted"]
+__all__ = [
+    "Measured",
+    "Plan",
+    "load_plan",
+    "make_plan",
+    "plan_file",
+    "plan_record",
+    "plan_sampling",
+    "resolve_plan",
+    "save_plan",
+    "wanted",
+    "weights_hash",
+]
 
 WINDOWS = (4, 8, 16, 32, 64)
 
@@ -67,25 +82,33 @@ class Plan:
     """The blocks' plans, and what they hold for."""
 
     checkpoint: str
-    """SHA-256 of the weights."""
+    """SHA-256 of the weights; see :func:`weights_hash`."""
     device: str
     batch_size: int
     precision: Precision
     guidance: float
+    ramp: bool
+    formula: str
+    attention_temperature: float
+    guided_blocks: int | None
     tolerance: float
     """Promised largest difference from the sequential images, on the [-1, 1] scale, before denoising."""
-    error: float
+    error: float = 0.0
     """Difference that was measured."""
-    sequential_seconds: float
-    seconds: float
-    blocks: tuple[BlockPlan, ...]
+    sequential_seconds: float = 0.0
+    """Of a batch, as it is decoded at once."""
+    seconds: float = 0.0
+    blocks: tuple[BlockPlan, ...] = ()
     """From block 1, at the data, to block T."""
+    measured: tuple[Measured, ...] = field(default=(), compare=False, repr=False)
+    """What it was chosen from; empty for a plan that was loaded."""
 
     def misfit(self, asked: Plan) -> str | None:
         """Why this plan does not hold for the sampling that ``asked`` describes; None if it does."""
         if self.checkpoint != asked.checkpoint:
             return "it was made for another checkpoint"
-        for name in ("device", "batch_size", "precision", "guidance"):
+        guided = ("guidance", *_GUIDED) if self.guidance or asked.guidance else ()
+        for name in ("device", "batch_size", "precision", *guided):
             own, wanted = getattr(self, name), getattr(asked, name)
             if own != wanted:
                 return f"it was made for {name.replace('_', ' ')} {own}, not {wanted}"
@@ -94,26 +117,102 @@ class Plan:
         return None
 
 
-def device_name(device: torch.device) -> str:
-    """Name of the device and, on the CPU, the number of threads: a plan is for these only."""
-    return str(environment(device)["device"])
+_GUIDED = ("ramp", "formula", "attention_temperature", "guided_blocks")
+"""What else decides about guided images."""
+
+_SEED = 2**31
+"""First seed of the noise that is measured on: far from those that people sample with."""
+
+
+def weights_hash(flow: TARFlow) -> str:
+    """SHA-256 of a flow's weights: that of the ``model.safetensors`` which a checkpoint of them holds."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
+    return hashlib.sha256(save(weights, metadata={"format": "pt"})).hexdigest()
+
+
+def wanted(flow: TARFlow, config: SampleConfig) -> Plan:
+    """A plan without blocks, for comparison: what sampling with these options needs a plan to hold for.
+
+    On the CPU the device is its name and the number of threads.
+    """
+    names = ("batch_size", "precision", "guidance", *_GUIDED, "tolerance")
+    device = str(environment(flow.device)["device"])
+    return Plan(weights_hash(flow), device, **{name: getattr(config, name) for name in names})
+
+
+def resolve_plan(
+    flow: TARFlow, config: SampleConfig, folder: Path | None = None
+) -> tuple[tuple[BlockPlan, ...] | None, str | None]:
+    """What ``--sampler`` comes to: a plan for each block, None for sequential, and what to tell the user.
+
+    ``auto`` takes the checkpoint's plan where it was measured for such sampling on this device.
+
+    Args:
+        flow: the model, on the device that samples.
+        config: the options of sampling.
+        folder: the flow's checkpoint, whose plan ``auto`` takes.
+
+    Raises:
+        InputError: a damaged plan.
+    """
+    if config.sampler != "auto":
+        return BlockPlan.windows(flow, config), None
+    if folder is None or not plan_file(folder).is_file():
+        return None, f"Sequential: {folder or 'the model'} has no plan; `flowback plan` makes one."
+    plan = load_plan(plan_file(folder))
+    misfit = plan.misfit(wanted(flow, config))
+    if misfit:
+        return None, f"Sequential: the plan does not fit, {misfit}; `flowback plan` makes one that does."
+    swept = sum(block.window > 1 for block in plan.blocks)
+    return plan.blocks, f"Planned: {swept} of {len(plan.blocks)} blocks by Jacobi sweeps."
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def plan_sampling(flow: TARFlow, config: SampleConfig | None = None, **options: Any) -> Plan:
+    """Measure how to sample a flow fastest on its device: what ``flowback plan`` does, but for the file.
+
+    Args:
+        flow: the model; its weights should be trained, as random ones hide how hard the blocks are.
+        config: how it will be sampled; ``sampler`` and ``window`` play no part.
+        **options: fields of :class:`flowback.SampleConfig` that replace those of ``config``.
+
+    Raises:
+        InputError: options out of range, or guidance that can do nothing.
+
+    Example:
+        >>> import flowback
+        >>> flow = flowback.create_flow("digits", num_classes=10, width=16, head_dim=8, layers=1, blocks=2)
+        >>> plan = flowback.plan_sampling(flow, batch_size=2, guidance=1.0)
+        >>> sampler = flowback.Sampler(flow, guidance=1.0, batch_size=2, plans=plan.blocks)
+        >>> sampler([3, 7], seeds=[0, 1]).shape
+        torch.Size([2, 1, 8, 8])
+    """
+    config = replace(config or SampleConfig(), **options)
+    sampler = Sampler.from_config(flow, config, (BlockPlan(),) * flow.config.blocks)
+    classes, count = flow.config.num_classes or 0, sampler.images_at_once
+    labels = flow.labels([index % classes for index in range(count)], count) if classes else None
+    sampler.guidance.check(labels is not None)
+    return make_plan(sampler, labels, noise(flow, range(_SEED, _SEED + count)), wanted(flow, config))
 
 
 def make_plan(
-    batch: Batch, z: Float[Tensor, "b n d"], asked: Plan, repeats: int = 2
-) -> tuple[Plan, list[Measured]]:
+    sampler: Sampler, labels: Labels, z: Float[Tensor, "b n d"], asked: Plan, repeats: int = 2
+) -> Plan:
     """Measure, choose, verify.
 
     Args:
-        batch: labels and guidance that the plan is for.
-        z: noise of the batch.
+        sampler: with the guidance that the plan is for.
+        labels: of the batch that is measured, checked.
+        z: its noise.
         asked: what the plan is to hold for, from :func:`wanted`.
         repeats: how often a whole block is timed; the fastest counts.
     """
-    flow, tolerance = batch.engine.flow, asked.tolerance
+    flow, tolerance = sampler.flow, asked.tolerance
+    scales = sampler.guidance.scales(len(z), z)
     measured, plans, exact, base = [], {}, [z], 0.0
     for index in range(flow.config.blocks, 0, -1):
-        block = _Block(batch, index, exact[-1])
+        block = _Block(sampler, index, labels, scales, exact[-1])
         seconds, x = block.timed(BlockPlan(), repeats)
         base += seconds
         exact.append(block.module.reorder(x))
@@ -126,56 +225,38 @@ def make_plan(
             plan = BlockPlan(found.window, found.init, tolerance)
             if found.seconds < best and (took := block.timed(plan, repeats)[0]) < best:
                 plans[index], best = plan, took
-    chosen, error, seconds = _verified(batch, plans, exact, tolerance)
-    made = replace(
+    chosen, error, seconds = _verified(
+        lambda blocks: list(sampler.invert(z, labels, scales, blocks))[-1], plans, exact[-1], tolerance
+    )
+    return replace(
         asked,
         error=error,
         sequential_seconds=base,
         seconds=base if all(plan.window == 1 for plan in chosen) else seconds,
         blocks=chosen,
+        measured=tuple(sorted(measured, key=lambda m: (m.block, m.window, m.init))),
     )
-    return made, sorted(measured, key=lambda m: (m.block, m.window, m.init))
-
-
-def wanted(
-    checkpoint: Path, flow: TARFlow, batch_size: int, precision: Precision, guidance: float, tolerance: float
-) -> Plan:
-    """A plan without blocks, for comparison: what some sampling needs a plan to hold for.
-
-    Args:
-        checkpoint: the checkpoint's folder.
-        flow: its flow, on the device that samples.
-        batch_size: images decoded at once.
-        precision: of weights and caches.
-        guidance: its scale.
-        tolerance: promised error.
-
-    Raises:
-        InputError: a tolerance that is not above 0.
-    """
-    if not tolerance > 0:
-        raise InputError(f"--tolerance {tolerance:g} must be above 0 (1e-3, say).")
-    with (checkpoint / "model.safetensors").open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    where = device_name(flow.device)
-    return Plan(weights, where, batch_size, precision, guidance, tolerance, 0.0, 0.0, 0.0, ())
 
 
 class _Block:
     """A block with the noise it is measured on, in its own order."""
 
-    def __init__(self, batch: Batch, index: int, z: Tensor) -> None:
-        self.batch, self.index = batch, index
-        self.module = batch.engine.flow.blocks[index - 1]
+    def __init__(self, sampler: Sampler, index: int, labels: Labels, scales: Tensor, z: Tensor) -> None:
+        self.sampler, self.index, self.labels, self.scales = sampler, index, labels, scales
+        self.module = sampler.flow.blocks[index - 1]
         self.z = self.module.reorder(z)
+
+    def decoder(self, new: int) -> Decoder:
+        """Its decoder, with room for so many tokens a step."""
+        return self.sampler.decoder(self.index, self.labels, self.scales, new)
 
     def timed(self, plan: BlockPlan, repeats: int) -> tuple[float, Tensor]:
         """Seconds of the fastest of some runs, and the result."""
         times = []
         for _ in range(repeats):
-            decoder = self.batch.decoder(self.index, new_tokens(plan))
+            decoder = self.decoder(plan.new)
             started = time.perf_counter()
-            x = solve(decoder, self.z, plan)
+            x = plan.solve(decoder, self.z)
             _wait(x)
             times.append(time.perf_counter() - started)
         return min(times), x
@@ -193,7 +274,7 @@ def _candidates(
         for init in INITS:
             # Filled with the exact tokens once; windows are then measured from the last to the first, so that
             # what a window writes lies behind those still to come.
-            decoder = block.batch.decoder(block.index, max(tokens - 1, 2 * window))
+            decoder = block.decoder(max(tokens - 1, 2 * window))
             decoder.step(exact[:, :-1], 0)
             probed = []
             for start in reversed(probes):
@@ -237,17 +318,20 @@ def _probe(
 
 
 def _verified(
-    batch: Batch, plans: dict[int, BlockPlan], exact: list[Tensor], promised: float
+    invert: Callable[[Sequence[BlockPlan]], Tensor],
+    plans: dict[int, BlockPlan],
+    exact: Tensor,
+    promised: float,
 ) -> tuple[tuple[BlockPlan, ...], float, float]:
     """Plans whose images keep the promise, with their error and seconds."""
     for tightening in (1, 10, 100, 1000):
         made = {i: replace(plan, tolerance=promised / tightening) for i, plan in plans.items()}
         chosen = tuple(made[index] for index in sorted(made))
         started = time.perf_counter()
-        x = list(batch.invert(exact[0], chosen))[-1]
+        x = invert(chosen)
         _wait(x)
         seconds = time.perf_counter() - started
-        error = float((x - exact[-1]).abs().max())
+        error = float((x - exact).abs().max())
         if error <= promised / 2:  # other noise may be harder
             return chosen, error, seconds
     return tuple(BlockPlan(tolerance=promised) for _ in plans), 0.0, 0.0
@@ -258,14 +342,20 @@ def plan_file(checkpoint: Path) -> Path:
     return checkpoint / "sampling-plan.json"
 
 
-def save_plan(plan: Plan, measured: list[Measured], path: Path) -> None:
+def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan with what it was chosen from."""
-    record = {"environment": environment(), "plan": asdict(plan), "measured": [asdict(m) for m in measured]}
-    write_json(path, record)
+    write_json(path, {"environment": environment(), **plan_record(plan)})
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan and what was measured, apart, ready for JSON."""
+    values = asdict(plan)
+    measured = values.pop("measured")
+    return {"plan": values, "measured": measured}
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan.
+    """Read a plan, without what was measured.
 
     Raises:
         InputError: no plan, or damaged.

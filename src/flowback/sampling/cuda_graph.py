@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowback.flow.block import Block
@@ -94,8 +94,10 @@ class CapturedStep:
         self._temperature.copy_(temperature.view(-1, 1, 1, 1))
         return self
 
-    def __call__(self, x: Float[Tensor, "b 1 d"], start: int, which: Tensor) -> tuple[Tensor, Tensor]:
-        """As any step of a decoder; all images, one token."""
+    def __call__(
+        self, x: Float[Tensor, "b 1 d"], start: int, which: Int[Tensor, " r"]
+    ) -> tuple[Float[Tensor, "r 1 d"], Float[Tensor, "r 1 d"]]:
+        """As any :class:`~flowback.sampling.decoder.Step`; all images, one token."""
         del which
         if start == 0:
             # Masked keys and values count nothing, but only if they are numbers.
@@ -104,14 +106,12 @@ class CapturedStep:
         self._token.view(-1, *x.shape).copy_(x)  # once, or for both streams
         self._place.fill_(start)
         end = next(end for end in self._ends if start < end)
-        if end not in self._graphs:
-            self._graphs[end] = cuda_graph(lambda: self._run(end))
-        return self._graphs[end]()
+        with torch.cuda.device_of(self._token):  # streams and graphs belong to the current device
+            if end not in self._graphs:
+                self._graphs[end] = cuda_graph(lambda: self._run(end))
+            return self._graphs[end]()
 
     def _run(self, end: int) -> tuple[Tensor, Tensor]:
         cache = KVCache(self.cache.keys[:, :, :, :end], self.cache.values[:, :, :, :end])
         with torch.autocast(self._token.device.type, self.autocast, enabled=self.autocast is not None):
-            shift, log_scale, _ = self.block._run(
-                self._token, self._context, cache, self._place, self._temperature
-            )
-        return shift, log_scale
+            return self.block.step(self._token, self._context, cache, self._place, self._temperature)

@@ -391,6 +391,11 @@ extern "C" {
 int lanes_f32() { return Lanes<float>::count; }
 int lanes_f64() { return Lanes<double>::count; }
 
+// native.py mirrors these structures.
+int layer_size() { return sizeof(LayerOf<float, float>); }
+int model_size_f32() { return sizeof(ModelOf<float, float>); }
+int model_size_f64() { return sizeof(ModelOf<double, double>); }
+
 #define STEP(NAME, S, T)                                                                                              \
     void NAME(const void* model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,       \
               T* out, int64_t columns) {                                                                              \

@@ -1,12 +1,13 @@
 """Predictions of a block for tokens that follow what it has already seen, on the fastest way there is.
 
-A :class:`Decoder` hides how a step is computed (compiled code or PyTorch) and whether it is guided, in which
-case the streams with and without label run as one batch of 2B rows. Everything is in the block's own order.
+A :class:`Decoder` hides how a step is computed (PyTorch, compiled code or a CUDA graph: each is a
+:class:`Step`) and whether it is guided, in which case the streams with and without label run as one batch of
+2B rows. Everything is in the block's own order.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +20,28 @@ from flowback.sampling.cuda_graph import CapturedStep, captures
 from flowback.sampling.guidance import ImageGuide
 from flowback.sampling.native import NativeCache, NativeStep, NativeWeights
 
-__all__ = ["Decoder", "Engine", "Precision", "sequential"]
+__all__ = ["Decoder", "Engine", "Precision", "Step", "TorchStep", "sequential"]
 
 Precision = Literal["fp32", "bf16"]
 """``bf16``: weights, keys and values in bfloat16 (matrix products too, where PyTorch runs them); shift,
 log-scale and what follows stay in fp32."""
+
+
+@runtime_checkable
+class Step(Protocol):
+    """How one block's predictions are computed, for some rows of a batch."""
+
+    def __call__(
+        self, x: Float[Tensor, "b n d"], start: int, which: Int[Tensor, " r"]
+    ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
+        """Shift and log-scale of the tokens that follow those in ``x``; the next call may overwrite them.
+
+        Args:
+            x: the tokens of each row, or of each image where the rows are the two streams of these images.
+            start: place of the first token.
+            which: rows of the cache, in rising order.
+        """
+        ...
 
 
 class Decoder:
@@ -36,13 +54,7 @@ class Decoder:
         guide: joins the predictions of 2B rows; without one there are B.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        images: int,
-        step: NativeStep | CapturedStep | _TorchStep,
-        guide: ImageGuide | None,
-    ) -> None:
+    def __init__(self, block: Block, images: int, step: Step, guide: ImageGuide | None) -> None:
         self.block, self.images, self._step, self._guide = block, images, step, guide
         self._every = self._rows(torch.arange(images))
 
@@ -69,17 +81,33 @@ class Decoder:
         return self._guide(shift, log_scale, start + 1, images)
 
 
-class _TorchStep:
-    """The predictions of one block, computed by PyTorch."""
+class TorchStep:
+    """The predictions of one block, computed by PyTorch: :meth:`flowback.flow.block.Block.step` on some rows.
+
+    Args:
+        block: the block.
+        cache: keys and values, of as many rows as there are; overwritten.
+        context: of each row, or None for a model without classes.
+        temperature: of each row's attention logits.
+        precision: of the Transformer.
+    """
 
     def __init__(
-        self, block: Block, cache: KVCache, context: Tensor | None, temperature: Tensor, precision: Precision
+        self,
+        block: Block,
+        cache: KVCache,
+        context: Float[Tensor, "r w"] | None,
+        temperature: Float[Tensor, " r"],
+        precision: Precision = "fp32",
     ) -> None:
         self.block, self.cache, self.context = block, cache, context
         self.temperature, self.precision = temperature, precision
         self.plain = bool((temperature == 1).all())
 
-    def __call__(self, x: Tensor, start: int, which: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Float[Tensor, "b n d"], start: int, which: Int[Tensor, " r"]
+    ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
+        """As :class:`Step` says."""
         cache, context, temperature = self.cache, self.context, self.temperature
         if len(which) > len(x):  # the streams of the same images
             x = torch.cat([x, x])
@@ -88,7 +116,7 @@ class _TorchStep:
             context = None if context is None else context[which]
             temperature = temperature[which]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            shift, log_scale, _ = self.block._run(
+            shift, log_scale = self.block.step(
                 x, context, cache, start, 1.0 if self.plain else temperature.view(-1, 1, 1, 1)
             )
         if cache is not self.cache:
@@ -99,7 +127,10 @@ class _TorchStep:
 
 
 class Engine:
-    """Decoders for the blocks of a flow, with weights prepared and caches allocated once.
+    """What all batches of a flow share: packed weights, caches, and steps recorded as CUDA graphs.
+
+    Caches grow to the largest batch and stay. An engine belongs to one thread, and has one decoder at work at
+    a time. Weights changed after it was made may go unseen: make another.
 
     Args:
         flow: the model.
@@ -115,9 +146,10 @@ class Engine:
             NativeWeights(block, storage) if native and NativeWeights.suits(block, storage) else None
             for block in flow.blocks
         ]
-        self._caches: dict[tuple[int, int], NativeCache] = {}
-        self._captured: dict[int, CapturedStep] = {}
-        self._rows = 0
+        self._native_cache: NativeCache | None = None
+        self._cache: KVCache | None = None
+        self._captured: dict[int, dict[int, CapturedStep]] = {}
+        """Steps by number of rows and by block."""
 
     @property
     def native(self) -> bool:
@@ -161,35 +193,50 @@ class Engine:
             temperature = like.new_ones(rows)
         if context is not None:
             context = context.expand(rows, -1).to(like.dtype)
-        if weights is None:
-            if new == 1 and captures(like.device):
-                return Decoder(block, images, self._capture(index, rows, context, temperature), guide)
-            cache = self._cache(block, rows)
-            return Decoder(
-                block, images, _TorchStep(block, cache, context, temperature, self.precision), guide
-            )
-        if (rows, new) not in self._caches:
-            self._caches = {(rows, new): NativeCache.empty(weights, rows, new)}  # the old one is let go
-        scale = 1 / (block.body.head_dim**0.5 * temperature)
-        return Decoder(block, images, NativeStep(weights, self._caches[rows, new], context, scale), guide)
+        step: Step
+        if weights is not None:
+            scale = 1 / (block.body.head_dim**0.5 * temperature)
+            step = NativeStep(weights, self._room(weights, rows, new), context, scale)
+        elif new == 1 and captures(like.device):
+            step = self._capture(index, rows, context, temperature)
+        else:
+            step = TorchStep(block, self._rows(rows), context, temperature, self.precision)
+        return Decoder(block, images, step, guide)
 
-    def _cache(self, block: Block, rows: int) -> KVCache:
-        dtype = torch.bfloat16 if self.precision == "bf16" else block.proj_in.weight.dtype
-        like = block.proj_in.weight.new_empty(0, dtype=dtype)
-        return block.body.empty_cache(rows, self.flow.config.tokens, like)
+    def _room(self, weights: NativeWeights, rows: int, new: int) -> NativeCache:
+        """The compiled steps' cache, with room for so many rows and new tokens."""
+        cache = self._native_cache
+        if cache is None or rows > cache.rows or new > cache.new:
+            most = (rows, new) if cache is None else (max(rows, cache.rows), max(new, cache.new))
+            self._native_cache = None  # the old one is let go first
+            self._native_cache = cache = NativeCache.empty(weights, *most)
+        return cache
+
+    def _rows(self, rows: int) -> KVCache:
+        """So many rows of PyTorch's cache."""
+        if self._cache is None or rows > self._cache.keys.shape[1]:
+            weight = self.flow.blocks[0].proj_in.weight
+            dtype = torch.bfloat16 if self.precision == "bf16" else weight.dtype
+            self._cache, self._captured = None, {}  # graphs hold the old one
+            self._cache = self.flow.blocks[0].body.empty_cache(
+                rows, self.flow.config.tokens, weight.new_empty(0, dtype=dtype)
+            )
+        return KVCache(self._cache.keys[:, :rows], self._cache.values[:, :rows])
 
     def _capture(self, index: int, rows: int, context: Tensor | None, temperature: Tensor) -> CapturedStep:
-        """The block's captured step, kept for the next batch of as many rows; all share one cache."""
-        block = self.flow.blocks[index - 1]
-        if rows != self._rows:
-            self._captured, self._rows = {}, rows
-        if index in self._captured:
-            return self._captured[index].restart(context, temperature)
-        others = list(self._captured.values())
-        cache = others[0].cache if others else self._cache(block, rows)
+        """The block's captured step, kept for the next batch of as many rows; all share one cache.
+
+        Graphs of two numbers of rows are kept: those of whole batches, and of the rest of a call.
+        """
+        cache = self._rows(rows)
+        if rows not in self._captured and len(self._captured) == 2:
+            self._captured = {}
+        kept = self._captured.setdefault(rows, {})
+        if index in kept:
+            return kept[index].restart(context, temperature)
         autocast = torch.bfloat16 if self.precision == "bf16" else None
-        self._captured[index] = CapturedStep(block, cache, context, temperature, autocast)
-        return self._captured[index]
+        kept[index] = CapturedStep(self.flow.blocks[index - 1], cache, context, temperature, autocast)
+        return kept[index]
 
 
 @torch.no_grad()

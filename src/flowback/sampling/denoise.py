@@ -52,9 +52,11 @@ def denoise(
     variance = flow.config.noise_std**2
     clean = []
     for start in range(0, len(images), chunk):
-        own = None if labels is None else labels[start : start + chunk]
-        with torch.enable_grad():
-            x = images[start : start + chunk].detach().requires_grad_()
+        part = slice(start, start + chunk)
+        # What was made under inference_mode takes part in no gradient; its copies do.
+        with torch.inference_mode(False), torch.enable_grad():
+            own = None if labels is None else labels[part].clone()
+            x = images[part].detach().clone().requires_grad_()
             (score,) = torch.autograd.grad(flow(x, own).log_prob.sum(), x)
-        clean.append(torch.add(x.detach(), score, alpha=variance))
+            clean.append(torch.add(x.detach(), score, alpha=variance))
     return torch.cat(clean) if clean else images

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowback.config import SampleConfig
 from flowback.errors import InputError
 
 __all__ = ["Guidance", "ImageGuide", "Prediction", "starflow", "tarflow"]
@@ -68,10 +69,29 @@ class Guidance:
         if not torch.isfinite(torch.as_tensor(self.scale)).all():
             raise InputError(f"The guidance scale is {self.scale}; it must be a finite number, 0 for none.")
 
+    @classmethod
+    def from_config(cls, config: SampleConfig) -> Guidance:
+        """The guidance that the options of sampling describe."""
+        return cls(
+            config.guidance, config.ramp, config.formula, config.attention_temperature, config.guided_blocks
+        )
+
     @property
     def active(self) -> bool:
         """Whether there is anything to guide."""
         return self.blocks != 0 and bool(torch.as_tensor(self.scale).ne(0).any())
+
+    def check(self, labelled: bool) -> None:
+        """Refuse guidance that cannot do anything, before work starts.
+
+        Raises:
+            InputError: there is something to guide, but neither labels nor an attention temperature.
+        """
+        if self.active and not labelled and self.temperature == 1:
+            raise InputError(
+                "Guidance without labels does nothing: give labels, or an attention temperature other than 1 "
+                "(--attention-temperature 1.5, say)."
+            )
 
     def scales(self, batch: int, like: Tensor) -> Float[Tensor, " b"]:
         """One scale for each image.

@@ -1,7 +1,9 @@
 """The compiled decode step: builds ``decode.cpp`` with the machine's C++ compiler, once, and calls it.
 
-The library lies in the cache folder under a name made of the source, the compiler and the processor. Where
-there is no compiler, or FLOWBACK_NATIVE=0 is set, :func:`library` is None and PyTorch decodes.
+The library lies in the cache folder, in a folder of mode 0700, under a name made of the source, the compiler,
+the processor and its own content: a file that was tampered with or cut short is built anew. Where that folder
+cannot be used, each process builds a library of its own. Where there is no compiler, or FLOWBACK_NATIVE=0 is
+set, :func:`library` is None and PyTorch decodes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import logging
 import mmap
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -31,18 +35,17 @@ from flowback.nn.transformer import Layer
 
 __all__ = ["NativeCache", "NativeStep", "NativeWeights", "library"]
 
-_FLAGS = (
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-    "-std=c++17",
-)
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=c++17")
+_OPENMP = "-fopenmp"
+"""Left out where the compiler refuses it, as Apple's does: one thread decodes."""
+_LIMIT = 120
+"""Seconds that the compiler may take."""
 
 _log = logging.getLogger(__name__)
+
+
+class _CompilerError(Exception):
+    """What the compiler said."""
 
 
 @functools.cache
@@ -50,29 +53,75 @@ def library() -> ctypes.CDLL | None:
     """The compiled step, or None where it cannot be had."""
     if os.environ.get("FLOWBACK_NATIVE") == "0":
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
+    if not compiler:
         return None
     try:
-        return _load(_compiled(compiler))
-    except (OSError, subprocess.SubprocessError) as error:
+        try:
+            return _load(_compiled(compiler, _private_folder()))
+        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+            _log.warning("the fast decoder is compiled for this process alone: %s", error)
+        with tempfile.TemporaryDirectory() as temporary:
+            return _load(_compiled(compiler, Path(temporary)))  # once loaded, the file can go
+    except (OSError, subprocess.TimeoutExpired, _CompilerError) as error:
         _log.warning("the fast decoder could not be compiled, PyTorch decodes instead: %s", error)
         return None
 
 
-def _compiled(compiler: str) -> Path:
-    """The library's file, compiled if it is not there."""
+def _private_folder() -> Path:
+    """The folder of the compiled library: the user's own, which nobody else can write.
+
+    Raises:
+        OSError: it cannot be made, or others can write it.
+        RuntimeError: there is no cache folder, since the user has no home.
+    """
+    folder = cache_folder() / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(f"{folder} is not a folder")
+    if hasattr(os, "getuid"):  # elsewhere modes say nothing
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise OSError(f"others can write {folder}; remove it")
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            folder.chmod(0o700)
+    return folder
+
+
+def _compiled(compiler: list[str], folder: Path) -> Path:
+    """The library's file in a folder; compiled if it is not there, or its content not what its name says."""
     source = Path(__file__).with_name("decode.cpp")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(source.read_bytes() + version + " ".join(_FLAGS).encode() + _processor().encode())
-    file = cache_folder() / "native" / f"decode-{key.hexdigest()[:16]}.so"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = Path(folder) / file.name
-            subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made)], capture_output=True, check=True)
-            made.replace(file)
-    return file
+    version = _run([*compiler, "--version"])
+    text = source.read_bytes() + version.encode() + " ".join((*_FLAGS, _OPENMP)).encode()
+    key = hashlib.sha256(text + _processor().encode()).hexdigest()[:16]
+    for file in folder.glob(f"decode-{key}-*.so"):
+        if file == folder / _file_name(key, file):
+            return file
+        file.unlink()
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / "decode.so"
+        try:
+            _run([*compiler, *_FLAGS, _OPENMP, str(source), "-o", str(made)])
+        except _CompilerError:
+            _run([*compiler, *_FLAGS, str(source), "-o", str(made)])
+        return made.replace(folder / _file_name(key, made))
+
+
+def _file_name(key: str, file: Path) -> str:
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    return f"decode-{key}-{content[:32]}.so"
+
+
+def _run(command: list[str]) -> str:
+    """What a command of the compiler prints."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LIMIT)
+    except OSError as error:
+        raise _CompilerError(str(error)) from None
+    if done.returncode:
+        lines = done.stderr.splitlines() or [f"{command[0]} ended with code {done.returncode}"]
+        raise _CompilerError(next((line for line in lines if "error" in line), lines[0]).strip())
+    return done.stdout
 
 
 def _processor() -> str:
@@ -91,6 +140,9 @@ def _load(file: Path) -> ctypes.CDLL:
         step = getattr(loaded, name)
         step.argtypes = [pointer, pointer, pointer, number, number, number, pointer, number]
         step.restype = None
+    sizes = [loaded.layer_size(), loaded.model_size_f32(), loaded.model_size_f64()]
+    if sizes != [ctypes.sizeof(kind) for kind in (_Layer, _model(ctypes.c_float), _model(ctypes.c_double))]:
+        raise OSError(f"{file} has structures of other sizes")
     return loaded
 
 
@@ -202,6 +254,10 @@ class NativeCache:
     """Input of a step."""
     out: Tensor
     """Output of a step."""
+    rows: int
+    """Sequences that it has room for."""
+    new: int
+    """Most tokens of each in a step."""
 
     @classmethod
     def empty(cls, weights: NativeWeights, rows: int, new: int) -> NativeCache:
@@ -220,6 +276,8 @@ class NativeCache:
             ),
             like.new_empty(rows * new, weights.token_dim),
             like.new_empty(rows * new, weights.columns),
+            rows,
+            new,
         )
 
 
@@ -231,17 +289,24 @@ class NativeStep:
         cache: of at least as many rows; overwritten.
         context: the embedding of each row's label.
         scale: factor of each row's attention scores.
+
+    Raises:
+        ValueError: context, scale or cache do not fit each other. The compiled code itself looks at nothing.
     """
 
     def __init__(
         self,
         weights: NativeWeights,
         cache: NativeCache,
-        context: Float[Tensor, "b w"] | None,
-        scale: Float[Tensor, " b"],
+        context: Float[Tensor, "r w"] | None,
+        scale: Float[Tensor, " r"],
     ) -> None:
         loaded = library()
         assert loaded is not None
+        self.rows, self.limit, self.dtype = len(scale), weights.tokens, weights.dtype
+        fits = context is None or (context.shape, context.dtype) == ((self.rows, weights.width), self.dtype)
+        if self.rows > cache.rows or scale.dtype != self.dtype or not fits:
+            raise ValueError("Cache, context and scale do not fit the weights or each other.")
         number = ctypes.c_double if weights.dtype == torch.float64 else ctypes.c_float
         self.function = getattr(loaded, _STEPS[weights.dtype, weights.storage])
         self.cache, self.columns, self.dim = cache, weights.columns, weights.token_dim
@@ -259,6 +324,7 @@ class NativeStep:
             *map(_address, cache.scratch),
         )
         self.views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self.checked: Tensor | None = None
         self.pointers = (ctypes.addressof(self.model), _address(cache.tokens), _address(cache.out))
 
     def __call__(
@@ -272,8 +338,14 @@ class NativeStep:
             x: the tokens of each row, or of each image where the rows are the streams of these images.
             start: place of the first token.
             which: rows of the cache.
+
+        Raises:
+            ValueError: tokens or rows that are not there, or tokens of another dtype or shape.
         """
         rows, n = len(which), x.shape[1]
+        problem = self._problem(x, start, which)
+        if problem:
+            raise ValueError(f"The compiled decode step refuses {problem}.")
         if (rows, n) not in self.views:
             made = self.cache.out[: rows * n].view(rows, n, self.columns)
             tokens = self.cache.tokens[: rows * n].view(-1, *x.shape)
@@ -283,6 +355,25 @@ class NativeStep:
         model, tokens_address, out = self.pointers
         self.function(model, tokens_address, which.data_ptr(), rows, n, start, out, self.columns)
         return shift, log_scale
+
+    def _problem(self, x: Tensor, start: int, which: Tensor) -> str | None:
+        """What is wrong with a call. The compiled code itself would read and write outside of its buffers."""
+        rows, n = len(which), x.shape[1]
+        if start < 0 or start + n > self.limit:
+            return f"tokens {start} ... {start + n - 1}: there are {self.limit}"
+        if rows * n > len(self.cache.out):
+            return f"{n} tokens of {rows} rows: there is room for {len(self.cache.out)} in all"
+        if len(x) not in (rows, rows / 2):
+            return f"tokens of {len(x)} images for {rows} rows"
+        if x.shape[2] != self.dim or x.dtype != self.dtype:
+            return f"tokens of {x.shape[2]} dimensions in {x.dtype}: it takes {self.dim} in {self.dtype}"
+        if which is not self.checked:  # looking at its values takes as long as a step of a small model
+            if which.dtype != torch.int64 or not which.is_contiguous():
+                return f"rows in {which.dtype}: it takes contiguous int64"
+            if rows and not 0 <= int(which.min()) <= int(which.max()) < self.rows:
+                return f"rows {which.tolist()}: there are {self.rows}"
+            self.checked = which
+        return None
 
 
 def _on_large_pages(tensor: Tensor) -> Tensor:

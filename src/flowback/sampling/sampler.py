@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowback.config import SampleConfig
 from flowback.errors import InputError
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
@@ -23,7 +24,7 @@ from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.jacobi import Init, jacobi
 
-__all__ = ["Batch", "BlockPlan", "check_guidance", "new_tokens", "noise", "sample", "solve", "trajectory"]
+__all__ = ["BlockPlan", "Overflow", "Sampler", "noise", "sample"]
 
 
 @dataclass(frozen=True)
@@ -37,60 +38,232 @@ class BlockPlan:
     tolerance: float | None = 1e-3
     """A window is done when no value changed by more in a sweep; None sweeps to exactness."""
 
+    @property
+    def new(self) -> int:
+        """Most tokens in one step: a window, and a window before it whose keys and values are stale."""
+        return 1 if self.window == 1 else 2 * self.window
 
-def solve(decoder: Decoder, z: Float[Tensor, "b n d"], plan: BlockPlan) -> Float[Tensor, "b n d"]:
-    """The inverse of a block as planned, in the block's own order."""
-    if plan.window == 1:
-        return sequential(decoder, z)
-    return jacobi(decoder, z, plan.window, plan.tolerance, plan.init).x
+    def solve(self, decoder: Decoder, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """The inverse of a block, in the block's own order."""
+        if self.window == 1:
+            return sequential(decoder, z)
+        return jacobi(decoder, z, self.window, self.tolerance, self.init).x
+
+    @classmethod
+    def windows(cls, flow: TARFlow, config: SampleConfig) -> tuple[BlockPlan, ...] | None:
+        """The windows of ``--sampler jacobi`` in all blocks; None (sequential) for other samplers."""
+        if config.sampler != "jacobi":
+            return None
+        every = cls(min(config.window, flow.config.tokens), "z", config.tolerance)
+        return (every,) * flow.config.blocks
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The images of one batch: labels and guidance of each."""
+class Overflow:
+    """Where the first value appeared that is not finite, on the way from noise to image."""
 
-    engine: Engine
-    labels: Labels
-    guidance: Guidance
-    scales: Float[Tensor, " b"]
-    """Guidance scale of each image."""
+    block: int | None
+    """Block whose inverse gave it, from 1 at the data; None: denoising gave it."""
+    token: int | None
+    """The token's place in the image, from 0 in raster order: the first one in the block's own order."""
 
-    def decoder(self, index: int, new: int = 1) -> Decoder:
-        """The decoder of block ``index`` (from 1), with room for ``new`` tokens a step."""
-        config, count = self.engine.flow.config, len(self.scales)
-        block = self.engine.flow.blocks[index - 1]
-        context = block.context(self.labels)
+    def __str__(self) -> str:
+        return "denoising" if self.block is None else f"block {self.block}, token {self.token}"
+
+
+class Sampler:
+    """Images of one flow: weights packed, caches allocated and CUDA graphs recorded once for all calls.
+
+    A sampler belongs to one thread. Weights that change after it was made may go unseen: make another.
+
+    Args:
+        flow: the model.
+        guidance: w of ``c + w · (c − u)``, or a :class:`Guidance` for all its options.
+        denoise: end with one denoising step, given the labels too. Models of uniformly dequantised images
+            have none: theirs are returned as sampled.
+        batch_size: most images decoded at once.
+        precision: of the Transformers' weights and caches while decoding.
+        plans: how each block is inverted, from block 1 (:func:`flowback.plan_sampling` measures it); None is
+            sequential, which is exact.
+
+    Raises:
+        InputError: guidance of more blocks than there are, or another number of plans than of blocks.
+
+    Example:
+        >>> from flowback import Flow, ModelConfig, Sampler
+        >>> flow = Flow(ModelConfig(image_size=4, channels=1, patch_size=2, width=16, blocks=1,
+        ...                         layers=1, head_dim=16, num_classes=3))
+        >>> sampler = Sampler(flow, guidance=1.0)
+        >>> for labels, seeds in (([0, 1], [7, 8]), ([2, 2], [9, 10])):
+        ...     print(sampler(labels, seeds).shape)
+        torch.Size([2, 1, 4, 4])
+        torch.Size([2, 1, 4, 4])
+    """
+
+    def __init__(
+        self,
+        flow: TARFlow,
+        guidance: Guidance | float | Sequence[float] | Tensor = 0.0,
+        denoise: bool = True,
+        *,
+        batch_size: int = 64,
+        precision: Precision = "fp32",
+        plans: Sequence[BlockPlan] | None = None,
+    ) -> None:
+        self.flow, self.denoise = flow, denoise
+        self.guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        blocks = flow.config.blocks
+        if batch_size < 1:
+            raise InputError(f"The batch size is {batch_size}; it must be at least 1.")
+        if plans is not None and len(plans) != blocks:
+            raise InputError(f"{len(plans)} plans for a model of {blocks} blocks; give one for each.")
+        if self.guidance.blocks is not None and self.guidance.blocks > blocks:
+            raise InputError(f"{self.guidance.blocks} guided blocks, but the model has {blocks}.")
+        self.plans = (BlockPlan(),) * blocks if plans is None else tuple(plans)
+        with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's mode
+            self.engine = Engine(flow, precision)
+        self.images_at_once = self.engine.images_at_once(batch_size, self.guidance.active)
+        """Images decoded together."""
+
+    @classmethod
+    def from_config(
+        cls, flow: TARFlow, config: SampleConfig, plan: Sequence[BlockPlan] | None = None
+    ) -> Sampler:
+        """The sampler that the options describe.
+
+        Args:
+            flow: the model.
+            config: the options. Without a plan, ``auto`` is sequential;
+                :func:`flowback.sampling.block_plan.resolve_plan` finds a checkpoint's.
+            plan: how each block is inverted, from block 1, in place of what ``config.sampler`` says.
+        """
+        return cls(
+            flow,
+            Guidance.from_config(config),
+            config.denoise,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            plans=BlockPlan.windows(flow, config) if plan is None else plan,
+        )
+
+    def __call__(
+        self,
+        labels: UserLabels = None,
+        seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
+        redraw: int = 0,
+    ) -> Float[Tensor, "b c h w"]:
+        """Images on [-1, 1], not clamped; non-finite values are returned as they are.
+
+        Args:
+            labels: class ids, names or soft class weights, one an image; one id for all; None is
+                unconditional.
+            seeds: one an image; None counts from 0, one for each label.
+            redraw: see :func:`noise`.
+
+        Raises:
+            InputError: labels, seeds or guidance that do not fit the model or each other.
+        """
+        return torch.cat([states[-1] for states in self._parts(labels, seeds, redraw, every_block=False)])
+
+    def trajectory(
+        self,
+        labels: UserLabels = None,
+        seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
+        redraw: int = 0,
+    ) -> list[Float[Tensor, "b c h w"]]:
+        """The way from noise to images: z, the outputs of blocks T ... 1, and the denoised images.
+
+        Arguments are those of a call, whose images come last.
+        """
+        parts = self._parts(labels, seeds, redraw, every_block=True)
+        return [torch.cat(list(stage)) for stage in zip(*parts, strict=True)]
+
+    def overflows(
+        self,
+        labels: UserLabels = None,
+        seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
+        redraw: int = 0,
+    ) -> list[Overflow | None]:
+        """Where each image's first value appeared that is not finite; None for images without one.
+
+        Arguments are those of a call. The images are drawn again, so ask for those alone that are not finite.
+        """
+        _, *states = self.trajectory(labels, seeds, redraw)
+        blocks = list(range(self.flow.config.blocks, 0, -1))
+        return [self._overflow([state[row] for state in states], blocks) for row in range(len(states[0]))]
+
+    def _overflow(self, states: list[Float[Tensor, "c h w"]], blocks: list[int]) -> Overflow | None:
+        for index, state in zip(blocks, states, strict=False):
+            finite = self.flow.tokens(state[None])[0].isfinite().all(1)
+            if not finite.all():
+                order = self.flow.blocks[index - 1].reorder(torch.arange(len(finite)), dim=0)
+                return Overflow(index, int(order[int(finite[order].int().argmin())]))
+        return None if states[-1].isfinite().all() else Overflow(None, None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _parts(
+        self,
+        labels: UserLabels,
+        seeds: Sequence[int] | Tensor | None,
+        redraw: int,
+        every_block: bool,
+    ) -> list[list[Tensor]]:
+        """The trajectories of batches, or their ends."""
+        seeds = _seeds(labels, seeds)
+        checked = self.flow.labels(labels, len(seeds))
+        self.guidance.check(checked is not None)
+        scales = self.guidance.scales(len(seeds), self.flow.blocks[0].proj_in.weight)
+        parts = []
+        for start in range(0, len(seeds), self.images_at_once):
+            part = slice(start, start + self.images_at_once)
+            own = None if checked is None else checked[part]
+            z = noise(self.flow, seeds[part], redraw)
+            states = [z, *self.invert(z, own, scales[part])]
+            states = [self.flow.images(x) for x in (states if every_block else states[-1:])]
+            if self.denoise:
+                states.append(denoise_step(self.flow, states[-1], own))
+            parts.append(states)
+        return parts
+
+    def invert(
+        self,
+        z: Float[Tensor, "b n d"],
+        labels: Labels,
+        scales: Float[Tensor, " b"],
+        plans: Sequence[BlockPlan] | None = None,
+    ) -> Iterator[Float[Tensor, "b n d"]]:
+        """The outputs of blocks T ... 1 for one batch, tokens in raster order.
+
+        Args:
+            z: the noise.
+            labels: checked ones.
+            scales: guidance scale of each image.
+            plans: one a block, from block 1; None is the sampler's own.
+        """
+        for index in range(self.flow.config.blocks, 0, -1):
+            block, plan = self.flow.blocks[index - 1], (plans or self.plans)[index - 1]
+            decoder = self.decoder(index, labels, scales, plan.new)
+            z = block.reorder(plan.solve(decoder, block.reorder(z)))
+            yield z
+
+    def decoder(self, index: int, labels: Labels, scales: Float[Tensor, " b"], new: int = 1) -> Decoder:
+        """The decoder of block ``index`` (from 1) for one batch, with room for ``new`` tokens a step.
+
+        It ends the decoder before it.
+        """
+        config, count, block = self.flow.config, len(scales), self.flow.blocks[index - 1]
+        context = block.context(labels)
         if not self.guidance.covers(index, config.blocks):
             return self.engine.decoder(index, count, context, new=new)
         # One batch of 2B rows: with label, then without.
         without = block.context(None)
         if context is not None and without is not None:
             context = torch.cat([context.expand(count, -1), without.expand(count, -1)])
-        temperature = torch.ones(2, dtype=self.scales.dtype, device=self.scales.device)
+        temperature = torch.ones(2, dtype=scales.dtype, device=scales.device)
         temperature[1] = self.guidance.temperature
-        guide = self.guidance.guide(self.scales, config.tokens)
+        guide = self.guidance.guide(scales, config.tokens)
         return self.engine.decoder(index, count, context, guide, temperature.repeat_interleave(count), new)
-
-    def invert(
-        self, z: Float[Tensor, "b n d"], plans: Sequence[BlockPlan] | None = None
-    ) -> Iterator[Float[Tensor, "b n d"]]:
-        """The outputs of blocks T ... 1, tokens in raster order.
-
-        Args:
-            z: the noise.
-            plans: one a block, from block 1; None is sequential.
-        """
-        for index in range(self.engine.flow.config.blocks, 0, -1):
-            block = self.engine.flow.blocks[index - 1]
-            plan = BlockPlan() if plans is None else plans[index - 1]
-            decoder = self.decoder(index, new_tokens(plan))
-            z = block.reorder(solve(decoder, block.reorder(z), plan))
-            yield z
-
-
-def new_tokens(plan: BlockPlan) -> int:
-    """Most tokens in one step of such a solution: a window, and a window before it whose keys are stale."""
-    return 1 if plan.window == 1 else 2 * plan.window
 
 
 _SEEDS = 2**32
@@ -131,18 +304,7 @@ def sample(
 ) -> Float[Tensor, "b c h w"]:
     """Images of the flow on [-1, 1], not clamped; non-finite values are returned as they are.
 
-    Args:
-        flow: the model.
-        labels: class ids or soft class weights, one an image; one id for all; None is unconditional.
-        seeds: one an image; None counts from 0, one for each label.
-        guidance: w of ``c + w · (c − u)``, or a :class:`Guidance` for all its options.
-        denoise: end with one denoising step, given the labels too. Models of uniformly dequantised images
-            have none: theirs are returned as sampled.
-        batch_size: most images decoded at once.
-        precision: of the Transformers' weights and caches while decoding.
-        plans: how each block is inverted, from block 1 (see ``flowback plan``); None is sequential, which
-            is exact.
-        redraw: see :func:`noise`.
+    One call of a :class:`Sampler`, which explains the options and is faster for many calls.
 
     Raises:
         InputError: labels, seeds or guidance that do not fit the model or each other.
@@ -154,52 +316,8 @@ def sample(
         >>> sample(flow, [0, 1], seeds=[7, 8], guidance=1.0).shape
         torch.Size([2, 1, 4, 4])
     """
-    return trajectory(
-        flow,
-        labels,
-        seeds,
-        guidance,
-        denoise,
-        batch_size=batch_size,
-        precision=precision,
-        plans=plans,
-        redraw=redraw,
-        every_block=False,
-    )[-1]
-
-
-@torch.no_grad()
-def trajectory(
-    flow: TARFlow,
-    labels: UserLabels = None,
-    seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
-    guidance: Guidance | float | Sequence[float] | Tensor = 0.0,
-    denoise: bool = True,
-    *,
-    batch_size: int = 64,
-    precision: Precision = "fp32",
-    plans: Sequence[BlockPlan] | None = None,
-    redraw: int = 0,
-    every_block: bool = True,
-) -> list[Float[Tensor, "b c h w"]]:
-    """The way of :func:`sample` from noise to image: z, the output of blocks T ... 1, the denoised image."""
-    seeds = _seeds(labels, seeds)
-    checked = flow.labels(labels, len(seeds))
-    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    check_guidance(flow, checked is not None, guidance)
-    scales = guidance.scales(len(seeds), noise(flow, seeds[:1]))
-    engine, parts = Engine(flow, precision), []
-    size = engine.images_at_once(batch_size, guidance.active)
-    for start in range(0, len(seeds), size):
-        part = slice(start, start + size)
-        own = None if checked is None else checked[part]
-        z = noise(flow, seeds[part], redraw)
-        states = [z, *Batch(engine, own, guidance, scales[part]).invert(z, plans)]
-        states = [flow.images(x) for x in (states if every_block else states[-1:])]
-        if denoise:
-            states.append(denoise_step(flow, states[-1], own))
-        parts.append(states)
-    return [torch.cat(list(stage)) for stage in zip(*parts, strict=True)]
+    sampler = Sampler(flow, guidance, denoise, batch_size=batch_size, precision=precision, plans=plans)
+    return sampler(labels, seeds, redraw)
 
 
 def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
@@ -212,18 +330,3 @@ def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
     if count is not None and count != len(made):
         raise InputError(f"{count} labels for {len(made)} seeds; give one seed and one label an image.")
     return made
-
-
-def check_guidance(flow: TARFlow, labelled: bool, guidance: Guidance) -> None:
-    """Refuse guidance that cannot do anything, before work starts.
-
-    Raises:
-        InputError: no labels and no attention temperature, or more guided blocks than there are.
-    """
-    if guidance.active and not labelled and guidance.temperature == 1:
-        raise InputError(
-            "Guidance without labels does nothing: give labels, or an attention temperature other than 1 "
-            "(--attention-temperature 1.5, say)."
-        )
-    if guidance.blocks is not None and guidance.blocks > flow.config.blocks:
-        raise InputError(f"{guidance.blocks} guided blocks, but the model has {flow.config.blocks}.")

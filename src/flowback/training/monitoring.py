@@ -27,7 +27,6 @@ from flowback.alignment.strategies import encode
 from flowback.checked import to_dict
 from flowback.config import AlignmentConfig, RunConfig
 from flowback.errors import InputError
-from flowback.flow import affine
 from flowback.flow.block import Labels
 from flowback.flow.cost import flops_per_image
 from flowback.flow.likelihood import nll_per_dim
@@ -105,14 +104,11 @@ def block_statistics(flow: Flow, images: Float[Tensor, "b c h w"], labels: Label
         For block t: ``z2_t``, mean of its squared output (1 is the prior's, at the last block), and
         ``log_scale_min_t`` and ``log_scale_max_t``. Log-scales that run away come before NaN does.
     """
-    x = flow.tokens(images)
     found: dict[str, Tensor] = {}
-    for t, block in enumerate(flow.blocks, start=1):
-        predicted = block.predict(x, block.context(labels))
-        x = affine.forward(x, predicted.shift, predicted.log_scale)
-        found[f"z2_{t}"] = x.square().mean()
-        found[f"log_scale_min_{t}"] = predicted.log_scale.min()
-        found[f"log_scale_max_{t}"] = predicted.log_scale.max()
+    for t, output in enumerate(flow.encode_blocks(flow.tokens(images), labels), start=1):
+        found[f"z2_{t}"] = output.z.square().mean()
+        found[f"log_scale_min_{t}"] = output.prediction.log_scale.min()
+        found[f"log_scale_max_{t}"] = output.prediction.log_scale.max()
     return {name: float(value) for name, value in found.items()}
 
 

@@ -1,0 +1,468 @@
+"""A folder of samples, drawn by any number of processes, which can be stopped and gone on with.
+
+Images are drawn in fixed batches: batch k holds images k·B ... (k+1)·B − 1 whoever draws it, so that an image
+is the same to the byte whether or not the run was interrupted, and for every number of processes that compute
+with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from jaxtyping import Float
+from torch import Tensor
+
+from flowback.checked import Checked, require
+from flowback.config import RunConfig, SampleConfig
+from flowback.data.pixels import to_bytes
+from flowback.data.vae import Codec, open_codec
+from flowback.errors import InputError
+from flowback.files import write_json
+from flowback.model import Flow
+from flowback.progress import bar
+from flowback.provenance import environment
+from flowback.sampling import BlockPlan, Sampler
+from flowback.sampling.block_plan import weights_hash
+from flowback.sampling.denoise import denoises
+from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
+from flowback.sampling.sampler import Overflow
+
+__all__ = [
+    "Draw",
+    "Drawn",
+    "Failed",
+    "FolderConfig",
+    "SampleFolder",
+    "SampleReport",
+    "class_ids",
+    "draw_folder",
+]
+
+_SHOWN = 8
+"""Images in the picture of the way from noise to image."""
+
+
+@dataclass(frozen=True)
+class FolderConfig(Checked):
+    """What is drawn, and into which files."""
+
+    count: int = 16
+    """Number of images, over all labels."""
+    labels: tuple[str | int, ...] = ()
+    """Classes to draw, in turn, by name or id; none given: all classes in turn. A number is an id, unless a
+    class has it for a name."""
+    unconditional: bool = False
+    """Draw without labels from a model with classes."""
+    seed: int = 0
+    """Seed of the first image."""
+    redraws: int = 3
+    """How often an image with non-finite values is drawn again."""
+    grid: Path | None = None
+    """Also write all images as one picture, classes in rows."""
+    npz: Path | None = None
+    """Also write all images as the file that ADM's evaluator reads."""
+    trajectory: Path | None = None
+    """Also write the picture of the way from noise to image, for the first 8 images."""
+
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
+        require(self.count >= 1, "--count must be at least 1.")
+        require(self.redraws >= 0, "--redraws must not be negative.")
+        last = 2**32 - self.count
+        require(0 <= self.seed <= last, f"--seed {self.seed} is out of range; it goes from 0 to {last}.")
+        require(
+            not (self.labels and self.unconditional),
+            "--labels and --unconditional exclude each other; give one of them.",
+        )
+        require(
+            len(self.labels) <= self.count,
+            f"{len(self.labels)} labels for {self.count} images; raise --count.",
+        )
+        for name in ("grid", "npz", "trajectory"):
+            path = getattr(self, name)
+            require(path is None or not path.is_dir(), f"--{name} {path} is a folder; name a file.")
+            file = next((parent for parent in path.parents if parent.is_file()), None) if path else None
+            require(file is None, f"--{name} {path}: {file} is a file; name another folder.")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An image that stayed non-finite, and was not written."""
+
+    image: int
+    """Its number."""
+    overflow: Overflow | None
+    """Where its last draw broke; None: in the decoder of latents, or not when it was drawn once more."""
+
+    def to_dict(self) -> dict[str, int | None]:
+        """Number, block and token, ready for JSON."""
+        place = self.overflow or Overflow(None, None)
+        return {"image": self.image, **asdict(place)}
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What :func:`draw_folder` did, in all processes."""
+
+    out: Path
+    drawn: int
+    """Images drawn and written."""
+    present: int
+    """Images that were there before."""
+    redrawn: int
+    """Of those drawn, the ones that had non-finite values at first."""
+    failed: tuple[Failed, ...]
+    """Images that stayed non-finite; they were not written."""
+    seconds: float
+    settings: dict[str, Any]
+    """All that decides how the images look."""
+    notices: tuple[str, ...]
+    """What a user should know, in sentences."""
+    environment: dict[str, Any]
+
+    @property
+    def problem(self) -> str | None:
+        """What is missing, in one sentence; None if nothing is."""
+        if not self.failed:
+            return None
+        count, first = self.drawn + self.present + len(self.failed), self.failed[0]
+        shown = ", ".join(str(failed.image) for failed in self.failed[:8])
+        where = f" (image {first.image} first broke in {first.overflow})" if first.overflow else ""
+        return (
+            f"{len(self.failed)} of {count} images are missing in {self.out}, since they stayed non-finite: "
+            f"{shown}{', ...' if len(self.failed) > 8 else ''}{where}; "
+            "lower --guidance, take --precision fp32, or train the model further."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Environment, settings and result, ready for JSON."""
+        result = {name: getattr(self, name) for name in ("drawn", "present", "redrawn")}
+        return {
+            "environment": self.environment,
+            "settings": self.settings,
+            "result": {
+                **result,
+                "failed": [failed.to_dict() for failed in self.failed],
+                "seconds": self.seconds,
+                "images_per_second": self.drawn / self.seconds,
+            },
+            "notices": list(self.notices),
+        }
+
+
+def draw_folder(
+    flow: Flow,
+    out: Path | str,
+    config: FolderConfig | None = None,
+    *,
+    sampling: SampleConfig | None = None,
+    plans: Sequence[BlockPlan] | None = None,
+    codec: Codec | None = None,
+    **options: Any,
+) -> SampleReport:
+    """Draw a folder of PNG images, or those that it lacks: what ``flowback sample`` does.
+
+    Image i has seed ``config.seed`` + i, and the labels take turns. Nothing is written before everything is
+    checked. Processes that a launcher started share the work, and all get the same report; the first one
+    writes what concerns all images.
+
+    Args:
+        flow: the model.
+        out: the folder. What stands there must have been drawn with the same settings and weights.
+        config: what to draw.
+        sampling: how.
+        plans: how each block is inverted, from block 1; None is what ``sampling.sampler`` says, where
+            ``auto`` is sequential: :func:`flowback.sampling.block_plan.resolve_plan` finds a stored plan.
+        codec: decoder of latents; None is that of the flow's run.
+        **options: fields of :class:`FolderConfig` and of :class:`flowback.SampleConfig` that replace theirs.
+
+    Raises:
+        InputError: options that do not fit the model or each other, or a folder with other images.
+
+    Example:
+        >>> import flowback, tempfile
+        >>> flow = flowback.create_flow("digits", num_classes=10, width=16, head_dim=8, layers=1, blocks=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = flowback.draw_folder(flow, folder, count=4, labels=[3, 7], guidance=1.0)
+        >>> report.drawn, report.failed
+        (4, ())
+    """
+    names = {field.name for field in fields(FolderConfig)}
+    config = replace(config or FolderConfig(), **{k: v for k, v in options.items() if k in names})
+    sampling = replace(sampling or SampleConfig(), **{k: v for k, v in options.items() if k not in names})
+    every = range(flow.config.num_classes or 0)
+    labels = [] if config.unconditional else class_ids(flow, config.labels or every)
+    sampler = Sampler.from_config(flow, sampling, plans)
+    sampler.guidance.check(bool(labels))
+    if codec is None:
+        codec = open_codec((flow.run or RunConfig()).codec, flow.device)
+    job = _Job(flow, sampler, codec, labels, config)
+    state = PartialState(cpu=flow.device.type == "cpu")
+    settings = _settings(flow, sampler, sampling, codec, labels, config)
+    folder = SampleFolder(Path(out), settings, config.count, sampling.batch_size)
+    state.wait_for_everyone()  # all have looked at the folder before the first one changes it
+    if state.is_main_process:
+        folder.begin()
+    state.wait_for_everyone()
+    missing = folder.missing()
+    state.wait_for_everyone()
+    started, done = time.perf_counter(), []
+    with bar() as progress:
+        task = progress.add_task("sampling", total=-(-len(missing) // state.num_processes), note="")
+        for part in folder.fill(job, missing, state.process_index, state.num_processes, config.redraws):
+            done.append(part)
+            progress.advance(task, part.images + len(part.failed))
+    parts: list[Drawn] = gather_object(done) if state.num_processes > 1 else done
+    seconds = time.perf_counter() - started
+    if state.is_main_process:
+        _write_pictures(job, folder)
+    notices = []
+    if sampling.denoise and not denoises(flow):
+        notices.append("Not denoised: this model was trained without Gaussian noise.")
+    return SampleReport(
+        folder.path,
+        drawn=sum(part.images for part in parts),
+        present=config.count - len(missing),
+        redrawn=sum(part.redrawn for part in parts),
+        failed=tuple(sorted((failed for part in parts for failed in part.failed), key=lambda f: f.image)),
+        seconds=seconds,
+        settings={**folder.settings, "count": config.count},
+        notices=tuple(notices),
+        environment=environment(flow.device),
+    )
+
+
+def class_ids(flow: Flow, labels: Sequence[str | int]) -> list[int]:
+    """Ids of classes given by name or id, as on the command line.
+
+    A text is a name where a class has it, and else an id: of the classes 1, 2 and 10, ``"10"`` is that name,
+    and ``10`` the id.
+
+    Raises:
+        InputError: an unknown name, or an id out of range.
+    """
+    made: list[Any] = [
+        int(label) if isinstance(label, str) and label not in flow.classes and label.isdecimal() else label
+        for label in labels
+    ]
+    ids = flow.labels(made, len(made)) if made else None
+    return [] if ids is None else ids.tolist()
+
+
+def _settings(
+    flow: Flow,
+    sampler: Sampler,
+    sampling: SampleConfig,
+    codec: Codec,
+    labels: Sequence[int],
+    config: FolderConfig,
+) -> dict[str, Any]:
+    """All that decides how an image looks."""
+    keep = ("guidance", "ramp", "formula", "attention_temperature", "guided_blocks", "denoise", "precision")
+    swept = any(plan.window > 1 for plan in sampler.plans)
+    return {
+        "weights": weights_hash(flow),
+        "labels": list(labels),
+        "seed": config.seed,
+        **{name: getattr(sampling, name) for name in keep},
+        "plans": [asdict(plan) for plan in sampler.plans] if swept else None,
+        **({"vae": codec.config.weights} if codec.config.vae else {}),
+    }
+
+
+class Draw(Protocol):
+    """How the images of a folder are made."""
+
+    def __call__(self, numbers: list[int], redraw: int) -> Tensor:
+        """Images (B, C, H, W) of these numbers; ``redraw`` is 0 at first."""
+        ...
+
+    def notes(self, number: int) -> dict[str, object]:
+        """Text stored in an image's file."""
+        ...
+
+    def overflows(self, numbers: list[int], redraw: int) -> list[Overflow | None]:
+        """Where images that are not finite broke."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The images of :func:`draw_folder`, by number."""
+
+    flow: Flow
+    sampler: Sampler
+    codec: Codec
+    ids: list[int]
+    """Classes in turn; empty for unconditional."""
+    config: FolderConfig
+
+    def labels(self, numbers: Sequence[int]) -> list[int] | None:
+        """Class ids of the images, or None."""
+        return [self.ids[number % len(self.ids)] for number in numbers] if self.ids else None
+
+    def seeds(self, numbers: Sequence[int]) -> list[int]:
+        """Seeds of the images."""
+        return [self.config.seed + number for number in numbers]
+
+    def __call__(self, numbers: list[int], redraw: int) -> Tensor:
+        return self.codec.decode(self.sampler(self.labels(numbers), self.seeds(numbers), redraw))
+
+    def notes(self, number: int) -> dict[str, object]:
+        """Seed and label."""
+        labels = self.labels([number])
+        return {"seed": self.config.seed + number, **({"label": labels[0]} if labels else {})}
+
+    def overflows(self, numbers: list[int], redraw: int) -> list[Overflow | None]:
+        """Where images that are not finite broke."""
+        return self.sampler.overflows(self.labels(numbers), self.seeds(numbers), redraw)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one process did for one batch."""
+
+    images: int
+    """Images written."""
+    redrawn: int
+    """Of these, the ones that had non-finite values at first and were drawn again."""
+    failed: tuple[Failed, ...]
+    """Images that stayed non-finite; they were not written."""
+
+
+class SampleFolder:
+    """The images 0 ... count − 1 of one setting as ``000000.png`` and so on.
+
+    Args:
+        path: the folder.
+        settings: all that decides how the images look; stored as ``sampling.json``.
+        count: number of images.
+        batch_size: images drawn at once.
+
+    Raises:
+        InputError: the folder holds other images.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], count: int, batch_size: int) -> None:
+        self.path, self.count, self.batch_size = path, count, batch_size
+        self.settings = json.loads(json.dumps({**settings, "batch_size": batch_size}, default=str))
+        self._check()
+
+    def _check(self) -> None:
+        note = self.path / "sampling.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; choose a folder with --out.")
+        if note.is_file():
+            try:
+                found = json.loads(note.read_text())
+            except ValueError:
+                raise InputError(f"{note} is damaged; choose another --out, or empty the folder.") from None
+            for key in sorted({*found, *self.settings}):
+                if found.get(key) != self.settings.get(key):
+                    was, now = found.get(key), self.settings.get(key)
+                    raise InputError(
+                        f"{self.path} holds images drawn with {key} = {was}, not {now}; "
+                        "choose another --out, or the same settings to go on."
+                    )
+        elif self.path.is_dir() and any(self.path.glob("*.png")):
+            raise InputError(f"{self.path} holds other images; choose an empty folder with --out.")
+
+    def file(self, index: int) -> Path:
+        """Where an image stands."""
+        return self.path / f"{index:06d}.png"
+
+    def begin(self) -> None:
+        """Make the folder, note the settings, and remove what a killed run left half-written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "sampling.json", self.settings)
+        for leftover in self.path.glob(".*.png.*"):
+            leftover.unlink(missing_ok=True)
+
+    def missing(self) -> list[int]:
+        """Numbers of the images not there yet."""
+        return [index for index in range(self.count) if not self.file(index).is_file()]
+
+    def fill(
+        self, draw: Draw, missing: Sequence[int], rank: int = 0, world: int = 1, redraws: int = 3
+    ) -> Iterator[Drawn]:
+        """Draw this process's share of the ``missing`` images; yields after each batch.
+
+        Args:
+            draw: makes the images.
+            missing: from :meth:`missing`, before any process began: all must share out the same batches.
+            rank: number of this process.
+            world: number of processes.
+            redraws: how often an image with non-finite values is drawn again.
+        """
+        wanted = set(missing)
+        batches = sorted({index // self.batch_size for index in wanted})
+        for batch in batches[rank::world]:
+            first = batch * self.batch_size
+            numbers = list(range(first, min(first + self.batch_size, self.count)))
+            images, attempts = _finite_draw(draw, numbers, redraws)
+            finite = images.flatten(1).isfinite().all(1).tolist()
+            written = [row for row, number in enumerate(numbers) if finite[row] and number in wanted]
+            for row, pixels in zip(written, to_bytes(images[written]), strict=True):
+                text = {**draw.notes(numbers[row]), **({"redraw": attempts[row]} if attempts[row] else {})}
+                save_png(pixels, self.file(numbers[row]), text)
+            bad = [number for row, number in enumerate(numbers) if not finite[row] and number in wanted]
+            places = draw.overflows(bad, redraws) if bad else []
+            yield Drawn(
+                len(written),
+                sum(attempts[row] > 0 for row in written),
+                tuple(Failed(number, place) for number, place in zip(bad, places, strict=True)),
+            )
+
+
+def _finite_draw(draw: Draw, numbers: list[int], redraws: int) -> tuple[Float[Tensor, "b c h w"], list[int]]:
+    """Images of these numbers, and which redraw each one is."""
+    images, attempts = draw(numbers, 0), [0] * len(numbers)
+    for attempt in range(1, redraws + 1):
+        bad = torch.nonzero(~images.flatten(1).isfinite().all(1)).flatten().tolist()
+        if not bad:
+            break
+        images = images.clone()
+        images[bad] = draw([numbers[row] for row in bad], attempt)
+        for row in bad:
+            attempts[row] = attempt
+    return images, attempts
+
+
+def _write_pictures(job: _Job, folder: SampleFolder) -> None:
+    """The grid, the .npz and the trajectory, of the images that are there."""
+    config = job.config
+    there = [number for number in range(config.count) if folder.file(number).is_file()]
+    if (config.grid or config.npz) and there:
+        pixels = {number: read_png(folder.file(number))[0] for number in there}
+        if config.grid:
+            order, columns = _grid_order(there, config.count, len(job.ids))
+            black = torch.zeros_like(pixels[there[0]])
+            shown = torch.stack([pixels.get(number, black) for number in order])
+            save_grid(shown.float() / 127.5 - 1, config.grid, columns)
+        if config.npz:
+            save_npz(torch.stack([pixels[number] for number in there]), config.npz, job.labels(there))
+    if config.trajectory:
+        numbers = range(min(_SHOWN, config.count))
+        states = job.sampler.trajectory(job.labels(numbers), job.seeds(numbers))
+        save_trajectory([job.codec.decode(state) for state in states], config.trajectory)
+
+
+def _grid_order(there: Sequence[int], count: int, classes: int) -> tuple[list[int], int]:
+    """Numbers of the images row after row, and how many make a row.
+
+    Each class that was drawn has a row; where it has fewer images than another, numbers without an image
+    fill it up.
+    """
+    if not classes:
+        return list(there), max(1, round(len(there) ** 0.5))
+    columns = -(-count // classes)
+    rows = [range(first, columns * classes, classes) for first in range(classes)]
+    return [number for row in rows if not set(there).isdisjoint(row) for number in row], columns
