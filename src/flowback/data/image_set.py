@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
-__all__ = ["ImageSet", "MemoryImages", "Subset", "evenly", "in_batches"]
+__all__ = ["ImageSet", "MemoryImages", "Subset", "evenly", "in_batches", "match_classes"]
 
 
 @runtime_checkable
@@ -152,3 +152,17 @@ def evenly(total: int, limit: int | None = None, share: tuple[int, int] = (0, 1)
 def in_batches(indices: Int64[Tensor, " n"], size: int) -> tuple[Int64[Tensor, " _"], ...]:
     """``indices`` in batches of ``size``; of none, no batch."""
     return indices.split(size) if len(indices) else ()
+
+
+def match_classes(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
+    """TEMPORARY, until the data work lands."""
+    from flowback.errors import InputError
+
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise InputError(f"{images.name} has classes that the model does not know: {', '.join(unknown)}.")
+    if images.labels is None or images.classes == classes:
+        return images
+    ids = torch.tensor([classes.index(name) for name in images.classes])
+    everything = torch.arange(len(images))
+    return MemoryImages(images.name, classes, ids[images.labels], images.read(everything))
