@@ -15,15 +15,23 @@ if TYPE_CHECKING:
     from flowback.config import (
         AlignmentConfig,
         DataConfig,
+        EvaluateConfig,
         ModelConfig,
+        ProbeConfig,
         RunConfig,
         SampleConfig,
         TrainConfig,
     )
     from flowback.errors import InputError
+    from flowback.evaluation.held_out import Accuracy, accuracy
+    from flowback.evaluation.linear_probe import Probe, probe
+    from flowback.evaluation.pipeline import evaluate, evaluate_images
+    from flowback.evaluation.references import Reference
+    from flowback.evaluation.report import Report
     from flowback.flow import FlowOutput
     from flowback.model import Flow, create_flow, load
     from flowback.presets import list_presets
+    from flowback.processes import Processes
     from flowback.sampling import BlockPlan, Guidance, sample
 
 _MODULES = {
@@ -31,12 +39,19 @@ _MODULES = {
     "alignment.encoders": ("Encoder", "Recipe", "create_encoder", "register_encoder"),
     "classification": ("classify",),
     "config": (
-        *("AlignmentConfig", "DataConfig", "ModelConfig", "RunConfig", "SampleConfig", "TrainConfig"),
+        *("AlignmentConfig", "DataConfig", "EvaluateConfig", "ModelConfig", "ProbeConfig", "RunConfig"),
+        *("SampleConfig", "TrainConfig"),
     ),
     "errors": ("InputError",),
+    "evaluation.held_out": ("Accuracy", "accuracy"),
+    "evaluation.linear_probe": ("Probe", "probe"),
+    "evaluation.pipeline": ("evaluate", "evaluate_images"),
+    "evaluation.references": ("Reference",),
+    "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
     "model": ("Flow", "create_flow", "load"),
     "presets": ("list_presets",),
+    "processes": ("Processes",),
     "sampling": ("BlockPlan", "Guidance", "sample"),
 }
 """Public names, by the module that defines them."""
@@ -44,26 +59,37 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Accuracy",
     "Alignment",
     "AlignmentConfig",
     "BlockPlan",
     "DataConfig",
     "Encoder",
+    "EvaluateConfig",
     "Flow",
     "FlowOutput",
     "Guidance",
     "InputError",
     "ModelConfig",
+    "Probe",
+    "ProbeConfig",
+    "Processes",
     "Recipe",
+    "Reference",
+    "Report",
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
     "__version__",
+    "accuracy",
     "classify",
     "create_encoder",
     "create_flow",
+    "evaluate",
+    "evaluate_images",
     "list_presets",
     "load",
+    "probe",
     "register_encoder",
     "sample",
 ]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
-from flowback.cli.options import Precision, Processes, Sampler, choose, parse
+from flowback.cli.options import Precision, Sampler, choose, parse
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.model import Flow
+from flowback.processes import Processes
 from flowback.progress import bar
 from flowback.provenance import environment
 from flowback.sampling import BlockPlan, Guidance, sample, trajectory

@@ -45,8 +45,9 @@ def plot_confusion(confusion: Int[Tensor, "k k"], classes: Sequence[str], title:
     _save(figure, path)
 
 
-def plot_probe(probes: Sequence[Probe], training_free: float | None, path: Path) -> None:
+def plot_probe(result: Probe, path: Path) -> None:
     """Accuracy by location, the training-free score dashed (arXiv 2511.22345, Fig. 4)."""
+    probes, training_free = result.locations, result.top1_gradient
     figure, axes = _figure(max(6.0, 1.5 + 0.28 * len(probes)), 4.0)
     places = range(len(probes))
     axes.plot(places, [probe.linear for probe in probes], "o-", label="linear probe", markersize=4)
