@@ -119,11 +119,11 @@ def evaluate_images(
         InputError: an unknown option, no images, or a reference of another size.
 
     Example:
-        >>> import flowback
-        >>> from flowback.data.load import load_images
-        >>> train, test = (load_images(flowback.DataConfig(), 8, 1, split) for split in ("train", "test"))
-        >>> report = flowback.evaluate_images(test, train)
-        >>> list(report.figures)
+        >>> import flowback, torch
+        >>> from flowback.data.image_set import MemoryImages
+        >>> grey = MemoryImages("grey", (), None, torch.full((4, 1, 8, 8), 128, dtype=torch.uint8))
+        >>> noise = MemoryImages("noise", (), None, torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8))
+        >>> list(flowback.evaluate_images(grey, noise).figures)
         ['fd_efficientnet_lite0']
     """
     (config,) = replaced((config or EvaluateConfig(),), options)
