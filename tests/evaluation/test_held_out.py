@@ -112,3 +112,12 @@ def test_a_limit_takes_images_of_every_class_in_every_figure():
         images = Watched("memory", tuple("abcde"), labels, pixels)
         measure(random_flow(torch.float32), images, limit=5)
         assert sorted({int(labels[index]) for index in images.seen}) == [0, 1, 2, 3, 4], measure.__name__
+
+
+def test_figures_while_training_are_those_of_an_evaluation():
+    flow, images = random_flow(), image_set()
+    found = held_out_figures(flow, images, limit=7, exhaustive=True)
+    assert found["nll"] == pytest.approx(likelihood(flow, images, draws=1, limit=7).nll.mean, rel=1e-12)
+    for method in ("gradient", "exhaustive"):
+        assert found[f"top1_{method}"] == accuracy(flow, images, method, limit=7, batch_size=2).top1
+    assert set(held_out_figures(random_flow(num_classes=0), images, limit=50)) == {"nll"}
