@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowback.checked import Checked, require
 from flowback.config import RunConfig, SampleConfig
-from flowback.data.pixels import to_bytes
+from flowback.data.pixels import to_bytes, to_unit_range
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
 from flowback.files import write_json
@@ -446,7 +446,7 @@ def _write_pictures(job: _Job, folder: SampleFolder) -> None:
             order, columns = _grid_order(there, config.count, len(job.ids))
             black = torch.zeros_like(pixels[there[0]])
             shown = torch.stack([pixels.get(number, black) for number in order])
-            save_grid(shown.float() / 127.5 - 1, config.grid, columns)
+            save_grid(to_unit_range(shown), config.grid, columns)
         if config.npz:
             save_npz(torch.stack([pixels[number] for number in there]), config.npz, job.labels(there))
     if config.trajectory:
