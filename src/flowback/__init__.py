@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flowback.model import Flow, create_flow, load
     from flowback.presets import list_presets
     from flowback.sampling import BlockPlan, Guidance, sample
+    from flowback.training import Evaluator, TrainResult, train
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -38,6 +39,7 @@ _MODULES = {
     "model": ("Flow", "create_flow", "load"),
     "presets": ("list_presets",),
     "sampling": ("BlockPlan", "Guidance", "sample"),
+    "training": ("Evaluator", "TrainResult", "train"),
 }
 """Public names, by the module that defines them."""
 
@@ -49,6 +51,7 @@ __all__ = [
     "BlockPlan",
     "DataConfig",
     "Encoder",
+    "Evaluator",
     "Flow",
     "FlowOutput",
     "Guidance",
@@ -58,6 +61,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
+    "TrainResult",
     "__version__",
     "classify",
     "create_encoder",
@@ -66,6 +70,7 @@ __all__ = [
     "load",
     "register_encoder",
     "sample",
+    "train",
 ]
 
 __version__ = "0.1.0"
