@@ -37,30 +37,70 @@ if TYPE_CHECKING:
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
     from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
+    from flowback.training import Evaluator, TrainResult, train
 
 _MODULES = {
     "alignment.align": ("Alignment",),
-    "alignment.encoders": ("Encoder", "Recipe", "create_encoder", "register_encoder"),
+    "alignment.encoders": (
+        "Encoder",
+        "Recipe",
+        "create_encoder",
+        "register_encoder",
+    ),
     "classification": ("classify",),
     "config": (
-        *("AlignmentConfig", "DataConfig", "EvaluateConfig", "ModelConfig", "ProbeConfig", "RunConfig"),
-        *("SampleConfig", "TrainConfig"),
+        "AlignmentConfig",
+        "DataConfig",
+        "EvaluateConfig",
+        "ModelConfig",
+        "ProbeConfig",
+        "RunConfig",
+        "SampleConfig",
+        "TrainConfig",
     ),
-    "data.image_set": ("ImageSet", "PixelSet", "image_set"),
+    "data.image_set": (
+        "ImageSet",
+        "PixelSet",
+        "image_set",
+    ),
     "data.load": ("load_images",),
     "data.named_sets": ("register_dataset",),
     "errors": ("InputError",),
-    "evaluation.held_out": ("Accuracy", "accuracy"),
-    "evaluation.linear_probe": ("Probe", "probe"),
-    "evaluation.pipeline": ("evaluate", "evaluate_images"),
+    "evaluation.held_out": (
+        "Accuracy",
+        "accuracy",
+    ),
+    "evaluation.linear_probe": (
+        "Probe",
+        "probe",
+    ),
+    "evaluation.pipeline": (
+        "evaluate",
+        "evaluate_images",
+    ),
     "evaluation.references": ("Reference",),
     "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
-    "model": ("Flow", "create_flow", "load"),
+    "model": (
+        "Flow",
+        "create_flow",
+        "load",
+    ),
     "presets": ("list_presets",),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "sampling": (
+        "BlockPlan",
+        "Guidance",
+        "Sampler",
+        "plan_sampling",
+        "sample",
+    ),
+    "training": (
+        "Evaluator",
+        "TrainResult",
+        "train",
+    ),
 }
 """Public names, by the module that defines them."""
 
@@ -74,6 +114,7 @@ __all__ = [
     "DataConfig",
     "Encoder",
     "EvaluateConfig",
+    "Evaluator",
     "Flow",
     "FlowOutput",
     "Guidance",
@@ -91,6 +132,7 @@ __all__ = [
     "SampleConfig",
     "Sampler",
     "TrainConfig",
+    "TrainResult",
     "__version__",
     "accuracy",
     "classify",
@@ -108,6 +150,7 @@ __all__ = [
     "register_dataset",
     "register_encoder",
     "sample",
+    "train",
 ]
 
 __version__ = "0.1.0"
