@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from flowback.errors import InputError
     from flowback.flow import FlowOutput
     from flowback.model import Flow, create_flow, load
-    from flowback.presets import list_presets
+    from flowback.presets import get_preset, list_presets
     from flowback.sample_folder import draw_folder
     from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
+    from flowback.tables import reproduce
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -43,9 +44,10 @@ _MODULES = {
     "errors": ("InputError",),
     "flow": ("FlowOutput",),
     "model": ("Flow", "create_flow", "load"),
-    "presets": ("list_presets",),
+    "presets": ("get_preset", "list_presets"),
     "sample_folder": ("draw_folder",),
     "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "tables": ("reproduce",),
 }
 """Public names, by the module that defines them."""
 
@@ -74,6 +76,7 @@ __all__ = [
     "create_encoder",
     "create_flow",
     "draw_folder",
+    "get_preset",
     "image_set",
     "list_presets",
     "load",
@@ -81,6 +84,7 @@ __all__ = [
     "plan_sampling",
     "register_dataset",
     "register_encoder",
+    "reproduce",
     "sample",
 ]
 

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib
 from torch.nn import functional
 
-from flowback import presets
 from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
@@ -22,6 +21,7 @@ from flowback.evaluation.judge import Judge
 from flowback.evaluation.references import Reference
 from flowback.files import replacing, write_json
 from flowback.model import Flow
+from flowback.presets import get_preset
 from flowback.provenance import environment
 from flowback.sampling import sample
 from flowback.sampling.image_files import grid
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> None:
     flows = {}
     judge: Judge | None = None  # knows the training images, which both runs share
     for name, (preset, about) in RUNS.items():
-        config = presets.get(preset).config
+        config = get_preset(preset).config
         steps = options.steps or config.train.steps
         config = replace(config, train=replace(config.train, steps=steps, seed=options.seed, device="cpu"))
         fitted = fit(config, options.out / name, f"{name}: {about}")

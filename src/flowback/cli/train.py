@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from flowback import presets
 from flowback.alignment.targets import make_targets
 from flowback.checked import from_dict, to_dict
 from flowback.cli.console import say, show_table
@@ -21,6 +20,7 @@ from flowback.data.load import load_images
 from flowback.errors import InputError
 from flowback.files import cache_folder, write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
+from flowback.presets import get_preset
 from flowback.provenance import environment
 from flowback.training import noticing_loss, start, train
 from flowback.training.evaluators import likelihood_evaluator, picture_evaluator
@@ -115,7 +115,7 @@ def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:
 
 def _settings(seen: Any) -> dict[str, Any]:
     """The preset's settings with those of ``--config`` on top, by section."""
-    base = presets.get(seen.preset).config
+    base = get_preset(seen.preset).config
     if seen.config is not None:
         base = _from_yaml(seen.config, base)
     return {name: getattr(base, name) for name in ("model", "data", "alignment", "train", "codec")}
