@@ -72,9 +72,7 @@ def curve(*values):
 
 
 def test_how_much_sooner_is_a_ratio_by_seed_and_left_out_where_a_seed_never_gets_there():
-    base = row(
-        "none", [0, 1], {}, curves={"training": [curve(0.1, 0.2, 0.4), curve(0.1, 0.2, 0.4)]}
-    )
+    base = row("none", [0, 1], {}, curves={"training": [curve(0.1, 0.2, 0.4), curve(0.1, 0.2, 0.4)]})
     fast = row("fast", [0, 1], {}, curves={"training": [curve(0.4, 0.5), curve(0.2, 0.6)]})
     late = row("late", [0, 1], {}, curves={"training": [curve(0.4, 0.5), curve(0.1, 0.2)]})
     found = {

@@ -86,12 +86,12 @@ def _along(rows: list[Row], name: str, kind: _Curve) -> Figure:
     figure = Figure(figsize=(4.8 * len(figures), 3.6), layout="constrained")
     panels = figure.subplots(1, len(figures), squeeze=False)[0]
     for axes, (key, label) in zip(panels, figures.items(), strict=True):
-        for row in rows:
-            _band(axes, row, name, kind.x, key)
+        for number, row in enumerate(rows):
+            _band(axes, row, name, kind.x, key, "-" if number < 10 else "--")  # ten colours
         if name == "locations":
             axes.set_xticks(range(len(first)), [f"{p['block']:g}.{p['layer']:g}" for p in first], fontsize=7)
-            for row, colour in zip(rows, _colours(axes), strict=True):
-                axes.axhline(row.mean["top1_gradient"], ls="--", lw=1, color=colour)
+            for row, line in zip(rows, list(axes.get_lines()), strict=True):  # the training-free score
+                axes.axhline(row.mean["top1_gradient"], ls="--", lw=1, color=line.get_color())
         axes.set(xlabel=kind.label, ylabel=label)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -99,23 +99,19 @@ def _along(rows: list[Row], name: str, kind: _Curve) -> Figure:
     return figure
 
 
-def _band(axes: Axes, row: Row, name: str, x: str, key: str) -> None:
+def _band(axes: Axes, row: Row, name: str, x: str, key: str, style: str) -> None:
     """Mean over seeds, and a band of one standard deviation."""
     runs = [[point for point in run if key in point] for run in row.curves[name]]
     points = list(zip(*runs, strict=False))  # a run of other evaluations is drawn as far as all go
     places = [at[0].get(x, float(number)) for number, at in enumerate(points)]
     values = [[point[key] for point in at] for at in points]
     means = [statistics.fmean(each) for each in values]
-    (line,) = axes.plot(places, means, marker=".", label=row.preset)
+    (line,) = axes.plot(places, means, marker=".", ls=style, label=row.preset)
     if len(runs) > 1:
         spreads = [statistics.stdev(each) for each in values]
         low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
         high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
         axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, lw=0)
-
-
-def _colours(axes: Axes) -> list[str]:
-    return [str(line.get_color()) for line in axes.get_lines()]
 
 
 def _save(figure: Figure, path: Path) -> None:
