@@ -84,7 +84,8 @@ BAD = {
     "encoders": (["table8", "--scale", "mini"], "have no small siblings"),
     "rows": (["table1", "--scale", "mini", "--rows", "nope"], "--rows nope matches no row"),
     "samples": (["table1", "--scale", "mini", "--samples", "1"], "--samples must be at least 2"),
-    "guidance": (["table1", "--scale", "mini", "--guidance", "1", "--search", "1", "2"], "give one"),
+    "search": (["table1", "--scale", "mini", "--search", "2:1:1"], "neither a number nor FIRST:LAST:STEP"),
+    "guidance": (["table1", "--scale", "mini", "--guidance", "1", "--search", "0:2:1"], "give one"),
 }
 
 

@@ -214,6 +214,16 @@ def test_rows_and_baseline_can_be_chosen(runs, tmp_path):
         reproduce("tiny", "mini", 1, tmp_path, baseline="nothing")
 
 
+def test_flows_without_classes_are_not_guided(runs, tmp_path, monkeypatch):
+    _, measured = runs
+    for name in ("tiny-mini", "tiny-reverse-mini"):
+        config = PRESETS[name].config
+        free = replace(config, model=replace(config.model, num_classes=0))
+        monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], config=free))
+    reproduce("tiny", "mini", 1, tmp_path)
+    assert [each["sampling"]["guidance"] for each in measured] == [0.0, 0.0]
+
+
 def test_rows_of_several_commits_are_told(runs, tmp_path, monkeypatch):
     reproduce("tiny", "mini", 1, tmp_path)
     monkeypatch.setitem(ENVIRONMENT, "commit", "def")

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from flowback.cli.console import say, show_table
 from flowback.config import SampleConfig
 from flowback.errors import InputError
+from flowback.evaluation.judge import guidance_scales
 from flowback.tables import ReproduceConfig, Scale, Table, reproduce
 
-__all__ = ["Options", "run"]
+__all__ = ["Drawing", "Filling", "Options", "run"]
+
+
+_SCALES = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FIRST:LAST:STEP",
+    instance_from_str=lambda words: tuple(guidance_scales(words[0])),
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [":".join(map(str, value)) or "none"],
+)
+
+
+@dataclass(frozen=True)
+class Filling(ReproduceConfig):
+    """How the table is filled in, with the search as it is typed."""
+
+    search: Annotated[tuple[float, ...], _SCALES] = ()
+    """Guidance scales to try in place of one; the table has the figures of the best."""
+
+
+@dataclass(frozen=True)
+class Drawing(SampleConfig):
+    """How samples are drawn, but for the guidance, which may depend on the table."""
+
+    guidance: tyro.conf.Suppress[float] = 0.0
 
 
 @dataclass(frozen=True)
@@ -26,16 +52,16 @@ class Options:
     table: tyro.conf.Positional[str]
     """`table1` to `table9`, `figure4`, `figure5`, or `tarflow`; `flowback presets` shows their rows."""
     scale: Scale = "paper"
-    """The paper's size; its small siblings on digits (about two minutes each on two cores); or
-    Fashion-MNIST (about half an hour each on one core)."""
+    """The paper's size; small siblings on digits, about two minutes each on two cores; or small flows on
+    Fashion-MNIST."""
     seeds: int = 1
     """Runs of each row; a standard deviation takes two, an interval worth reading three or more."""
     first_seed: int = 0
     """Seed of the first."""
     out: Path = Path("results")
     """Folder of tables and runs."""
-    config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = field(default_factory=ReproduceConfig)
-    sampling: SampleConfig = field(default_factory=SampleConfig)
+    config: Annotated[Filling, tyro.conf.arg(name="")] = field(default_factory=Filling)
+    sampling: Annotated[Drawing, tyro.conf.arg(name="")] = field(default_factory=Drawing)
 
 
 def run(argv: list[str]) -> None:

@@ -251,7 +251,7 @@ class _Job:
                     "images": images.fingerprint,
                     "test": test.fingerprint,
                 }
-                yield _Wanted(name, seed, config, {"run": run, "evaluation": self._evaluation(seed)})
+                yield _Wanted(name, seed, config, {"run": run, "evaluation": self._evaluation(config)})
 
     def _run_config(self, config: RunConfig, seed: int) -> RunConfig:
         latent = config.codec.vae is not None
@@ -269,13 +269,16 @@ class _Job:
         train, test = (self.images(config.data, size, channels, split) for split in ("train", "test"))
         return train, test
 
-    def _evaluation(self, seed: int) -> dict[str, Any]:
+    def _evaluation(self, config: RunConfig) -> dict[str, Any]:
+        seed = config.train.seed
         if self.paper.kind == "probe":
             return {"kind": "probe", "seed": seed}
         weights = self.config.inception_weights
         guidance, search = self.config.guidance, self.config.search
         if guidance is None and not search:
             guidance, search = self._usual_guidance()
+        if config.model.num_classes == 0 and self.sampling.attention_temperature == 1:
+            guidance, search = 0.0, ()  # nothing to guide towards
         return {
             "kind": "quality",
             "options": {
