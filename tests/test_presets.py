@@ -180,7 +180,8 @@ def test_presets_are_found_by_name_and_pattern():
         f"imagenet256-noise{n}" for n in ("0.1", "0.15", "0.25", "0.3")
     ] + [f"imagenet256-noise{n}-mini" for n in ("0.1", "0.15", "0.25", "0.3")]
     assert list_presets() == list(PRESETS)
-    assert list_presets("nothing*") == []
+    with pytest.raises(InputError, match="No preset matches"):
+        list_presets("nothing*")
     with pytest.raises(InputError, match="There is no preset 'digitz'; did you mean digits"):
         get_preset("digitz")
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from flowback.cli.console import say, show_table
+from flowback.cli.options import parse
 from flowback.config import SampleConfig
 from flowback.errors import InputError
 from flowback.evaluation.judge import guidance_scales
@@ -66,7 +67,7 @@ class Options:
 
 def run(argv: list[str]) -> None:
     """Fill the table in, and show it."""
-    options = tyro.cli(Options, args=argv, prog="flowback reproduce")
+    options = parse(Options, argv, "reproduce")
     if options.seeds < 1 or options.first_seed < 0:
         raise InputError("--seeds must be at least 1, and --first-seed not negative.")
     seeds = range(options.first_seed, options.first_seed + options.seeds)

@@ -211,7 +211,7 @@ def images_needed(
     None where it never does.
 
     Example:
-        >>> curve = [{"images": 100, "test_nll": 0.4}, {"images": 200, "test_nll": 0.2}]
+        >>> curve = [{"images": 100.0, "test_nll": 0.4}, {"images": 200.0, "test_nll": 0.2}]
         >>> images_needed(curve, "test_nll", 0.3, higher=False)
         150.0
     """
