@@ -331,7 +331,8 @@ def _settings() -> dict[str, tuple[str, RunConfig]]:
     }
     # With one encoder in place of all, the encoders' rows would be copies of one run.
     for name, *_ in (*_IMAGENET64, *_IMAGENET256, *_TARFLOW):
-        rows[f"{name}-mini"] = (f"{name} on digits", mini(rows[name][1]))
+        about, config = rows[name]
+        rows[f"{name}-mini"] = (f"small, on digits: {about}", mini(config))
     return rows
 
 
