@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flowback import presets, train
+from flowback import get_preset, train
 from flowback.checked import to_dict
 from flowback.evaluation.held_out import held_out_figures
 from harness import write_rows
@@ -58,7 +58,7 @@ class Options:
 
 def one_run(name: str, seed: int, options: Options) -> dict[str, Any]:
     """Train, or read what stands there; the curve on the test images and the figures at the end."""
-    base = presets.get("digits").config
+    base = get_preset("digits").config
     config = replace(
         base,
         alignment=replace(base.alignment, **STRATEGIES[name]),

@@ -29,6 +29,7 @@ LEVELS = (
     {"model"},
     {"evaluation", "sample_folder"},
     {"training"},
+    {"tables"},
     {"cli"},
     {"__init__", "__main__"},
 )

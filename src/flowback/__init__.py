@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from flowback.evaluation.report import Report
     from flowback.flow import FlowOutput
     from flowback.model import Flow, create_flow, load
-    from flowback.presets import list_presets
+    from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
     from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
+    from flowback.tables import reproduce
     from flowback.training import Evaluator, TrainResult, train
 
 _MODULES = {
@@ -86,7 +87,10 @@ _MODULES = {
         "create_flow",
         "load",
     ),
-    "presets": ("list_presets",),
+    "presets": (
+        "get_preset",
+        "list_presets",
+    ),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
     "sampling": (
@@ -96,6 +100,7 @@ _MODULES = {
         "plan_sampling",
         "sample",
     ),
+    "tables": ("reproduce",),
     "training": (
         "Evaluator",
         "TrainResult",
@@ -141,6 +146,7 @@ __all__ = [
     "draw_folder",
     "evaluate",
     "evaluate_images",
+    "get_preset",
     "image_set",
     "list_presets",
     "load",
@@ -149,6 +155,7 @@ __all__ = [
     "probe",
     "register_dataset",
     "register_encoder",
+    "reproduce",
     "sample",
     "train",
 ]

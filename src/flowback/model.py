@@ -20,7 +20,7 @@ from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.likelihood import add_noise
 from flowback.flow.tarflow import UserLabels
-from flowback.presets import get
+from flowback.presets import get_preset
 from flowback.sampling import sample
 
 __all__ = ["Flow", "create_flow", "load"]
@@ -172,7 +172,7 @@ def create_flow(
         >>> flow.config.width, flow.config.num_classes
         (32, 10)
     """
-    config = get(preset).config.model
+    config = get_preset(preset).config.model
     count = num_classes if num_classes is not None else len(classes) or config.num_classes
     unknown = [name for name in model if name not in vars(config)]
     if unknown:

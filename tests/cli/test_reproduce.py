@@ -4,83 +4,88 @@ from dataclasses import replace
 
 import pytest
 
-from flowback.cli import reproduce, train
 from flowback.config import DataConfig
-from flowback.presets import PRESETS, TABLES, table
+from flowback.presets import PRESETS
+from flowback.tables import fill
 
 
 @pytest.fixture
-def small_table(monkeypatch, photos):
-    """A table of one quick row, on a few photographs."""
-    rows = {name: PRESETS[name] for name in ("imagenet64-mini",)}
-    for name, preset in rows.items():
-        model = replace(preset.config.model, channels=3, width=32, layers=1)
-        config = replace(preset.config, model=model, data=DataConfig("folder", photos))
-        rows[name] = replace(preset, config=config)
-        monkeypatch.setitem(PRESETS, name, rows[name])
-    monkeypatch.setattr(reproduce, "table", lambda name, mini: rows)
+def small_row(monkeypatch, photos):
+    """A quick row, on a few photographs."""
+    preset = PRESETS["imagenet64-mini"]
+    model = replace(preset.config.model, channels=3, width=32, layers=1)
+    config = replace(preset.config, model=model, data=DataConfig("folder", photos))
+    monkeypatch.setitem(PRESETS, "imagenet64-mini", replace(preset, config=config))
 
 
-def test_a_table_is_filled_and_what_is_done_is_skipped(flowback, small_table, tmp_path, monkeypatch):
-    words = (
-        "reproduce",
-        "table1",
-        "--mini",
-        "--out",
-        tmp_path,
-        "--steps",
-        2,
-        "--samples",
-        12,
-        "--device",
-        "cpu",
-    )
+def test_a_table_is_filled_and_what_is_done_is_skipped(flowback, small_row, tmp_path, monkeypatch, caplog):
+    words = [
+        *("reproduce", "table1", "--scale", "mini", "--rows", "imagenet64-mini", "--out", tmp_path),
+        *("--steps", 2, "--samples", 12, "--device", "cpu"),
+    ]
     code, _, err = flowback(*words)
     assert code == 0, err
+    assert "Row 1 of 1, seed 0: imagenet64-mini" in caplog.text
     first = json.loads((tmp_path / "table1-mini.json").read_text())
     assert [row["preset"] for row in first["rows"]] == ["imagenet64-mini"]
     assert first["columns"] == ["nll", "top1_gradient", "top1_exhaustive", "fd_efficientnet_lite0"]
-    assert first["rows"][0]["spread"]["nll"] is None
+    assert first["rows"][0]["std"]["nll"] is None
     started = []
-    begin = train.run
-    monkeypatch.setattr(train, "run", lambda argv: started.append(argv) or begin(argv))
-    code, _, err = flowback(*words, "--seeds", 2)
+    train = fill._train
+    monkeypatch.setattr(fill, "_train", lambda config, *rest: started.append(config) or train(config, *rest))
+    code, out, err = flowback(*words, "--seeds", 2)
     assert code == 0, err
-    assert [argv[argv.index("--train.seed") + 1] for argv in started] == ["1"]
+    assert [config.train.seed for config in started] == [1]
     second = json.loads((tmp_path / "table1-mini.json").read_text())
     for before, row in zip(first["rows"], second["rows"], strict=True):
         a, b = row["values"]["nll"]
         assert a == before["mean"]["nll"] != b
         assert row["mean"]["nll"] == pytest.approx((a + b) / 2)
-        assert row["spread"]["nll"] == pytest.approx(abs(a - b) / math.sqrt(2))
+        assert row["std"]["nll"] == pytest.approx(abs(a - b) / math.sqrt(2))
     text = (tmp_path / "table1-mini.md").read_text()
     (row,) = second["rows"]
-    cells = f"| {row['mean']['nll']:.4g} ± {row['spread']['nll']:.2g} |"
+    cells = f"| {row['mean']['nll']:.4g} ± {row['std']['nll']:.2g} |"
     assert f"| imagenet64-mini {cells}" in text
-    assert "Seeds 0 to 1" in text
+    assert "Seeds 0, 1" in text
+    assert f"{row['mean']['nll']:.4g}" in out
+    words[words.index("--steps") + 1] = 3
+    code, _, err = flowback(*words)
+    assert code == 2
+    assert "config.train.steps was 2, now 3" in err
 
 
-def test_every_published_row_is_a_preset_with_a_small_sibling():
-    assert len(table("table1")) == 12
-    for name in TABLES:
-        for row, preset in table(name).items():
-            assert PRESETS[row] is preset
-            small = PRESETS.get(f"{row}-mini")
-            assert (small is None) == (name == "encoders")
-            if small is not None:
-                assert small.config.alignment.strategy == preset.config.alignment.strategy
-                assert small.config.model.tokens <= 64
-    several = PRESETS["imagenet64-reverse-all-2-mini"].config.alignment.locations
-    assert several == ((1, 1), (2, 1), (3, 1), (4, 1))
-    assert PRESETS["imagenet64-reverse-mini"].config.alignment.locations == ((3, 3), (4, 3))
-    assert PRESETS["imagenet64-forward-first-2-mini"].config.alignment.locations == ((1, 1), (2, 1))
+def test_probes_of_a_figure(flowback, small_row, tmp_path, monkeypatch):
+    words = [
+        *["--scale", "mini", "--rows", "imagenet64-mini", "--steps", "2", "--device", "cpu", "--out"],
+        tmp_path,
+    ]
+    code, out, err = flowback("reproduce", "figure4", *words)
+    assert code == 0, err
+    (row,) = json.loads((tmp_path / "figure4-mini.json").read_text())["rows"]
+    assert row["mean"].keys() == {"top1_gradient", "best_linear"}
+    (points,) = row["curves"]["locations"]
+    assert [(point["block"], point["layer"]) for point in points] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+    assert max(point["linear"] for point in points) == row["mean"]["best_linear"]
+    assert (tmp_path / "figure4-mini-locations.svg").is_file()
+    assert "best_linear" in out
+
+
+def test_tables_that_take_no_run_are_shown(flowback, tmp_path):
+    code, out, err = flowback("reproduce", "table6", "--out", tmp_path)
+    assert code == 0, err
+    assert "imagenet64-reverse" in out
+    assert "0.9999" in out
 
 
 BAD = {
-    "table": (["table99", "--mini"], "There is no table 'table99'; did you mean table1"),
-    "data": (["table1"], "table1 needs its images: give --data, or --mini"),
-    "seeds": (["table1", "--mini", "--seeds", "0"], "--seeds must be at least 1"),
-    "encoders": (["encoders", "--mini"], "have no small siblings"),
+    "table": (["table99", "--scale", "mini"], "There is no table 'table99'; did you mean table"),
+    "data": (["table1"], "table1 needs its images: give --data, or --scale mini"),
+    "seeds": (["table1", "--scale", "mini", "--seeds", "0"], "--seeds must be at least 1"),
+    "encoders": (["table8", "--scale", "mini"], "have no small siblings"),
+    "rows": (["table1", "--scale", "mini", "--rows", "nope"], "--rows nope matches no row"),
+    "samples": (["table1", "--scale", "mini", "--samples", "1"], "--samples must be at least 2"),
+    "search": (["table1", "--scale", "mini", "--search", "2:1:1"], "neither a number nor FIRST:LAST:STEP"),
+    "guidance": (["table1", "--scale", "mini", "--guidance", "1", "--search", "0:2:1"], "give one"),
 }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib
 from torch.nn import functional
 
-from flowback import presets
 from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
@@ -21,6 +20,7 @@ from flowback.evaluation.judge import Judge
 from flowback.evaluation.references import Reference
 from flowback.files import replacing, write_json
 from flowback.model import Flow
+from flowback.presets import get_preset
 from flowback.provenance import environment
 from flowback.sampling import sample
 from flowback.sampling.image_files import grid
@@ -89,7 +89,7 @@ def run(argv: list[str]) -> None:
 
 def _train(name: str, options: Options) -> TrainResult:
     preset, about = RUNS[name]
-    config = presets.get(preset).config
+    config = get_preset(preset).config
     steps = options.steps or config.train.steps
     config = replace(config, train=replace(config.train, steps=steps, seed=options.seed, device="cpu"))
     return train(config, out=options.out / name, description=f"{name}: {about}")

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from flowback import presets
 from flowback.checked import from_dict, to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
@@ -18,6 +17,7 @@ from flowback.config import AlignmentConfig, CodecConfig, DataConfig, ModelConfi
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
+from flowback.presets import get_preset
 from flowback.provenance import environment
 from flowback.training import start, train
 
@@ -65,7 +65,7 @@ def run(argv: list[str]) -> None:
 
 def _settings(seen: Any) -> dict[str, Any]:
     """The preset's settings with those of ``--config`` on top, by section."""
-    base = presets.get(seen.preset).config
+    base = get_preset(seen.preset).config
     if seen.config is not None:
         base = _from_yaml(seen.config, base)
     return {name: getattr(base, name) for name in ("model", "data", "alignment", "train", "codec")}

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from flowback.errors import InputError
 from flowback.files import plain, write_json
 from flowback.model import Flow
 from flowback.provenance import environment
+from flowback.sampling.block_plan import weights_hash
 
 __all__ = ["Comparison", "Report", "compare", "weights_of"]
 
 
 def weights_of(flow: Flow) -> dict[str, str | None]:
-    """For the settings: the checkpoint that a flow comes from, if any, and a SHA-256 of its weights.
-
-    The hash is over names, shapes, types and values, whatever file they came in.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(flow.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    """For the settings: the checkpoint that a flow comes from, if any, and a SHA-256 of its weights."""
     folder = str(flow.folder) if flow.folder is not None else None
-    return {"checkpoint": folder, "weights_sha256": digest.hexdigest()}
+    return {"checkpoint": folder, "weights_sha256": weights_hash(flow)}
 
 
 @dataclass(frozen=True)

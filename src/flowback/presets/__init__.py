@@ -1,38 +1,49 @@
 """Complete settings by name: small ones that run anywhere, and those of the papers with their numbers.
 
-`NAME-mini` is the small sibling of a paper's row, on scikit-learn's digits.
+`NAME-mini` is the small sibling of a paper's row, on scikit-learn's digits; `fashion*` are rows on
+Fashion-MNIST. :data:`TABLES` holds the paper's tables and figures, whose rows are presets.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from flowback.config import RunConfig
 from flowback.errors import InputError, nearest
-from flowback.presets.measured import MEASURED
-from flowback.presets.papers import TABLES
-from flowback.presets.preset import Preset
-from flowback.presets.small import SMALL, mini
+from flowback.presets.published import MEASURED, TABLES, PaperTable, published
+from flowback.presets.settings import SETTINGS
 
-__all__ = ["PRESETS", "TABLES", "Preset", "get", "list_presets", "table"]
+__all__ = ["PRESETS", "TABLES", "PaperTable", "Preset", "get_preset", "list_presets"]
 
 
-def _all() -> dict[str, Preset]:
-    rows = {name: row for group in TABLES.values() for name, row in group.items()}
-    # With one encoder in place of all, the encoders' rows would be copies of one run.
-    small = {f"{name}-mini": mini(name, row) for name, row in rows.items() if name not in TABLES["encoders"]}
-    every = {**SMALL, **rows, **small}
-    return {name: replace(row, measured=MEASURED.get(name, {})) for name, row in every.items()}
+@dataclass(frozen=True)
+class Preset:
+    """A row: settings, where they come from, and what they gave."""
+
+    config: RunConfig
+    about: str
+    published: dict[str, float] = field(default_factory=dict)
+    """Numbers of the paper, by metric; `fid` on 4,096 samples, `fid_50k` on 50,000."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What this library measured; empty: none yet."""
 
 
-PRESETS: dict[str, Preset] = _all()
+PRESETS: dict[str, Preset] = {
+    name: Preset(config, about, published(name), MEASURED.get(name, {}))
+    for name, (about, config) in SETTINGS.items()
+}
 
 
-def get(name: str) -> Preset:
+def get_preset(name: str) -> Preset:
     """The preset of that name.
 
     Raises:
         InputError: there is none; the message names the nearest.
+
+    Example:
+        >>> get_preset("digits").config.model.image_size
+        8
     """
     if name not in PRESETS:
         raise InputError(f"There is no preset {name!r}; {nearest(name, PRESETS)}")
@@ -54,17 +65,3 @@ def list_presets(pattern: str = "*") -> list[str]:
     if not found:
         raise InputError(f"No preset matches {pattern!r}; {nearest(pattern.strip('*'), PRESETS)}")
     return found
-
-
-def table(name: str, mini: bool = False) -> dict[str, Preset]:
-    """The rows of a table, or their small siblings, by preset.
-
-    Raises:
-        InputError: there is no such table, or it has no small siblings.
-    """
-    if name not in TABLES:
-        raise InputError(f"There is no table {name!r}; {nearest(name, TABLES)}")
-    names = [f"{row}-mini" if mini else row for row in TABLES[name]]
-    if names[0] not in PRESETS:
-        raise InputError(f"The rows of {name} differ in their encoder alone and have no small siblings.")
-    return {row: PRESETS[row] for row in names}

@@ -1,0 +1,60 @@
+"""Whether something counts as done: everything that decides its figures is what is asked for now."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flowback.checked import to_dict
+from flowback.config import RunConfig, SampleConfig
+from flowback.files import plain
+
+__all__ = ["FORMAT", "deciding", "differences", "read"]
+
+FORMAT = 1
+"""Of the stored settings; another one differs."""
+
+_APART = {"data": {"path", "download", "workers"}, "train": {"device", "timeout", "trackers"}}
+"""Settings that decide no figure: images are known by their content, and the table tells the device."""
+
+
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run that decide its figures."""
+    return {
+        section: {name: value for name, value in values.items() if name not in _APART.get(section, set())}
+        if isinstance(values, dict)
+        else values
+        for section, values in to_dict(config).items()
+    }
+
+
+def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, each as `name was X, now Y`.
+
+    A setting that the stored ones do not have yet stood at its default.
+    """
+    before, after = _flat(plain(stored)), _flat(plain(now))
+    defaults = _flat({"config": deciding(RunConfig()), "sampling": to_dict(SampleConfig())})
+    found = []
+    for name in sorted({*before, *after}):
+        default = next((value for end, value in defaults.items() if f".{name}".endswith(f".{end}")), None)
+        if before.get(name, default) != after.get(name, default):
+            found.append(f"{name} was {before.get(name, default)}, now {after.get(name, default)}")
+    return found
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """A file of JSON; None where there is none, or it is damaged."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found

@@ -1,0 +1,426 @@
+"""Fill in a table: train and evaluate its rows one after the other, and write it anew after each.
+
+OUT/runs/PRESET-seedN         a run, shared by all tables that have its row, and settings.json
+OUT/TABLE/PRESET-seedN.json   the full record of its evaluation, and all that decided the figures
+OUT/TABLE.{json,md,svg}       the table
+
+A run or a record counts as done only if everything that decides its figures is what is asked for now: all
+settings of the run, the images, the evaluation, the sampling. A run of other settings is refused, with what
+differs; a record of another evaluation is made again from the run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from flowback.checked import Checked, from_dict, require, to_dict
+from flowback.config import EvaluateConfig, RunConfig, SampleConfig
+from flowback.data.image_set import ImageSet
+from flowback.data.load import load_images
+from flowback.errors import InputError, nearest
+from flowback.evaluation.linear_probe import probe
+from flowback.evaluation.pipeline import evaluate
+from flowback.evaluation.report import Report, weights_of
+from flowback.files import plain, write_json
+from flowback.model import Flow
+from flowback.presets import PRESETS, TABLES, Preset
+from flowback.provenance import environment
+from flowback.tables.charts import draw
+from flowback.tables.done import FORMAT, deciding, differences, read
+from flowback.tables.result import Row, Table
+from flowback.tables.summary import COLUMNS, compared, mixed, summarise
+from flowback.training import train
+
+__all__ = ["ReproduceConfig", "Scale", "reproduce", "rows_of"]
+
+log = logging.getLogger("flowback")
+
+Scale = Literal["paper", "mini", "fashion"]
+
+PROBED = 5000
+"""Test images of a linear probe, at most."""
+
+
+@dataclass(frozen=True)
+class ReproduceConfig(Checked):
+    """How a table is filled in."""
+
+    rows: tuple[str, ...] = ()
+    """Presets of these rows only; `*` and `?` are allowed. None given: all."""
+    baseline: str | None = None
+    """The row that all others are compared with. None: the last row above without alignment, or the first."""
+    data: Path | None = None
+    """The prepared set, or the folder of images; small scales find their own."""
+    latents: Path | None = None
+    """The prepared latents of 256×256 images, for the rows in latents."""
+    samples: int | None = None
+    """Samples of each evaluation; None: 1,000 at small scales, else as many as in the paper."""
+    guidance: float | None = None
+    """Guidance scale; None: 0.3 at small scales, else the best of 0, 0.5, ... 4, as in the paper."""
+    search: tuple[float, ...] = ()
+    """Guidance scales to try in place of one; the table has the figures of the best."""
+    inception_weights: Path | None = None
+    """Local file of the Inception weights: adds ADM's FID, sFID and IS."""
+    steps: int | None = None
+    """Training steps in place of the preset's, to try the command out."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+    redo: bool = False
+    """Train runs of other settings again, and remove what stands there."""
+    note: tuple[str, ...] = ()
+    """Sentences to stand under the table: what it supports, and what not."""
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        require(self.samples is None or self.samples >= 2, "--samples must be at least 2.")
+        require(self.steps is None or self.steps >= 1, "--steps must be at least 1.")
+        require(
+            self.guidance is None or not self.search, "--guidance is one scale, --search several; give one."
+        )
+
+
+def rows_of(table: str, scale: str = "paper") -> dict[str, Preset]:
+    """The presets of a table's rows, in order.
+
+    Raises:
+        InputError: there is no such table or scale, or the table has no rows at that scale.
+
+    Example:
+        >>> list(rows_of("table7", "mini"))[0]
+        'imagenet64-detach-all-2-mini'
+    """
+    if table not in TABLES:
+        raise InputError(f"There is no table {table!r}; {nearest(table, TABLES)}")
+    if scale not in get_args(Scale):
+        raise InputError(f"--scale {scale} is not one of {', '.join(get_args(Scale))}.")
+    paper = TABLES[table]
+    if scale == "paper" or paper.kind == "shown":
+        names: tuple[str, ...] = paper.presets
+    elif scale == "fashion":
+        names = paper.fashion
+    else:
+        names = tuple(f"{name}-mini" for name in paper.presets)
+        if any(name not in PRESETS for name in names):
+            raise InputError(f"The rows of {table} differ in their encoder alone and have no small siblings.")
+    if not names:
+        raise InputError(f"{table} has no rows on Fashion-MNIST; take --scale mini, or paper.")
+    return {name: PRESETS[name] for name in names}
+
+
+def reproduce(
+    table: str,
+    scale: str = "paper",
+    seeds: int | Sequence[int] = 1,
+    out: Path | str = "results",
+    config: ReproduceConfig | None = None,
+    sampling: SampleConfig | None = None,
+    **options: Any,
+) -> Table:
+    """Train and evaluate the rows of a table; what is done already is not done again.
+
+    Args:
+        table: `table1` to `table9`, `figure4`, `figure5` of arXiv 2511.22345, or `tarflow`.
+        scale: `paper`, its own size; `mini`, small siblings on digits; or `fashion`, on Fashion-MNIST.
+        seeds: of the runs, or how many from 0 on.
+        out: folder of tables and runs.
+        config: the rest.
+        sampling: how samples are drawn; the guidance is that of ``config``.
+        options: fields of :class:`ReproduceConfig` that replace those of ``config``.
+
+    Returns:
+        The table, which stands in ``out`` too. A run that failed is told there and stops no other.
+
+    Raises:
+        InputError: no such table, images that are not there, a run of other settings in ``out``, or not a
+            single run that succeeded.
+        Interrupted: a signal came; the same call goes on.
+    """
+    config = replace(config or ReproduceConfig(), **options)
+    job = _Job(table, scale, seeds, Path(out), config, sampling or SampleConfig())
+    if job.paper.kind == "shown":
+        filled = job.shown()
+        filled.save(job.out)
+        return filled
+    wanted = list(job.wanted())
+    if not wanted:
+        raise InputError(f"No row of {job.name} can be run: {job.first_failure}")
+    for row in wanted:  # before hours are spent
+        job.refuse_other_runs(row)
+    for number, row in enumerate(wanted, start=1):
+        log.info("Row %d of %d, seed %d: %s", number, len(wanted), row.seed, row.preset)
+        job.run(row, f"{row.preset}, seed {row.seed} ({number} of {len(wanted)})")
+        filled = job.table()
+        filled.save(job.out)
+        draw(filled, job.out)
+    if not job.records:
+        raise InputError(f"No row of {job.name} could be run: {job.first_failure}")
+    return filled
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A row at a seed."""
+
+    preset: str
+    seed: int
+    config: RunConfig
+    settings: dict[str, Any]
+    """All that decides its figures: `run` those of the weights, `evaluation` the rest."""
+
+
+def _chosen(presets: dict[str, Preset], config: ReproduceConfig) -> dict[str, Preset]:
+    """The rows that are asked for."""
+    for pattern in config.rows:
+        if not any(fnmatchcase(name, pattern) for name in presets):
+            raise InputError(f"--rows {pattern} matches no row of the table; {nearest(pattern, presets)}")
+    patterns = config.rows or ("*",)
+    chosen = {n: preset for n, preset in presets.items() if any(fnmatchcase(n, p) for p in patterns)}
+    if config.baseline is not None and config.baseline not in chosen:
+        raise InputError(
+            f"--baseline {config.baseline} is none of the rows; {nearest(config.baseline, chosen)}"
+        )
+    return chosen
+
+
+class _Job:
+    """A table being filled in."""
+
+    def __init__(
+        self,
+        table: str,
+        scale: str,
+        seeds: int | Sequence[int],
+        out: Path,
+        config: ReproduceConfig,
+        sampling: SampleConfig,
+    ) -> None:
+        self.presets, self.paper = _chosen(rows_of(table, scale), config), TABLES[table]
+        self.out, self.config, self.sampling = out, config, sampling
+        self.scale, self.seeds = scale, list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+        self.table_name, self.small = table, scale != "paper"
+        require(len(self.seeds) > 0, "--seeds must be at least 1.")
+        require(len(set(self.seeds)) == len(self.seeds), f"A seed stands twice in {self.seeds}.")
+        if not self.small and config.data is None and config.latents is None and self.paper.kind != "shown":
+            raise InputError(
+                f"{table} needs its images: give --data, or --scale mini or fashion for small rows."
+            )
+        self.records: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
+        self.failures: dict[tuple[str, int], str] = {}
+        self.images = functools.cache(load_images)
+
+    @property
+    def name(self) -> str:
+        """Of the table's files."""
+        return f"{self.table_name}-{self.scale}" if self.small else self.table_name
+
+    @property
+    def first_failure(self) -> str:
+        """Where there is nothing else to tell."""
+        return next(iter(self.failures.values()))
+
+    @property
+    def samples(self) -> int:
+        """Of each evaluation."""
+        return self.config.samples or (1000 if self.small else self.paper.samples)
+
+    def wanted(self) -> Iterator[_Wanted]:
+        """Every row at every seed, row by row, but for those whose images are not there."""
+        for name, preset in self.presets.items():
+            for seed in self.seeds:
+                try:
+                    config = self._run_config(preset.config, seed)
+                    images, test = self._images(config)
+                except InputError as error:
+                    self.failures[name, seed] = str(error)
+                    continue
+                run = {
+                    "format": FORMAT,
+                    "config": deciding(config),
+                    "images": images.fingerprint,
+                    "test": test.fingerprint,
+                }
+                yield _Wanted(name, seed, config, {"run": run, "evaluation": self._evaluation(config)})
+
+    def _run_config(self, config: RunConfig, seed: int) -> RunConfig:
+        latent = config.codec.vae is not None
+        path = self.config.latents if latent else self.config.data
+        if path is None and not self.small:
+            given = "latents" if latent else "images"
+            raise InputError(f"This row needs its {given}: give --{'latents' if latent else 'data'}.")
+        data = config.data if path is None else replace(config.data, path=path)
+        steps = self.config.steps or config.train.steps
+        train = replace(config.train, steps=steps, seed=seed, device=self.config.device)
+        return replace(config, data=data, train=train)
+
+    def _images(self, config: RunConfig) -> tuple[ImageSet, ImageSet]:
+        size, channels = config.model.image_size, config.model.channels
+        train, test = (self.images(config.data, size, channels, split) for split in ("train", "test"))
+        return train, test
+
+    def _evaluation(self, config: RunConfig) -> dict[str, Any]:
+        seed = config.train.seed
+        if self.paper.kind == "probe":
+            return {"kind": "probe", "seed": seed}
+        weights = self.config.inception_weights
+        guidance, search = self.config.guidance, self.config.search
+        if guidance is None and not search:
+            guidance, search = self._usual_guidance()
+        if config.model.num_classes == 0 and self.sampling.attention_temperature == 1:
+            guidance, search = 0.0, ()  # nothing to guide towards
+        return {
+            "kind": "quality",
+            "options": {
+                "samples": self.samples,
+                "search": list(search),
+                "protocol": "none" if weights is None else "adm",
+                "inception_weights": None if weights is None else str(weights),
+                "seed": seed,
+            },
+            "sampling": to_dict(replace(self.sampling, guidance=guidance or 0.0)),
+        }
+
+    def _usual_guidance(self) -> tuple[float, tuple[float, ...]]:
+        """The scale, or the scales that are searched."""
+        about_guidance = len(self.paper.search) > 0
+        if self.small:
+            return (0.0, (0.0, 0.5, 1.0, 1.5, 2.0)) if about_guidance else (0.3, ())
+        return 0.0, self.paper.search or tuple(step / 2 for step in range(9))
+
+    def _folder(self, row: _Wanted) -> Path:
+        return self.out / "runs" / f"{row.preset}-seed{row.seed}"
+
+    def _record_file(self, row: _Wanted) -> Path:
+        return self.out / self.name / f"{row.preset}-seed{row.seed}.json"
+
+    def refuse_other_runs(self, row: _Wanted) -> None:
+        """Raise InputError if the folder holds a run of other settings; with `redo`, remove it."""
+        folder = self._folder(row)
+        if not folder.exists():
+            return
+        stored = read(folder / "settings.json")
+        if stored is None and not self.config.redo:
+            raise InputError(
+                f"{folder} was not made by this command, or its settings.json is damaged; "
+                "give another --out, or --redo to train it again."
+            )
+        different = ["all of it"] if stored is None else differences(stored, row.settings["run"])
+        if different and not self.config.redo:
+            raise InputError(
+                f"{folder} holds a run of other settings: {'; '.join(different)}. "
+                "Give another --out, or --redo to train it again."
+            )
+        if different:
+            log.warning("%s is removed and trained again: %s.", folder, "; ".join(different))
+            shutil.rmtree(folder)
+
+    def run(self, row: _Wanted, description: str) -> None:
+        """Train and evaluate a row at a seed, unless that is done; a failure is noted."""
+        folder, file = self._folder(row), self._record_file(row)
+        key = (row.preset, row.seed)
+        stored = read(file)
+        if stored is not None:
+            different = differences(stored.get("settings", {}), row.settings)
+            if not different:
+                self.records[key] = (file, stored)
+                return
+            log.info("%s is evaluated again: %s.", file, "; ".join(different))
+        try:
+            write_json(folder / "settings.json", row.settings["run"])
+            images, test = self._images(row.config)
+            flow = train(row.config, images, folder, test=test, description=description).flow
+            report = _measure(flow, images, test, row.settings["evaluation"])
+        except InputError as error:
+            self.failures[key] = str(error)
+            log.warning("%s, seed %d failed: %s", row.preset, row.seed, error)
+            return
+        record = {
+            "preset": row.preset,
+            "seed": row.seed,
+            "settings": row.settings,
+            "run": str(folder),
+            "training": _curve(folder / "metrics.jsonl"),
+            "report": report,
+        }
+        write_json(file, record)
+        self.records[key] = (file, plain(record))
+
+    def table(self) -> Table:
+        """The rows that have been run, or have failed."""
+        rows = []
+        for name, preset in self.presets.items():
+            own = {seed: self.records[name, seed] for seed in self.seeds if (name, seed) in self.records}
+            failures = {seed: why for (row, seed), why in self.failures.items() if row == name}
+            if own or failures:
+                rows.append(summarise(name, preset, self.paper.figures_of(name), own, failures))
+        aligned = {name: preset.config.alignment.active for name, preset in self.presets.items()}
+        rows = compared(rows, aligned, self.config.baseline)
+        columns = [column for column in COLUMNS if any(column in row.mean for row in rows)]
+        settings = {k: v for k, v in to_dict(self.config).items() if k not in {"note", "redo"}}
+        settings |= {"samples": self.samples, "seeds": self.seeds, "sampling": to_dict(self.sampling)}
+        return self._table(columns, rows, settings, mixed(rows))
+
+    def _table(
+        self, columns: list[str], rows: list[Row], settings: dict[str, Any], warnings: list[str]
+    ) -> Table:
+        notes = [note for note in (*self.config.note, self.paper.note) if note]
+        scale = "paper" if self.paper.kind == "shown" else self.scale
+        return Table(
+            name=self.table_name,
+            title=self.paper.title,
+            scale=scale,
+            columns=columns,
+            rows=rows,
+            settings=settings,
+            warnings=warnings,
+            notes=notes,
+            environment=environment(),
+        )
+
+    def shown(self) -> Table:
+        """A table that nothing is run for: the paper's figures, beside the presets' own settings."""
+        rows = []
+        for name, preset in self.presets.items():
+            known = {**to_dict(preset.config.train), "weight": preset.config.alignment.weight}
+            own = {figure: float(known[figure]) for figure in self.paper.figures if figure in known}
+            values = {figure: [value] for figure, value in own.items()}
+            published = self.paper.figures_of(name)
+            rows.append(Row(name, preset.about, [], values, own, dict.fromkeys(own), published))
+        columns = [figure for figure in self.paper.figures if figure in rows[0].mean]
+        return self._table(columns, rows, {}, [])
+
+
+def _measure(flow: Flow, images: ImageSet, test: ImageSet, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report of a flow, as plain data."""
+    if settings["kind"] == "probe":
+        found = probe(flow, images, test, seed=settings["seed"], test_limit=PROBED, encoder=None)
+        figures: dict[str, Any] = {
+            "best_linear": found.best.linear,
+            "top1_gradient": found.top1_gradient,
+            "locations": {
+                f"{p.location[0]}.{p.location[1]}": {"linear": p.linear, "knn": p.knn}
+                for p in found.locations
+            },
+        }
+        return Report("probe", figures, {**settings, **weights_of(flow)}).to_dict()
+    config = from_dict(EvaluateConfig, settings["options"])
+    sampling = from_dict(SampleConfig, settings["sampling"])
+    return evaluate(flow, test, reference=images, config=config, sampling=sampling).to_dict()
+
+
+def _curve(file: Path) -> list[dict[str, float]]:
+    """The evaluations along a run: images seen, seconds of training, and the test figures."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    kept = ("images", "seconds", "test_")
+    return [
+        {name: float(value) for name, value in row.items() if name.startswith(kept) and value is not None}
+        for row in rows
+        if any(name.startswith("test_") for name in row)
+    ]

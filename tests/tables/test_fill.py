@@ -1,0 +1,260 @@
+"""What counts as done, what is refused, and that one row's failure stops no other."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flowback import InputError, ModelConfig, RunConfig, SampleConfig, TrainConfig, reproduce
+from flowback.config import AlignmentConfig
+from flowback.presets import PRESETS, TABLES, PaperTable, Preset
+from flowback.tables import fill, rows_of
+
+ENVIRONMENT = {"device": "cpu: test", "commit": "abc"}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A table of two rows on digits, whose training and evaluation only take notes: (trained, measured)."""
+    model = ModelConfig(
+        image_size=8, channels=1, patch_size=4, width=16, blocks=2, layers=1, head_dim=8, num_classes=10
+    )
+    none = RunConfig(model, train=TrainConfig(steps=4, batch_size=8))
+    reverse = replace(none, alignment=AlignmentConfig(strategy="reverse", locations=((2, 1),), hidden=8))
+    monkeypatch.setitem(PRESETS, "tiny-mini", Preset(none, "tiny"))
+    monkeypatch.setitem(PRESETS, "tiny-reverse-mini", Preset(reverse, "tiny, reverse"))
+    monkeypatch.setitem(TABLES, "tiny", PaperTable("Tiny", ("fid",), (("tiny", 2.0), ("tiny-reverse", 1.0))))
+    trained, measured = [], []
+
+    def train(config, images, test, folder, description):
+        trained.append((folder.name, description))
+        rows = [
+            {"step": s, "images": 8 * s, "test_nll": -s / config.train.steps} for s in (2, config.train.steps)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return config
+
+    def measure(config, images, test, settings):
+        measured.append(settings)
+        aligned = config.alignment.active
+        figures = {"nll": -1.0 - config.train.seed - 0.5 * aligned, "top1_gradient": 0.5}
+        return {
+            "kind": "evaluate",
+            "figures": figures,
+            "settings": {},
+            "warnings": [],
+            "environment": ENVIRONMENT,
+        }
+
+    monkeypatch.setattr(fill, "_train", train)
+    monkeypatch.setattr(fill, "_measure", measure)
+    return trained, measured
+
+
+def test_a_table_is_filled_in_and_what_is_done_is_not_done_again(runs, tmp_path, caplog):
+    trained, _ = runs
+    with caplog.at_level(logging.INFO, "flowback"):
+        table = reproduce("tiny", "mini", 2, tmp_path)
+    assert [name for name, _ in trained] == [
+        *("tiny-mini-seed0", "tiny-mini-seed1", "tiny-reverse-mini-seed0", "tiny-reverse-mini-seed1")
+    ]
+    assert "Row 3 of 4, seed 0: tiny-reverse-mini" in caplog.text
+    row = table.row("tiny-reverse-mini")
+    assert (row.seeds, row.values["nll"], row.mean["nll"]) == ([0, 1], [-1.5, -2.5], -2.0)
+    assert row.baseline == "tiny-mini"
+    assert row.difference["nll"].values == [-0.5, -0.5]
+    assert all(Path(file).is_file() for file in row.records)
+    assert json.loads((tmp_path / "tiny-mini.json").read_text())["rows"][1]["seeds"] == [0, 1]
+    assert (tmp_path / "tiny-mini.svg").is_file()
+    assert (tmp_path / "tiny-mini-training.svg").is_file()
+    again = reproduce("tiny", "mini", range(3), tmp_path)
+    assert [name for name, _ in trained[4:]] == ["tiny-mini-seed2", "tiny-reverse-mini-seed2"]
+    assert again.row("tiny-mini").values["nll"][:2] == table.row("tiny-mini").values["nll"]
+
+
+def test_the_table_is_written_after_every_row(runs, tmp_path, monkeypatch):
+    seen = []
+    measure = fill._measure
+
+    def look(*arguments):
+        file = tmp_path / "tiny-mini.json"
+        seen.append(len(json.loads(file.read_text())["rows"]) if file.exists() else 0)
+        return measure(*arguments)
+
+    monkeypatch.setattr(fill, "_measure", look)
+    reproduce("tiny", "mini", 1, tmp_path)
+    assert seen == [0, 1]
+
+
+def test_a_short_run_never_passes_for_the_result(runs, tmp_path):
+    trained, _ = runs
+    reproduce("tiny", "mini", 1, tmp_path, steps=3)
+    with pytest.raises(
+        InputError, match=r"holds a run of other settings: config\.train\.steps was 3, now 4\. Give"
+    ) as caught:
+        reproduce("tiny", "mini", 1, tmp_path)
+    assert "tiny-mini-seed0" in str(caught.value)
+    assert len(trained) == 2
+    reproduce("tiny", "mini", 1, tmp_path, redo=True)
+    assert len(trained) == 4
+    assert (
+        json.loads((tmp_path / "runs/tiny-mini-seed0/settings.json").read_text())["config"]["train"]["steps"]
+        == 4
+    )
+
+
+def test_a_run_that_was_stopped_is_not_taken_up_with_other_settings(runs, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fill, "_train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce("tiny", "mini", 1, tmp_path, steps=3)
+    with pytest.raises(InputError, match="steps was 3, now 4"):
+        reproduce("tiny", "mini", 1, tmp_path)
+    reproduce("tiny", "mini", 1, tmp_path, steps=3)
+
+
+OTHER = {
+    "samples": ({"samples": 5}, "evaluation.options.samples was 1000, now 5"),
+    "guidance": ({"guidance": 1.0}, "evaluation.sampling.guidance was 0.3, now 1.0"),
+    "search": ({"search": (0.0, 1.0)}, "evaluation.options.search was [], now [0.0, 1.0]"),
+    "sampling": (
+        {"sampling": SampleConfig(denoise=False)},
+        "evaluation.sampling.denoise was True, now False",
+    ),
+    "inception": ({"inception_weights": Path("w")}, "evaluation.options.protocol was none, now adm"),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), OTHER.values(), ids=OTHER)
+def test_another_evaluation_is_made_again_and_what_differs_is_said(runs, tmp_path, caplog, options, said):
+    _, measured = runs
+    reproduce("tiny", "mini", 1, tmp_path)
+    with caplog.at_level(logging.INFO, "flowback"):
+        reproduce("tiny", "mini", 1, tmp_path, **options)
+    assert said in caplog.text
+    assert len(measured) == 4
+    assert measured[0] != measured[2]
+
+
+def test_another_preset_or_other_images_are_refused(runs, tmp_path, monkeypatch):
+    reproduce("tiny", "mini", 1, tmp_path)
+    preset = PRESETS["tiny-reverse-mini"]
+    changed = replace(preset.config, alignment=replace(preset.config.alignment, weight=0.2))
+    with monkeypatch.context() as patch:
+        patch.setitem(PRESETS, "tiny-reverse-mini", replace(preset, config=changed))
+        with pytest.raises(InputError, match=r"config\.alignment\.weight was 0\.1, now 0\.2"):
+            reproduce("tiny", "mini", 1, tmp_path)
+    settings = tmp_path / "runs/tiny-mini-seed0/settings.json"
+    stored = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**stored, "images": "others"}))
+    with pytest.raises(InputError, match="images was others, now"):
+        reproduce("tiny", "mini", 1, tmp_path)
+    settings.write_text(json.dumps({**stored, "format": 0}))
+    with pytest.raises(InputError, match="format was 0, now 1"):
+        reproduce("tiny", "mini", 1, tmp_path)
+    settings.unlink()
+    with pytest.raises(InputError, match=r"was not made by this command, or its settings\.json is damaged"):
+        reproduce("tiny", "mini", 1, tmp_path)
+
+
+def test_a_setting_that_is_newer_than_the_run_stood_at_its_default(runs, tmp_path):
+    trained, _ = runs
+    reproduce("tiny", "mini", 1, tmp_path)
+    for settings in tmp_path.glob("runs/*/settings.json"):
+        stored = json.loads(settings.read_text())
+        del stored["config"]["train"]["ema_more"]
+        settings.write_text(json.dumps(stored))
+    reproduce("tiny", "mini", 1, tmp_path)
+    assert len(trained) == 2
+
+
+def test_a_row_that_fails_stands_in_its_cell_and_stops_no_other(runs, tmp_path, monkeypatch):
+    train = fill._train
+
+    def diverging(config, images, test, folder, description):
+        if not config.alignment.active:
+            raise InputError("Step 3: the gradient is not finite.")
+        return train(config, images, test, folder, description)
+
+    monkeypatch.setattr(fill, "_train", diverging)
+    table = reproduce("tiny", "mini", 1, tmp_path)
+    assert table.row("tiny-mini").failures == {0: "Step 3: the gradient is not finite."}
+    assert table.row("tiny-reverse-mini").values["nll"] == [-1.5]
+    text = (tmp_path / "tiny-mini.md").read_text()
+    assert "| tiny-mini | failed |" in text
+    assert "tiny-mini, seed 0, failed: Step 3: the gradient is not finite." in text
+    monkeypatch.setattr(fill, "_train", train)  # mended: the row is tried again
+    assert reproduce("tiny", "mini", 1, tmp_path).row("tiny-mini").seeds == [0]
+
+
+def test_a_table_without_a_single_run_is_an_error(runs, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise InputError("No encoder.")
+
+    monkeypatch.setattr(fill, "_train", fails)
+    with pytest.raises(InputError, match=r"No row of tiny-mini could be run: No encoder\."):
+        reproduce("tiny", "mini", 1, tmp_path)
+
+
+def test_rows_and_baseline_can_be_chosen(runs, tmp_path):
+    table = reproduce("tiny", "mini", [7], tmp_path, rows=("*reverse*",))
+    assert [row.preset for row in table.rows] == ["tiny-reverse-mini"]
+    table = reproduce("tiny", "mini", [7], tmp_path, baseline="tiny-reverse-mini", note=("On 8×8 digits.",))
+    assert table.row("tiny-mini").baseline == "tiny-reverse-mini"
+    assert table.row("tiny-mini").difference["nll"].values == [0.5]
+    assert "- On 8×8 digits.\n" in table.to_markdown()
+    with pytest.raises(InputError, match="--rows nothing matches no row"):
+        reproduce("tiny", "mini", 1, tmp_path, rows=("nothing",))
+    with pytest.raises(InputError, match="--baseline nothing is none of the rows"):
+        reproduce("tiny", "mini", 1, tmp_path, baseline="nothing")
+
+
+def test_flows_without_classes_are_not_guided(runs, tmp_path, monkeypatch):
+    _, measured = runs
+    for name in ("tiny-mini", "tiny-reverse-mini"):
+        config = PRESETS[name].config
+        free = replace(config, model=replace(config.model, num_classes=0))
+        monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], config=free))
+    reproduce("tiny", "mini", 1, tmp_path)
+    assert [each["sampling"]["guidance"] for each in measured] == [0.0, 0.0]
+
+
+def test_rows_of_several_commits_are_told(runs, tmp_path, monkeypatch):
+    reproduce("tiny", "mini", 1, tmp_path)
+    monkeypatch.setitem(ENVIRONMENT, "commit", "def")
+    table = reproduce("tiny", "mini", 2, tmp_path)
+    assert table.warnings == ["The rows come from several commits: abc, def."]
+
+
+def test_a_figure_of_several_sizes_needs_both_sets(tmp_path):
+    with pytest.raises(InputError, match="table9 needs its images: give --data, or --scale mini"):
+        reproduce("table9", out=tmp_path / "results")
+    with pytest.raises(
+        InputError, match=r"No row of table9 can be run: This row needs its latents: give --latents\."
+    ):
+        reproduce("table9", out=tmp_path / "results", data=tmp_path)
+    assert not (tmp_path / "results").exists()
+
+
+def test_tables_that_take_no_run_are_shown(tmp_path):
+    speed = reproduce("table5", out=tmp_path)
+    assert [row.published["iterations_per_second"] for row in speed.rows] == [2.11, 1.93, 1.87]
+    assert "benchmarks/alignment_step.py" in (tmp_path / "table5.md").read_text()
+    for row in reproduce("table6", out=tmp_path).rows:
+        assert row.mean == row.published  # the presets are what the paper says
+
+
+def test_tables_without_rows_at_a_scale_say_so():
+    with pytest.raises(InputError, match="differ in their encoder alone and have no small siblings"):
+        rows_of("table8", "mini")
+    with pytest.raises(InputError, match="tarflow has no rows on Fashion-MNIST"):
+        rows_of("tarflow", "fashion")
+    with pytest.raises(InputError, match="There is no table 'table99'; did you mean table"):
+        rows_of("table99")
+    with pytest.raises(InputError, match="--scale big is not one of paper, mini, fashion"):
+        rows_of("table1", "big")
