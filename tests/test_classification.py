@@ -9,7 +9,7 @@ from flowback.classification import classify
 from flowback.config import ModelConfig
 from flowback.data.image_set import MemoryImages
 from flowback.errors import InputError
-from flowback.evaluation.held_out import topk_accuracy
+from flowback.evaluation.held_out import accuracy
 from flowback.flow.likelihood import add_noise
 
 CONFIG = ModelConfig(
@@ -142,7 +142,7 @@ def test_accuracy_counts_ranks_and_confusion():
     labels = order[:, 0].clone()
     labels[:10] = order[:10, 4]  # right among five, not first
     labels[10:15] = order[10:15, 5]  # wrong in both
-    result = topk_accuracy(flow, image_set(images, labels), batch_size=7, seed=3)
+    result = accuracy(flow, image_set(images, labels), batch_size=7, seed=3)
     assert (result.images, result.top1, result.top5, result.nonfinite) == (50, 0.7, 0.9, 0)
     assert result.confusion.sum() == 50
     assert result.confusion.diagonal().sum() == 35
@@ -155,8 +155,8 @@ def test_shares_of_the_images_add_up():
     flow = random_flow()
     labels = torch.arange(13) % 10
     images = image_set(torch.randint(0, 256, (13, 1, 8, 8), dtype=torch.uint8), labels)
-    whole = topk_accuracy(flow, images, limit=11, batch_size=4)
-    parts = [topk_accuracy(flow, images, limit=11, batch_size=4, share=(r, 3)) for r in range(3)]
+    whole = accuracy(flow, images, limit=11, batch_size=4)
+    parts = [accuracy(flow, images, limit=11, batch_size=4, share=(r, 3)) for r in range(3)]
     merged = parts[0].merge(parts[1]).merge(parts[2])
     assert [part.images for part in parts] == [4, 4, 3]
     assert torch.equal(merged.confusion, whole.confusion)
@@ -168,7 +168,7 @@ def test_accuracy_takes_an_even_subset():
     flow = random_flow()
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     labels = torch.arange(10).repeat_interleave(4)
-    result = topk_accuracy(flow, image_set(images, labels), limit=10)
+    result = accuracy(flow, image_set(images, labels), limit=10)
     assert result.confusion.sum(dim=1).tolist() == [1] * 10
 
 
@@ -177,7 +177,7 @@ def test_scores_that_are_not_finite_count_as_wrong():
     with torch.no_grad():
         flow.blocks[0].class_table[3] = torch.nan
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
-    result = topk_accuracy(flow, image_set(images, torch.zeros(4, dtype=torch.int64)))
+    result = accuracy(flow, image_set(images, torch.zeros(4, dtype=torch.int64)))
     assert (result.nonfinite, result.top1, int(result.confusion.sum())) == (4, 0.0, 0)
 
 
@@ -192,6 +192,17 @@ def test_bad_input():
     with pytest.raises(InputError, match="shape"):
         classify(flow, some_images(2)[..., :4])
     with pytest.raises(InputError, match="no labels"):
-        topk_accuracy(flow, image_set(pixels, None))
+        accuracy(flow, image_set(pixels, None))
     with pytest.raises(InputError, match="12 classes, the model 10"):
-        topk_accuracy(flow, image_set(pixels, torch.tensor([0, 1]), classes=12))
+        accuracy(flow, image_set(pixels, torch.tensor([0, 1]), classes=12))
+
+
+@pytest.mark.parametrize("method", ["gradient", "exhaustive"])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_classify_works_inside_inference_mode(method, position):
+    torch.manual_seed(0)
+    expected = classify(random_flow(position=position), some_images(), method)
+    torch.manual_seed(0)
+    with torch.inference_mode():  # the weights and the images are inference tensors, too
+        found = classify(random_flow(position=position), some_images(), method)
+    torch.testing.assert_close(found, expected)

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "src" / "flowback"
 LEVELS = (
     {"errors"},
     {"checked", "devices", "files", "progress", "provenance"},
-    {"config"},
+    {"config", "processes"},
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},
     {"alignment", "classification", "sampling", "tarflow_weights"},

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from flowback.config import (
         AlignmentConfig,
         DataConfig,
+        EvaluateConfig,
         ModelConfig,
+        ProbeConfig,
         RunConfig,
         SampleConfig,
         TrainConfig,
@@ -24,9 +26,15 @@ if TYPE_CHECKING:
     from flowback.data.load import load_images
     from flowback.data.named_sets import register_dataset
     from flowback.errors import InputError
+    from flowback.evaluation.held_out import Accuracy, accuracy
+    from flowback.evaluation.linear_probe import Probe, probe
+    from flowback.evaluation.pipeline import evaluate, evaluate_images
+    from flowback.evaluation.references import Reference
+    from flowback.evaluation.report import Report
     from flowback.flow import FlowOutput
     from flowback.model import Flow, create_flow, load
     from flowback.presets import list_presets
+    from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
     from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
 
@@ -35,15 +43,22 @@ _MODULES = {
     "alignment.encoders": ("Encoder", "Recipe", "create_encoder", "register_encoder"),
     "classification": ("classify",),
     "config": (
-        *("AlignmentConfig", "DataConfig", "ModelConfig", "RunConfig", "SampleConfig", "TrainConfig"),
+        *("AlignmentConfig", "DataConfig", "EvaluateConfig", "ModelConfig", "ProbeConfig", "RunConfig"),
+        *("SampleConfig", "TrainConfig"),
     ),
     "data.image_set": ("ImageSet", "PixelSet", "image_set"),
     "data.load": ("load_images",),
     "data.named_sets": ("register_dataset",),
     "errors": ("InputError",),
+    "evaluation.held_out": ("Accuracy", "accuracy"),
+    "evaluation.linear_probe": ("Probe", "probe"),
+    "evaluation.pipeline": ("evaluate", "evaluate_images"),
+    "evaluation.references": ("Reference",),
+    "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
     "model": ("Flow", "create_flow", "load"),
     "presets": ("list_presets",),
+    "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
     "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
 }
@@ -52,11 +67,13 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Accuracy",
     "Alignment",
     "AlignmentConfig",
     "BlockPlan",
     "DataConfig",
     "Encoder",
+    "EvaluateConfig",
     "Flow",
     "FlowOutput",
     "Guidance",
@@ -64,21 +81,30 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "PixelSet",
+    "Probe",
+    "ProbeConfig",
+    "Processes",
     "Recipe",
+    "Reference",
+    "Report",
     "RunConfig",
     "SampleConfig",
     "Sampler",
     "TrainConfig",
     "__version__",
+    "accuracy",
     "classify",
     "create_encoder",
     "create_flow",
     "draw_folder",
+    "evaluate",
+    "evaluate_images",
     "image_set",
     "list_presets",
     "load",
     "load_images",
     "plan_sampling",
+    "probe",
     "register_dataset",
     "register_encoder",
     "sample",

@@ -11,7 +11,7 @@ import functools
 import json
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flowback.errors import InputError, nearest
 
-__all__ = ["Checked", "from_dict", "require", "to_dict"]
+__all__ = ["Checked", "from_dict", "replaced", "require", "to_dict"]
 
 T = TypeVar("T")
 
@@ -92,6 +92,22 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, tuple):
         return [to_dict(item) for item in config]
     return str(config) if isinstance(config, Path) else config
+
+
+def replaced(configs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """The configs, with each option in the one that has a field of its name.
+
+    Raises:
+        InputError: an option that none of them has, or a value that does not fit.
+    """
+    names = [{field.name for field in fields(config)} for config in configs]
+    for option in options:
+        if not any(option in own for own in names):
+            raise InputError(f"There is no option {option}; {nearest(option, set().union(*names))}")
+    return tuple(
+        replace(config, **{option: value for option, value in options.items() if option in own})
+        for config, own in zip(configs, names, strict=True)
+    )
 
 
 def from_dict(kind: type[T], values: Any, default: T | None = None, where: str = "") -> T:

@@ -85,12 +85,14 @@ def classify(
     raise InputError(f"Unknown method {method}; known: gradient, exhaustive.")
 
 
+@torch.inference_mode(False)
 def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) -> Tensor:
     """Algorithm 1, and further steps of ascent on the mean log-density over the draws.
 
     Weights enter detached: autograd then keeps only what the path to the class logits needs.
     """
-    fixed = {name: tensor.detach() for name, tensor in (*flow.named_parameters(), *flow.named_buffers())}
+    fixed = {name: _fixed(tensor) for name, tensor in (*flow.named_parameters(), *flow.named_buffers())}
+    draws = [_fixed(images) for images in draws]
     dtype = torch.promote_types(flow.dtype, torch.float32)
     logits = torch.zeros(len(draws[0]), flow.config.num_classes or 0, device=flow.device, dtype=dtype)
     rise = logits
@@ -105,6 +107,11 @@ def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) 
             rise += slope / len(draws)
         logits = logits + step_size * rise
     return rise if steps == 1 else logits
+
+
+def _fixed(tensor: Tensor) -> Tensor:
+    """A constant of the graph. What was made in inference mode may not stand in one; its copy may."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 @torch.no_grad()

@@ -17,7 +17,9 @@ __all__ = [
     "AlignmentConfig",
     "CodecConfig",
     "DataConfig",
+    "EvaluateConfig",
     "ModelConfig",
+    "ProbeConfig",
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
@@ -295,7 +297,7 @@ class TrainConfig(Checked):
     diagnose_every: int = 0
     """Steps between comparisons of the two losses' gradients, block by block; 0 for none."""
     eval_images: int = 1024
-    """Test images of an evaluation."""
+    """Test images of an evaluation, spread evenly over the set."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 0
@@ -371,6 +373,80 @@ class SampleConfig(Checked):
         require(self.batch_size >= 1, "--batch-size must be at least 1.")
         require(self.window >= 1, "--window must be at least 1.")
         require(self.tolerance > 0, f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Checked):
+    """What is measured of a flow; how its samples are drawn is :class:`SampleConfig`'s."""
+
+    samples: int = 1024
+    """Samples drawn, over all classes in turn; 0 for none."""
+    search: tuple[float, ...] = ()
+    """Guidance scales to try in place of one: samples are drawn for each, from the same noise."""
+    protocol: Literal["none", "adm", "tarflow"] = "none"
+    """Figures in Inception features: ADM's (FID, sFID, IS, precision, recall), TARFlow's FID, or none."""
+    inception_weights: Path | None = None
+    """Local file of the Inception weights, in place of a download."""
+    reference_limit: int | None = None
+    """Compare with only so many images of the reference, spread evenly."""
+    likelihood: bool = True
+    """Measure nll and bits/dim of the test images."""
+    classification: bool = True
+    """Measure the accuracy of training-free classification of the test images."""
+    draws: int = 3
+    """Draws of the noise in likelihoods."""
+    limit: int | None = None
+    """Use only so many test images for likelihood and classification, spread evenly."""
+    seed: int = 0
+    """Seed of the first sample and of the noise on the first test image."""
+    vae: str | None = None
+    """Folder or hub name of the VAE, in place of the one that the checkpoint names; for latents only."""
+    force_vae: bool = False
+    """Decode with a VAE of other weights than those of training."""
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        require(
+            self.samples == 0 or self.samples >= 2,
+            "--samples must be 0, or at least 2: a covariance needs two.",
+        )
+        require(
+            self.reference_limit is None or self.reference_limit >= 2,
+            "--reference-limit must be at least 2: a covariance needs two.",
+        )
+        require(self.draws >= 1, "--draws must be at least 1.")
+        require(self.limit is None or self.limit >= 1, "--limit must be at least 1.")
+        require(self.seed >= 0, "--seed must not be negative.")
+        require(len(set(self.search)) == len(self.search), "--search names a guidance scale twice.")
+
+
+@dataclass(frozen=True)
+class ProbeConfig(Checked):
+    """What `probe` looks at."""
+
+    locations: tuple[tuple[int, int], ...] = ()
+    """(block, layer) pairs, counted from 1; none given: all."""
+    train_limit: int | None = 5000
+    """Training images, at most, spread evenly."""
+    test_limit: int | None = None
+    """Test images, at most, spread evenly."""
+    encoder: str | None = "efficientnet_lite0"
+    """Encoder of the CKNNA column: `efficientnet_lite0`, `timm:NAME`, or None for no such column."""
+    encoder_weights: Path | None = None
+    """Local file of the encoder's weights, in place of a download."""
+    seed: int = 0
+    """Seed of the noise on the images, and of the split that chooses the penalty."""
+    batch_size: int = 64
+    """Images at once."""
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        limits = (limit for limit in (self.train_limit, self.test_limit) if limit is not None)
+        require(
+            min(self.batch_size, *limits) >= 1,
+            "--batch-size, --train-limit and --test-limit must be at least 1.",
+        )
+        require(self.seed >= 0, "--seed must not be negative.")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Flow(TARFlow):
         """Names of the classes; empty for unconditional, or where they are not known."""
         self.run: RunConfig | None = None
         """All settings of the run that it comes from; None for a new flow."""
+        self.folder: Path | None = None
+        """The checkpoint folder that its weights were read from; None for a new flow."""
         if self.classes and len(self.classes) != (config.num_classes or 0):
             raise InputError(
                 f"{len(self.classes)} class names for a model of {config.num_classes or 0} classes; "
@@ -129,7 +131,7 @@ class Flow(TARFlow):
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise InputError(f"The weights in {folder} do not fit its config.json: {reason}") from None
-        flow.run = config
+        flow.run, flow.folder = config, folder
         return flow.to(device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -62,6 +62,41 @@ def test_by_default_the_record_lies_beside_the_checkpoint(flowback, model):
     assert Flow.from_pretrained(model).config.num_classes == 10  # and the checkpoint stays one
 
 
+@pytest.fixture
+def named(tmp_path):
+    """A checkpoint that knows its classes by name."""
+
+    def make(*classes):
+        config = RunConfig(
+            ModelConfig(**{**TINY, "channels": 3, "num_classes": len(classes)}), classes=classes
+        )
+        checkpoint.save(tmp_path / "named", config, Flow(config.model).state_dict())
+        return tmp_path / "named"
+
+    return make
+
+
+def test_a_class_without_images_has_no_accuracy(flowback, named, photos, tmp_path):
+    model = named("china", "flower", "zebra")
+    code, text, _ = flowback("classify", model, "--data", photos, "--limit", 4, "--out", tmp_path)
+    assert code == 0
+    (row,) = (line for line in text.splitlines() if "zebra" in line)
+    assert row.count("–") == 2  # both rules
+    assert "nan" not in text
+    figures = json.loads((tmp_path / "classify.json").read_text())["figures"]["gradient"]
+    assert figures["per_class"]["zebra"] is None
+    assert len(figures["confusion"]) == 3
+
+
+def test_classes_that_the_model_does_not_know_are_refused(flowback, named, photos, tmp_path):
+    model = named("flower", "cat")
+    for verb in ("classify", "evaluate", "probe"):
+        code, _, error = flowback(verb, model, "--data", photos, "--out", tmp_path / "out")
+        assert code == 2
+        assert "china" in error
+        assert not (tmp_path / "out").exists()
+
+
 def test_bad_input(flowback, model, photos, tmp_path):
     config = ModelConfig(
         image_size=8, channels=1, patch_size=4, width=16, blocks=1, layers=1, head_dim=8, num_classes=0

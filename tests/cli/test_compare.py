@@ -2,17 +2,13 @@ from __future__ import annotations
 
 import json
 
-from flowback.evaluation.report import make_record
-from flowback.files import write_json
+from flowback.evaluation.report import Report
 
 
-def test_two_records_side_by_side(flowback, tmp_path):
+def test_two_reports_side_by_side(flowback, tmp_path):
     for name, fid, guidance in (("a", 4.0, 1.0), ("b", 3.5, 2.0)):
         settings = {"guidance": guidance, "seed": 0}
-        write_json(
-            tmp_path / f"{name}.json",
-            make_record("evaluate", {"fid": fid}, settings, [f"warn {name}"], "cpu"),
-        )
+        Report("evaluate", {"fid": fid}, settings, (f"warn {name}",)).save(tmp_path / f"{name}.json")
     out = tmp_path / "difference.json"
     code, text, _ = flowback("compare", tmp_path / "a.json", tmp_path / "b.json", "--json", out)
     assert code == 0
@@ -28,8 +24,8 @@ def test_two_records_side_by_side(flowback, tmp_path):
     assert "The settings are the same." in text
 
 
-def test_a_file_that_is_no_record(flowback, tmp_path):
+def test_a_file_that_is_no_report(flowback, tmp_path):
     (tmp_path / "a.json").write_text("[]")
     code, _, error = flowback("compare", tmp_path / "a.json", tmp_path / "a.json")
     assert code == 2
-    assert "is no record" in error
+    assert "is no report" in error

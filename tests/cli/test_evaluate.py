@@ -61,7 +61,7 @@ def test_two_processes_find_what_one_finds(flowback, launched, model, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Record:") == 1
+    assert run.stdout.count("Report:") == 1
     one, two = (read(tmp_path / name / "evaluate.json") for name in ("one", "two"))
     assert one["settings"] == two["settings"]
     assert one["settings"]["tolerance"] == 1e-6
@@ -80,7 +80,7 @@ def test_a_plan_that_is_not_there_is_said(flowback, model, tmp_path):
 
 def test_guidance_search_shares_the_noise_and_names_the_best(flowback, model, tmp_path):
     arguments = ("--samples", 4, "--no-likelihood", "--no-classification", "--out", tmp_path)
-    code, text, _ = flowback("evaluate", model, *arguments, "--guidance", "0:2:1")
+    code, text, _ = flowback("evaluate", model, *arguments, "--search", "0:2:1")
     assert code == 0
     figures = read(tmp_path / "evaluate.json")["figures"]
     assert [row["guidance"] for row in figures["guidance"]] == [0, 1, 2]
@@ -95,7 +95,7 @@ def test_guidance_search_shares_the_noise_and_names_the_best(flowback, model, tm
 
 
 def test_inception_figures_come_with_a_warning(flowback, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("flowback.cli.evaluate.load_inception", lambda *_: FakeInception())
+    monkeypatch.setattr("flowback.evaluation.pipeline.load_inception", lambda *_: FakeInception())
     arguments = ("--samples", 12, "--no-likelihood", "--no-classification", "--out", tmp_path)
     code, text, _ = flowback("evaluate", model, *arguments, "--protocol", "adm")
     assert code == 0
@@ -113,12 +113,12 @@ def test_inception_figures_come_with_a_warning(flowback, model, tmp_path, monkey
 
 
 def test_samples_that_are_not_finite_are_counted_and_named(flowback, model, tmp_path, monkeypatch):
-    def broken(_flow, _labels, seeds, *_, **__):
+    def broken(_sampler, labels, seeds):
         images = torch.zeros(len(seeds), 3, 16, 16)
         images[torch.tensor([seed == 11 for seed in seeds])] = torch.nan
         return images
 
-    monkeypatch.setattr("flowback.cli.evaluate.sample", broken)
+    monkeypatch.setattr("flowback.sampling.Sampler.__call__", broken)
     arguments = ("--samples", 5, "--seed", 9, "--no-likelihood", "--no-classification", "--out", tmp_path)
     code, text, _ = flowback("evaluate", model, *arguments)
     assert code == 0
@@ -144,9 +144,9 @@ def test_bad_input(flowback, model, tmp_path):
     cases = [
         ((model, *few, "--reference", tmp_path / "other.npz"), "32x32, the samples are 16x16"),
         ((model, *few, "--reference", tmp_path / "code.npz"), "pickled objects"),
-        ((model, *few, "--guidance", "1:2"), "FIRST:LAST:STEP"),
+        ((model, *few, "--search", "1:2"), "FIRST:LAST:STEP"),
         ((model, "--samples", 1), "at least 2"),
-        ((model, *few, "--tolerance", 0), "--tolerance above 0"),
+        ((model, *few, "--tolerance", 0), "--tolerance 0 must be above 0"),
         ((model, *few, "--protocol", "adm", "--inception-weights", tmp_path / "none.pth"), "cannot be read"),
         ((model, *few, "--data", "digits"), "10 classes, the model 2"),
         ((model, *few, "--device", "abacus"), "--device abacus"),

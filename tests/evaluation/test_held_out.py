@@ -10,7 +10,7 @@ from flowback import Flow, ModelConfig
 from flowback.data.image_set import MemoryImages
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
-from flowback.evaluation.held_out import Estimate, likelihood
+from flowback.evaluation.held_out import Estimate, accuracy, held_out_figures, likelihood
 from flowback.flow.likelihood import add_noise, nll_per_dim
 from reference import random_flow
 
@@ -95,3 +95,29 @@ def test_unlabelled_images_and_a_limit():
 def test_no_draws_is_refused():
     with pytest.raises(InputError, match="--draws"):
         likelihood(identity(), image_set(), draws=0)
+
+
+class Watched(MemoryImages):
+    """Notes which images are read."""
+
+    def read(self, indices):
+        self.__dict__.setdefault("seen", []).extend(indices.tolist())
+        return super().read(indices)
+
+
+def test_a_limit_takes_images_of_every_class_in_every_figure():
+    pixels = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(5).repeat_interleave(10)  # sorted by class, as folders are
+    for measure in (likelihood, held_out_figures, accuracy):
+        images = Watched("memory", tuple("abcde"), labels, pixels)
+        measure(random_flow(torch.float32), images, limit=5)
+        assert sorted({int(labels[index]) for index in images.seen}) == [0, 1, 2, 3, 4], measure.__name__
+
+
+def test_figures_while_training_are_those_of_an_evaluation():
+    flow, images = random_flow(), image_set()
+    found = held_out_figures(flow, images, limit=7, exhaustive=True)
+    assert found["nll"] == pytest.approx(likelihood(flow, images, draws=1, limit=7).nll.mean, rel=1e-12)
+    for method in ("gradient", "exhaustive"):
+        assert found[f"top1_{method}"] == accuracy(flow, images, method, limit=7, batch_size=2).top1
+    assert set(held_out_figures(random_flow(num_classes=0), images, limit=50)) == {"nll"}

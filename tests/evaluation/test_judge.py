@@ -129,6 +129,9 @@ def test_judge_with_and_without_inception():
     assert {"fid", "sfid", "inception_score", "precision", "recall"} <= set(found)
     assert "FID from 10 samples" in adm.warnings(10)[0]
     assert adm.warnings(50_000) == []
+    statistics = Reference("mu and sigma", "0", None, Moments.of(torch.randn(9, 12)))
+    with pytest.raises(InputError, match="no images; give --protocol adm"):
+        Judge(statistics, encoder)
     tarflow = Judge(reference, encoder, "tarflow", FakeInception())
     assert "fid_tarflow" in tarflow.figures(tarflow.gather(batches(samples, 4), 10))
 

@@ -8,7 +8,14 @@ from sklearn.datasets import load_digits
 from flowback.data.image_set import MemoryImages
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
-from flowback.evaluation.linear_probe import PENALTIES, all_locations, cknna, features, linear_probe, probe
+from flowback.evaluation.linear_probe import (
+    PENALTIES,
+    all_locations,
+    cknna,
+    features,
+    linear_probe,
+    probe_features,
+)
 from flowback.flow.likelihood import add_noise
 from reference import random_flow
 
@@ -74,7 +81,7 @@ def test_probe_reports_each_location():
     knows = torch.nn.functional.one_hot(labels, 6).float() + 0.1 * torch.randn(120, 6, generator=generator)
     blind = torch.randn(120, 6, generator=generator)
     sides = [{(1, 1): blind[part], (1, 2): knows[part]} for part in (slice(80), slice(80, 120))]
-    none, full = probe(sides[0], labels[:80], sides[1], labels[80:], encoder=knows[80:])
+    none, full = probe_features(sides[0], labels[:80], sides[1], labels[80:], encoder=knows[80:])
     assert (none.location, full.location) == ((1, 1), (1, 2))
     assert full.linear > 0.97
     assert full.knn > 0.97

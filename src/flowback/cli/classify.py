@@ -6,26 +6,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 
 from flowback.checked import to_dict
 from flowback.classification import Method
 from flowback.cli.console import say, show_table
-from flowback.cli.options import Processes, held_out, out_folder, parse
+from flowback.cli.options import out_folder, parse
 from flowback.config import DataConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
-from flowback.evaluation.held_out import Accuracy, topk_accuracy
+from flowback.evaluation.held_out import Accuracy, accuracy, default_methods, matched, run_images
 from flowback.evaluation.plots import plot_confusion
-from flowback.evaluation.report import make_record, weights_of
-from flowback.files import write_json
+from flowback.evaluation.report import Report, weights_of
 from flowback.model import Flow
+from flowback.processes import Processes
+from flowback.provenance import environment
 
 __all__ = ["Options", "run"]
 
-FEW_CLASSES = 20
-"""Up to so many classes the exhaustive rule, one pass for each class, is run unasked."""
+MANY_CLASSES = 20
+"""Of more classes than these, only the hardest are shown."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Options:
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     out: Path | None = None
-    """Folder of the record and the pictures; by default `evaluation` in the checkpoint's folder."""
+    """Folder of the report and the pictures; by default `evaluation` in the checkpoint's folder."""
     json: Path | None = None
-    """Also write the record to this file."""
+    """Also write the report to this file."""
 
     def check(self) -> None:
         """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
@@ -78,33 +78,32 @@ def run(argv: list[str]) -> None:
     flow = Flow.from_pretrained(options.checkpoint, processes.device)
     if not flow.config.num_classes:
         raise InputError(f"{options.checkpoint} is an unconditional model: it has no classes to tell apart.")
-    images = held_out(options.data, flow.config, options.split)
+    images = matched(flow, run_images(flow, options.split, options.data))
     found = [
         processes.merged(
-            topk_accuracy(
-                flow, images, method, options.limit, options.batch_size, options.noise, options.draws,
-                options.seed, options.steps, options.step_size, processes.share, progress=True,
+            accuracy(
+                flow, images, method, noise=options.noise, draws=options.draws, steps=options.steps,
+                step_size=options.step_size, limit=options.limit, seed=options.seed,
+                batch_size=options.batch_size, share=processes.share, progress=True,
             )
         )
-        for method in _methods(options, flow.config.num_classes)
+        for method in _methods(options, flow)
     ]  # fmt: skip
     if processes.is_main:
-        _write(found, images, options, flow.device)
+        _write(found, images, options, flow)
     processes.close()
 
 
-def _write(found: list[Accuracy], images: ImageSet, options: Options, device: torch.device) -> None:
+def _write(found: list[Accuracy], images: ImageSet, options: Options, flow: Flow) -> None:
     """Files, pictures, tables, warnings."""
+    names = ("noise", "draws", "steps", "step_size", "seed", "batch_size")
     settings = {
-        **weights_of(options.checkpoint),
+        **weights_of(flow),
         "data": to_dict(options.data),
         "images": images.name,
         "images_hash": images.fingerprint,
         "count": found[0].images,
-        **{
-            name: getattr(options, name)
-            for name in ("noise", "draws", "steps", "step_size", "seed", "batch_size")
-        },
+        **{name: getattr(options, name) for name in names},
     }
     warnings = [
         f"{result.nonfinite} images have {result.method} scores that are not finite; they count as wrong."
@@ -112,48 +111,50 @@ def _write(found: list[Accuracy], images: ImageSet, options: Options, device: to
         if result.nonfinite
     ]
     figures: dict[str, Any] = {result.method: _figures(result, images.classes) for result in found}
-    record = make_record("classify", figures, settings, warnings, device)
+    report = Report("classify", figures, settings, tuple(warnings), environment(flow.device))
     folder = out_folder(options.out, options.checkpoint)
     for result in found:
         title = f"{images.name}, {result.method} rule: {result.top1:.1%} of {result.images}"
         plot_confusion(result.confusion, images.classes, title, folder / f"confusion-{result.method}.png")
     for path in (folder / "classify.json", options.json):
         if path is not None:
-            write_json(path, record)
+            report.save(path)
     _show(found, images.name, images.classes)
     for warning in warnings:
         say(f"Warning: {warning}")
-    say(f"Record and confusion matrices: {folder}")
+    say(f"Report and confusion matrices: {folder}")
 
 
-def _methods(options: Options, classes: int) -> list[Method]:
-    if options.method == "gradient" or (options.method == "auto" and classes > FEW_CLASSES):
-        return ["gradient"]
-    return ["exhaustive"] if options.method == "exhaustive" else ["gradient", "exhaustive"]
+def _methods(options: Options, flow: Flow) -> tuple[Method, ...]:
+    if options.method == "auto":
+        return default_methods(flow)
+    return ("gradient", "exhaustive") if options.method == "both" else (options.method,)
 
 
 def _figures(result: Accuracy, classes: tuple[str, ...]) -> dict[str, Any]:
     return {
         **{name: getattr(result, name) for name in ("top1", "top5", "nonfinite", "seconds")},
         "images_per_second": result.images_per_second,
-        "per_class": dict(zip(classes, result.per_class.tolist(), strict=True)),
+        "per_class": dict(zip(classes, result.per_class, strict=True)),
         "confusion": result.confusion.tolist(),
     }
 
 
 def _show(found: list[Accuracy], name: str, classes: tuple[str, ...]) -> None:
-    rows = [
+    summary = [
         [result.method, result.images, 100 * result.top1, 100 * result.top5, result.images_per_second]
         for result in found
     ]
-    show_table(name, ["rule", "images", "top-1 (%)", "top-5 (%)", "images/s"], rows)
-    shares = [100 * result.per_class for result in found]
-    counts = found[0].confusion.sum(dim=1)
-    order = sorted(range(len(classes)), key=lambda k: float(shares[0][k]))[:FEW_CLASSES]
-    title = (
-        "By class" if len(classes) <= FEW_CLASSES else f"The {FEW_CLASSES} hardest of {len(classes)} classes"
-    )
-    if len(classes) <= FEW_CLASSES:
-        order = list(range(len(classes)))
-    columns = ["class", "images", *(f"{result.method} (%)" for result in found)]
-    show_table(title, columns, [[classes[k], int(counts[k]), *(float(s[k]) for s in shares)] for k in order])
+    show_table(name, ["rule", "images", "top-1 (%)", "top-5 (%)", "images/s"], summary)
+    shares, counts = [result.per_class for result in found], found[0].confusion.sum(dim=1).tolist()
+    order, title = list(range(len(classes))), "By class"
+    if len(classes) > MANY_CLASSES:
+        tried = [k for k in order if shares[0][k] is not None]
+        order = sorted(tried, key=lambda k: shares[0][k] or 0.0)[:MANY_CLASSES]
+        title = f"The {len(order)} hardest of {len(classes)} classes"
+    rows = [[classes[k], counts[k], *(_percent(own[k]) for own in shares)] for k in order]
+    show_table(title, ["class", "images", *(f"{result.method} (%)" for result in found)], rows)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

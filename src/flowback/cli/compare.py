@@ -1,4 +1,4 @@
-"""``flowback compare``: two records side by side, and what differs in their settings."""
+"""``flowback compare``: two reports side by side, and what differs in their settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tyro
 
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.evaluation.report import compare, read_record
+from flowback.evaluation.report import Report, compare
 from flowback.files import write_json
 
 __all__ = ["Options", "run"]
@@ -21,10 +21,10 @@ MANY = 60
 
 @dataclass(frozen=True)
 class Options:
-    """Show the figures of two records, and in which settings, versions and device they differ."""
+    """Show the figures of two reports, and in which settings, versions and device they differ."""
 
     a: tyro.conf.Positional[Path]
-    """A record written by `flowback evaluate`, `classify` or `probe`."""
+    """A report written by `flowback evaluate`, `classify` or `probe`."""
     b: tyro.conf.Positional[Path]
     """Another one."""
     json: Path | None = None
@@ -34,8 +34,8 @@ class Options:
 def run(argv: list[str]) -> None:
     """Read both, compare, show."""
     options = parse(Options, argv, "compare")
-    records = [read_record(path) for path in (options.a, options.b)]
-    found = compare(*records)
+    reports = [Report.load(path) for path in (options.a, options.b)]
+    found = compare(*reports)
     names = [str(options.a), str(options.b)]
     rows = [[name, a, b, _difference(a, b)] for name, a, b in found.figures]
     show_table("Figures", ["figure", *names, "B − A"], rows[:MANY])
@@ -46,11 +46,11 @@ def run(argv: list[str]) -> None:
             show_table(title, ["", *names], [[name, _text(a), _text(b)] for name, a, b in differing])
     if not found.settings:
         say("The settings are the same.")
-    for name, record in zip(names, records, strict=True):
-        for warning in record.get("warnings", []):
+    for name, report in zip(names, reports, strict=True):
+        for warning in report.warnings:
             say(f"Warning ({name}): {warning}")
     if options.json is not None:
-        write_json(options.json, {"records": names, **found._asdict()})
+        write_json(options.json, {"reports": names, **found._asdict()})
 
 
 def _difference(a: Any, b: Any) -> float | None:

@@ -1,38 +1,20 @@
-"""Options that several verbs share, and what they come to: data, device, processes, sampler."""
+"""Options that several verbs share, and what they come to: data and where results go."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-import torch
 import tyro
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from flowback import checkpoint
-from flowback import checkpoint as checkpoints
-from flowback.config import DataConfig, ModelConfig, SampleConfig
-from flowback.data.image_set import ImageSet
-from flowback.data.load import load_images
 from flowback.data.named_sets import dataset_names
-from flowback.devices import pick_device
 from flowback.errors import InputError
-from flowback.model import Flow
-from flowback.sampling import BlockPlan
-from flowback.sampling.block_plan import resolve_plan
 
 __all__ = [
-    "Precision",
-    "Processes",
-    "Sampler",
-    "choose",
-    "held_out",
     "is_checkpoint",
     "out_folder",
     "parse",
@@ -101,8 +83,11 @@ def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
 def _unchecked(kind: type[Any]) -> type[Any]:
     """The same options with values that nobody looks at: the defaults may not fit them yet."""
     groups = {name: _unchecked(group) for name, group in _groups(kind).items()}
+    written = get_type_hints(kind, include_extras=True)
+    marks = {name: getattr(written[name], "__metadata__", ()) for name in groups}  # tyro's
     body = {name: field(default_factory=group) for name, group in groups.items()}
-    body |= {"__annotations__": groups, "__post_init__": lambda _: None, "__doc__": kind.__doc__}
+    hints = {name: Annotated[group, *marks[name]] if marks[name] else group for name, group in groups.items()}
+    body |= {"__annotations__": hints, "__post_init__": lambda _: None, "__doc__": kind.__doc__}
     return dataclass(frozen=True)(type(kind.__name__, (kind,), body))
 
 
@@ -145,108 +130,6 @@ def _shorthand(value: str, path_given: bool) -> list[str]:
     return ["--data.name", value, *(() if path_given else ("--data.path", "None"))]
 
 
-def held_out(data: DataConfig, model: ModelConfig, split: str = "test") -> ImageSet:
-    """A split of the data at the model's size, with the model's classes.
-
-    Raises:
-        InputError: the images are not there, or have other classes than the model.
-    """
-    images = load_images(data, model.image_size, model.channels, "train" if split == "train" else "test")
-    if model.num_classes and images.classes and len(images.classes) != model.num_classes:
-        raise InputError(
-            f"{images.name} has {len(images.classes)} classes, the model {model.num_classes}; "
-            "give the data it was trained on with --data."
-        )
-    return images
-
-
 def out_folder(out: Path | None, subject: Path) -> Path:
     """Where records and pictures go: as asked, or beside the checkpoint."""
     return out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
-
-
-Sampler = Literal["auto", "sequential", "jacobi"]
-
-
-Precision = Literal["fp32", "bf16"]
-
-
-def choose(
-    flow: Flow,
-    checkpoint: Path,
-    sampler: Sampler,
-    tolerance: float,
-    window: int,
-    batch_size: int,
-    precision: Precision,
-    guidance: float,
-) -> tuple[tuple[BlockPlan, ...] | None, str | None]:
-    """A plan for each block, None for sequential, and what to tell the user about it.
-
-    ``auto`` takes the checkpoint's plan where it was measured for such sampling on this device.
-    """
-    config = SampleConfig(
-        guidance,
-        sampler=sampler,
-        tolerance=tolerance,
-        window=window,
-        precision=precision,
-        batch_size=batch_size,
-    )
-    return resolve_plan(flow, config, checkpoints.resolve(checkpoint))
-
-
-class _Mergeable(Protocol):
-    def merge(self, other: Any, /) -> Self:
-        """This part and the one that follows."""
-        ...
-
-
-Part = TypeVar("Part", bound=_Mergeable)
-
-
-class Processes:
-    """All processes of the command; a single one without a launcher.
-
-    Args:
-        device: as the option ``--device``; ``auto`` gives each process its own GPU, if there are any.
-
-    Raises:
-        InputError: no such device here, or one for several processes.
-    """
-
-    def __init__(self, device: str) -> None:
-        picked = pick_device(device, "--device")
-        self.state = PartialState(cpu=picked.type == "cpu")
-        if picked.index is not None and self.state.num_processes > 1:
-            raise InputError(
-                f"--device {device} is one device for {self.state.num_processes} processes; "
-                f"give {picked.type} or auto, and each takes its own."
-            )
-        self.device: torch.device = self.state.device if device == "auto" else picked
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """Number of this process, from 0, and of all of them."""
-        return self.state.process_index, self.state.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process talks to the user and writes."""
-        return self.state.is_main_process
-
-    def merged(self, part: Part) -> Part:
-        """The parts of all processes together, in their order; every process gets it."""
-        if self.state.num_processes == 1:
-            return part
-        parts: list[Part] = gather_object([part])
-        return functools.reduce(lambda a, b: a.merge(b), parts)
-
-    def main_first(self) -> AbstractContextManager[None]:
-        """What stands inside is done by the main process first, then by the others."""
-        return self.state.main_process_first()
-
-    def close(self) -> None:
-        """Wait for all, then end the group: a process that exits under its threads is aborted."""
-        self.state.wait_for_everyone()
-        self.state.destroy_process_group()

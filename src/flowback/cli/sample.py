@@ -9,12 +9,13 @@ import tyro
 
 from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
-from flowback.cli.options import Processes, parse
+from flowback.cli.options import parse
 from flowback.config import SampleConfig
 from flowback.data.vae import open_codec
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.model import Flow
+from flowback.processes import Processes
 from flowback.sample_folder import FolderConfig, SampleReport, draw_folder
 from flowback.sampling.block_plan import resolve_plan
 

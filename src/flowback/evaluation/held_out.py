@@ -3,27 +3,148 @@
 nll           nats per dimension of images with the model's training noise: what training minimises
 bits_per_dim  bits per dimension of the 8-bit images, an upper bound by uniform dequantisation
               (Theis et al., arXiv 1511.01844), whatever noise the model was trained with
+
+All of it goes through :func:`held_out_batches`, the one loop over held-out images.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from flowback.classification import Method, classify
-from flowback.data.image_set import ImageSet, evenly, in_batches
+from flowback.config import DataConfig, ModelConfig
+from flowback.data.image_set import ImageSet, evenly, in_batches, match_classes
+from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 from flowback.flow.likelihood import add_noise, bits_per_dim, nll_per_dim
 from flowback.model import Flow
 from flowback.progress import track
 
-__all__ = ["Accuracy", "Estimate", "Likelihood", "held_out_figures", "likelihood", "topk_accuracy"]
+__all__ = [
+    "Accuracy",
+    "Estimate",
+    "HeldOutBatch",
+    "Likelihood",
+    "LoopOptions",
+    "accuracy",
+    "default_methods",
+    "held_out_batches",
+    "held_out_figures",
+    "likelihood",
+    "matched",
+    "run_images",
+]
+
+
+_METHODS: tuple[Method, ...] = ("gradient", "exhaustive")
+
+
+_FEW_CLASSES = 20
+
+
+def default_methods(flow: Flow) -> tuple[Method, ...]:
+    """The rules of classification that are worth their time: the exhaustive one too, up to 20 classes."""
+    few = (flow.config.num_classes or 0) <= _FEW_CLASSES
+    return _METHODS if few else _METHODS[:1]
+
+
+class LoopOptions(TypedDict, total=False):
+    """Options of :func:`held_out_batches`, which everything that loops over held-out images takes too."""
+
+    limit: int | None
+    """Take only so many images, spread evenly over the set; None (the default) takes all."""
+    seed: int
+    """Of the noise: image i gets ``seed + i``, so that the batch size changes nothing. By default 0."""
+    batch_size: int
+    """Images at once; by default 64."""
+    share: tuple[int, int]
+    """(r, p) takes part r, from 0, of the images in p parts; the results merge. By default all: (0, 1)."""
+    progress: bool
+    """Show a bar; by default not."""
+
+
+class HeldOutBatch(NamedTuple):
+    """Some held-out images, ready for the flow."""
+
+    images: Float[Tensor, "b c h w"]
+    """Clean, on [-1, 1], with the flow's device and dtype."""
+    labels: Int64[Tensor, " b"] | None
+    """Ids of the model's classes, on the flow's device; None for an unconditional model, or no labels."""
+    seeds: list[int]
+    """Of each image's noise."""
+
+
+def run_images(flow: Flow, split: Literal["train", "test"], data: DataConfig | None = None) -> ImageSet:
+    """The training or test images of a data set, by default of the run that the flow comes from.
+
+    Raises:
+        InputError: a flow without a run, and no data set.
+    """
+    data = data or (flow.run.data if flow.run is not None else None)
+    if data is None:
+        raise InputError(f"The flow comes from no run: give its {split} images, or a DataConfig.")
+    return load_images(data, flow.config.image_size, flow.config.channels, split)
+
+
+def matched(flow: Flow, images: ImageSet) -> ImageSet:
+    """The images with labels that are the model's class ids.
+
+    Classes go by their names where the model knows them, and otherwise by their order.
+
+    Raises:
+        InputError: classes that the model does not have.
+    """
+    count = flow.config.num_classes or 0
+    if not count or images.labels is None:
+        return images
+    if flow.classes:
+        return match_classes(images, flow.classes)
+    if len(images.classes) != count:
+        raise InputError(
+            f"{images.name} has {len(images.classes)} classes, the model {count}; "
+            "give the data it was trained on."
+        )
+    return images
+
+
+def held_out_batches(
+    flow: Flow,
+    images: ImageSet,
+    description: str = "held-out images",
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    share: tuple[int, int] = (0, 1),
+    progress: bool = False,
+) -> Iterator[HeldOutBatch]:
+    """Go through held-out images, batch by batch.
+
+    Args:
+        flow: the model.
+        images: the set, with the model's classes.
+        description: what the bar says.
+        limit: see :class:`LoopOptions`, as for all that follow.
+        seed: of the noise.
+        batch_size: images at once.
+        share: of the images.
+        progress: show a bar.
+    """
+    labels = images.labels if flow.config.num_classes else None
+    parts = in_batches(evenly(len(images), limit, share), batch_size)
+    for index in track(parts, len(parts), description, "batches") if progress else parts:
+        clean = to_unit_range(images.read(index)).to(flow.device, flow.dtype)
+        own = None if labels is None else labels[index].to(flow.device)
+        yield HeldOutBatch(clean, own, (seed + index).tolist())
 
 
 @dataclass(frozen=True)
@@ -73,52 +194,54 @@ class Likelihood:
         return Estimate.of(self.bits_values)
 
 
-@torch.no_grad()
 def likelihood(
-    flow: Flow,
-    images: ImageSet,
-    draws: int = 3,
-    seed: int = 0,
-    conditional: bool = True,
-    limit: int | None = None,
-    batch_size: int = 64,
-    share: tuple[int, int] = (0, 1),
-    progress: bool = False,
+    flow: Flow, images: ImageSet, draws: int = 3, conditional: bool = True, **loop: Unpack[LoopOptions]
 ) -> Likelihood:
-    """Mean negative log-likelihood, streamed; image i gets the noise of seed ``seed + i``.
+    """Mean negative log-likelihood of held-out images.
 
     Args:
         flow: the model.
         images: held-out images.
         draws: draws of the noise for each image.
-        seed: of the noise.
         conditional: give each image its label, where model and set have labels.
-        limit: take only so many images, spread evenly over the set.
-        batch_size: images at once.
-        share: (r, p) takes part r, from 0, of the images in p parts; merge the results.
-        progress: show a bar.
+        **loop: which images, in which batches, with which noise: see :class:`LoopOptions`.
 
     Raises:
-        InputError: no draws.
+        InputError: no draws, or images of other classes than the model's.
+
+    Example:
+        >>> import flowback
+        >>> from flowback.data.load import load_images
+        >>> flow = flowback.create_flow("digits-mini", num_classes=10)
+        >>> test = load_images(flowback.DataConfig("digits"), image_size=8, channels=1, split="test")
+        >>> found = likelihood(flow, test, draws=2, limit=20)
+        >>> found.nll_values.shape, found.nll.mean > 0
+        (torch.Size([2, 20]), True)
     """
     if draws < 1:
         raise InputError("--draws must be at least 1.")
+    images = matched(flow, images)
     conditional = conditional and bool(flow.config.num_classes) and images.labels is not None
-    dequantising = replace(flow.config, noise="uniform")
-    chosen = evenly(len(images), limit, share)
-    values = torch.zeros(2, draws, len(chosen), dtype=torch.float64)
-    parts, done = in_batches(chosen, batch_size), 0
-    for index in track(parts, len(parts), "likelihood", "batches") if progress else parts:
-        clean = to_unit_range(images.read(index)).to(flow.device, flow.dtype)
-        labels = images.labels[index] if conditional and images.labels is not None else None
-        seeds = (seed + index).tolist()
-        for number, config in enumerate((flow.config, dequantising)):
-            for draw in range(draws):
-                log_prob = flow.log_prob(add_noise(clean, config, seeds, draw), labels)
-                values[number, draw, done : done + len(index)] = log_prob.cpu()
-        done += len(index)
-    dims = flow.config.dims
-    return Likelihood(conditional, nll_per_dim(values[0], dims), bits_per_dim(values[1], dims))
+    configs = (flow.config, replace(flow.config, noise="uniform"))
+    parts: list[list[Tensor]] = [[torch.zeros(draws, 0, dtype=torch.float64)] for _ in configs]
+    for batch in held_out_batches(flow, images, "likelihood", **loop):
+        for found, config in zip(parts, configs, strict=True):
+            found.append(_log_prob(flow, batch, config, draws, conditional))
+    (noised, dequantised), dims = (torch.cat(found, dim=1) for found in parts), flow.config.dims
+    return Likelihood(conditional, nll_per_dim(noised, dims), bits_per_dim(dequantised, dims))
+
+
+@torch.no_grad()
+def _log_prob(
+    flow: Flow, batch: HeldOutBatch, noise: ModelConfig, draws: int = 1, conditional: bool = True
+) -> Float[Tensor, "draws b"]:
+    """Log-densities in nats of the images with the noise of ``noise``, in float64 on the CPU."""
+    labels = batch.labels if conditional else None
+    rows = [
+        flow.log_prob(add_noise(batch.images, noise, batch.seeds, draw), labels).cpu().double()
+        for draw in range(draws)
+    ]
+    return torch.stack(rows)
 
 
 @dataclass(frozen=True)
@@ -166,109 +289,104 @@ class Accuracy:
         return self.images / self.seconds
 
     @property
-    def per_class(self) -> Float[Tensor, " k"]:
-        """Share of each class's images that were called so; NaN for a class without images."""
-        return self.confusion.diagonal() / self.confusion.sum(dim=1)
+    def per_class(self) -> tuple[float | None, ...]:
+        """Share of each class's images that were called so; None for a class without images."""
+        counts = self.confusion.sum(dim=1).tolist()
+        right = self.confusion.diagonal().tolist()
+        return tuple(own / count if count else None for own, count in zip(right, counts, strict=True))
 
 
-def topk_accuracy(
+def accuracy(
     flow: Flow,
     images: ImageSet,
     method: Method = "gradient",
-    limit: int | None = None,
-    batch_size: int = 64,
+    *,
     noise: bool = True,
     draws: int = 1,
-    seed: int = 0,
     steps: int = 1,
     step_size: float = 1.0,
-    share: tuple[int, int] = (0, 1),
-    progress: bool = False,
+    **loop: Unpack[LoopOptions],
 ) -> Accuracy:
-    """Classify a data set, batch by batch.
-
-    Image i gets the noise of seed ``seed + i``, so the batch size changes nothing.
+    """Classify a data set with :func:`flowback.classify`, batch by batch, and count.
 
     Args:
         flow: a class-conditional flow.
-        images: labelled images.
+        images: labelled images; their classes are matched with the model's by name.
         method: the rule.
-        limit: take only so many images, spread evenly over the set.
-        batch_size: images at once.
         noise: add the model's training noise.
         draws: draws of the noise to average over.
-        seed: of the noise.
         steps: of gradient ascent.
         step_size: of each step.
-        share: (r, p) takes part r, from 0, of the images in p parts; merge the results.
-        progress: show a bar.
+        **loop: which images, in which batches, with which noise: see :class:`LoopOptions`.
 
     Raises:
         InputError: images without labels, or of other classes than the model's.
+
+    Example:
+        >>> import flowback
+        >>> from flowback.data.load import load_images
+        >>> flow = flowback.create_flow("digits-mini", num_classes=10)
+        >>> test = load_images(flowback.DataConfig("digits"), image_size=8, channels=1, split="test")
+        >>> result = flowback.accuracy(flow, test, limit=20)
+        >>> result.images, result.confusion.shape, result.top1 <= result.top5
+        (20, torch.Size([10, 10]), True)
     """
+    images = matched(flow, images)
     if images.labels is None:
         raise InputError(
             f"{images.name} has no labels; to measure accuracy give images sorted into class folders."
         )
     classes = flow.config.num_classes or 0
-    if classes and classes != len(images.classes):
-        raise InputError(f"{images.name} has {len(images.classes)} classes, the model {classes}.")
-    chosen = evenly(len(images), limit, share)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    right1 = right5 = nonfinite = 0
-    batches = in_batches(chosen, batch_size)
+    total = right1 = right5 = nonfinite = 0
     start = time.perf_counter()
-    for index in track(batches, len(batches), f"classify ({method})", "batches") if progress else batches:
-        batch = to_unit_range(images.read(index))
-        seeds = (seed + index).tolist()
-        scores = classify(flow, batch, method, noise, draws, seeds, steps, step_size).cpu()
+    for batch in held_out_batches(flow, images, f"classify ({method})", **loop):
+        scores = classify(flow, batch.images, method, noise, draws, batch.seeds, steps, step_size)
+        assert batch.labels is not None
         finite = scores.isfinite().all(dim=1)
+        hits, truth = _hits(scores, batch.labels), batch.labels[finite].cpu()
+        called = scores[finite].argmax(dim=1).cpu()
+        total += len(hits)
         nonfinite += int((~finite).sum())
-        truth, ranked = images.labels[index][finite], scores[finite].topk(min(5, classes), dim=1).indices
-        hit = ranked == truth[:, None]
-        right1 += int(hit[:, 0].sum())
-        right5 += int(hit.any(dim=1).sum())
-        confusion += torch.bincount(truth * classes + ranked[:, 0], minlength=classes**2).view(
-            classes, classes
-        )
+        right1 += int(hits[:, 0].sum())
+        right5 += int(hits.any(dim=1).sum())
+        confusion += torch.bincount(truth * classes + called, minlength=classes**2).view(classes, classes)
     seconds = time.perf_counter() - start
-    return Accuracy(method, len(chosen), right1, right5, confusion, nonfinite, seconds)
+    return Accuracy(method, total, right1, right5, confusion, nonfinite, seconds)
 
 
-CHUNK = 256
-"""Images evaluated at once."""
+def _hits(scores: Float[Tensor, "b k"], labels: Int64[Tensor, " b"]) -> Bool[Tensor, "b r"]:
+    """Whether the label has the largest score, the second, ... the fifth; not where any is not finite."""
+    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    return (ranked == labels[:, None]) & scores.isfinite().all(dim=1, keepdim=True)
+
+
+_TOGETHER = 256
+"""Images in a batch of :func:`held_out_figures`."""
 
 
 def held_out_figures(flow: Flow, images: ImageSet, limit: int, exhaustive: bool = False) -> dict[str, float]:
     """Mean nll of the noised images given their labels, and the accuracy of training-free classification.
 
+    One draw of the noise, and no more passes than the figures take: for looking at a flow while it trains.
+
     Args:
         flow: in eval mode.
         images: the test set; noise is seeded by an image's index.
-        limit: the first so many images.
+        limit: so many images, spread evenly over the set.
         exhaustive: also classify with one pass for every class.
 
     Returns:
         ``nll`` in nats per dimension; ``top1_gradient`` and ``top1_exhaustive`` as shares, with classes.
     """
-    count = min(limit, len(images))
     sums: dict[str, float] = {}
-    for start in range(0, count, CHUNK):
-        indices = torch.arange(start, min(start + CHUNK, count))
-        pixels = to_unit_range(images.read(indices)).to(flow.device)
-        seeds = indices.tolist()
-        labels = (
-            images.labels[indices].to(flow.device)
-            if flow.config.num_classes and images.labels is not None
-            else None
-        )
-        with torch.no_grad():
-            log_prob = flow(add_noise(pixels, flow.config, seeds), labels).log_prob
-        found = {"nll": float(nll_per_dim(log_prob, flow.config.dims).sum())}
-        if labels is not None:
-            for method in ("gradient", "exhaustive") if exhaustive else ("gradient",):
-                scores = classify(flow, pixels, method=method, seeds=seeds)
-                found[f"top1_{method}"] = float((scores.argmax(1) == labels).sum())
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value
-    return {name: value / count for name, value in sums.items()}
+    images = matched(flow, images)
+    for batch in held_out_batches(flow, images, limit=limit, batch_size=_TOGETHER):
+        values = {"nll": nll_per_dim(_log_prob(flow, batch, flow.config)[0], flow.config.dims)}
+        if batch.labels is not None:
+            for method in _METHODS if exhaustive else _METHODS[:1]:
+                scores = classify(flow, batch.images, method, seeds=batch.seeds)
+                values[f"top1_{method}"] = _hits(scores, batch.labels)[:, 0]
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + float(value.sum())
+    return {name: value / min(limit, len(images)) for name, value in sums.items()}

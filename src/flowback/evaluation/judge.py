@@ -67,6 +67,10 @@ class Judge:
     ) -> None:
         self.reference, self.encoder, self.protocol, self.inception = reference, encoder, protocol, inception
         images = reference.images
+        if images is None and protocol == "none":
+            raise InputError(
+                f"{reference.name} holds statistics of Inception features and no images; give --protocol adm."
+            )
         self.encoded: Moments | None = None
         if images is not None:
             key = (images.fingerprint, encoder.fingerprint, "pooled")
@@ -122,7 +126,7 @@ class Judge:
 
 
 def guidance_scales(text: str) -> list[float]:
-    """Guidance scales from ``2.0`` or from ``FIRST:LAST:STEP``, both ends included.
+    """The guidance scales that ``FIRST:LAST:STEP`` means, both ends included; a number is itself.
 
     Raises:
         InputError: neither of the two.
@@ -138,7 +142,7 @@ def guidance_scales(text: str) -> list[float]:
     if len(parts) == 1:
         return parts
     if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
-        raise InputError(f"--guidance {text} is neither a number nor FIRST:LAST:STEP, such as 1.0:4.0:0.5.")
+        raise InputError(f"--search {text} is neither a number nor FIRST:LAST:STEP, such as 1.0:4.0:0.5.")
     first, last, step = parts
     count = int((last - first) / step + 1e-9) + 1  # 1e-9: the last one is included despite rounding
     return [round(first + index * step, 10) for index in range(count)]

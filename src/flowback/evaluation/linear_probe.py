@@ -10,20 +10,24 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from flowback.alignment.encoders import Encoder
+from flowback.alignment.encoders import Encoder, create_encoder
+from flowback.checked import replaced
+from flowback.config import ProbeConfig
 from flowback.data.image_set import ImageSet, evenly
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
+from flowback.evaluation.held_out import LoopOptions, accuracy, held_out_batches, matched, run_images
 from flowback.flow import Location
 from flowback.flow.likelihood import add_noise
 from flowback.model import Flow
@@ -31,6 +35,7 @@ from flowback.progress import track
 
 __all__ = [
     "PENALTIES",
+    "LocationProbe",
     "Probe",
     "all_locations",
     "cknna",
@@ -38,6 +43,7 @@ __all__ = [
     "features",
     "linear_probe",
     "probe",
+    "probe_features",
 ]
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -57,7 +63,7 @@ ALIGNED = 2000
 
 
 @dataclass(frozen=True)
-class Probe:
+class LocationProbe:
     """How much of the classes the features at one location tell, on test images."""
 
     location: Location
@@ -71,6 +77,22 @@ class Probe:
     """Alignment of neighbourhoods with the encoder's; None without one."""
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What every location of a flow tells of the classes."""
+
+    locations: tuple[LocationProbe, ...]
+    top1_gradient: float | None
+    """Accuracy of training-free classification of the same test images; None for an unconditional model."""
+    train_images: int
+    test_images: int
+
+    @property
+    def best(self) -> LocationProbe:
+        """The location with the most accurate linear probe."""
+        return max(self.locations, key=lambda row: row.linear)
+
+
 def all_locations(flow: Flow) -> list[Location]:
     """Every (block, layer), counted from 1."""
     blocks, layers = range(1, flow.config.blocks + 1), range(1, flow.config.layers + 1)
@@ -79,13 +101,7 @@ def all_locations(flow: Flow) -> list[Location]:
 
 @torch.no_grad()
 def features(
-    flow: Flow,
-    images: ImageSet,
-    locations: Sequence[Location],
-    limit: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    flow: Flow, images: ImageSet, locations: Sequence[Location], **loop: Unpack[LoopOptions]
 ) -> dict[Location, Float[Tensor, "n w"]]:
     """Features of all locations, averaged over tokens, from one encode pass over the images.
 
@@ -93,10 +109,7 @@ def features(
         flow: the model.
         images: the set.
         locations: (block, layer) pairs.
-        limit: take only so many images, spread evenly over the set.
-        seed: of the training noise; image i gets seed + i.
-        batch_size: images at once.
-        progress: show a bar.
+        **loop: which images, in which batches, with which noise: see :class:`LoopOptions`.
 
     Raises:
         InputError: a location outside the model.
@@ -108,16 +121,12 @@ def features(
                 f"Location {location} is outside the model; blocks go from 1 to {flow.config.blocks}, "
                 f"layers from 1 to {flow.config.layers}."
             )
-    chosen = evenly(len(images), limit)
-    tables = {location: torch.empty(len(chosen), flow.config.width) for location in locations}
-    parts, start = chosen.split(batch_size), 0
-    for index in track(parts, len(parts), "features", "batches") if progress else parts:
-        clean = to_unit_range(images.read(index)).to(flow.device, flow.dtype)
-        out = flow(add_noise(clean, flow.config, (seed + index).tolist()), hidden=locations)
+    parts: dict[Location, list[Tensor]] = {location: [] for location in locations}
+    for batch in held_out_batches(flow, images, "features", **loop):
+        out = flow(add_noise(batch.images, flow.config, batch.seeds), hidden=locations)
         for location, hidden in out.hidden.items():
-            tables[location][start : start + len(index)] = hidden.mean(dim=1)
-        start += len(index)
-    return tables
+            parts[location].append(hidden.mean(dim=1).float().cpu())
+    return {location: torch.cat(rows) for location, rows in parts.items()}
 
 
 def encoder_features(
@@ -187,6 +196,66 @@ def cknna(features: Float[Tensor, "n d"], others: Float[Tensor, "n c"], neighbou
 
 
 def probe(
+    flow: Flow,
+    train: ImageSet | None = None,
+    test: ImageSet | None = None,
+    *,
+    config: ProbeConfig | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Probe:
+    """What the hidden layers know: linear probe, nearest neighbours and CKNNA at every location.
+
+    Args:
+        flow: the model.
+        train: labelled images that the classifiers are fitted to; None: those of the flow's run.
+        test: labelled images that they are tested on; None: those of the flow's run.
+        config: locations, number of images, encoder, seed.
+        progress: show bars.
+        **options: fields of :class:`flowback.ProbeConfig` that replace those of ``config``.
+
+    Raises:
+        InputError: images without labels, a location outside the model, or an unknown option.
+
+    Example:
+        >>> import flowback
+        >>> from flowback.data.load import load_images
+        >>> flow = flowback.create_flow("digits-mini", num_classes=10)
+        >>> train, test = (load_images(flowback.DataConfig(), 8, 1, split) for split in ("train", "test"))
+        >>> found = flowback.probe(flow, train, test, train_limit=40, test_limit=20, encoder=None)
+        >>> len(found.locations) == flow.config.blocks * flow.config.layers
+        True
+    """
+    (config,) = replaced((config or ProbeConfig(),), options)
+    train = matched(flow, run_images(flow, "train") if train is None else train)
+    test = matched(flow, run_images(flow, "test") if test is None else test)
+    locations = config.locations or all_locations(flow)
+    labels, tables = [], []
+    for images, limit in ((train, config.train_limit), (test, config.test_limit)):
+        labels.append(_labels(images, limit))
+        loop: LoopOptions = {
+            "limit": limit,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "progress": progress,
+        }
+        tables.append(features(flow, images, locations, **loop))
+    aligned = None
+    if config.encoder is not None:
+        encoder = create_encoder(config.encoder, config.encoder_weights).to(flow.device)
+        aligned = encoder_features(encoder, test.in_pixels, config.test_limit, config.batch_size)
+    found = probe_features(tables[0], labels[0], tables[1], labels[1], aligned, config.seed, progress)
+    free = accuracy(flow, test, **loop).top1 if flow.config.num_classes else None
+    return Probe(tuple(found), free, len(labels[0]), len(labels[1]))
+
+
+def _labels(images: ImageSet, limit: int | None) -> Int64[Tensor, " n"]:
+    if images.labels is None:
+        raise InputError(f"{images.name} has no labels; a probe needs images sorted into class folders.")
+    return images.labels[evenly(len(images), limit)]
+
+
+def probe_features(
     train: dict[Location, Float[Tensor, "n w"]],
     train_labels: Int[Tensor, " n"],
     test: dict[Location, Float[Tensor, "m w"]],
@@ -194,8 +263,8 @@ def probe(
     encoder: Float[Tensor, "m d"] | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> list[Probe]:
-    """Probe every location.
+) -> list[LocationProbe]:
+    """Probe every location, given its features.
 
     Args:
         train: features of training images, from :func:`features`.
@@ -215,5 +284,5 @@ def probe(
         linear, penalty = linear_probe(rows, labels, others, truth, seed)
         voters = KNeighborsClassifier(min(NEIGHBOURS, len(rows)), metric="cosine").fit(rows, labels)
         alignment = None if encoder is None else cknna(test[location][among], encoder[among])
-        found.append(Probe(location, linear, penalty, float(voters.score(others, truth)), alignment))
+        found.append(LocationProbe(location, linear, penalty, float(voters.score(others, truth)), alignment))
     return found

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Int
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -23,6 +26,14 @@ NUMBERED_CLASSES = 20
 """Up to so many classes get the number of images in every cell."""
 
 
+OTHER_SCRIPTS = (
+    *("Noto Sans CJK JP", "Noto Sans JP", "Noto Sans CJK SC", "Noto Sans SC", "Noto Sans KR"),
+    *("Noto Sans Devanagari", "Noto Sans Arabic", "Noto Sans Thai", "WenQuanYi Zen Hei", "Unifont"),
+    *("Hiragino Sans", "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Nirmala UI"),
+)
+"""Fonts for scripts that matplotlib's own lacks, on Linux, macOS and Windows."""
+
+
 def plot_confusion(confusion: Int[Tensor, "k k"], classes: Sequence[str], title: str, path: Path) -> None:
     """Confusion matrix: colour is the share of the true class, numbers count images."""
     share = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
@@ -34,8 +45,9 @@ def plot_confusion(confusion: Int[Tensor, "k k"], classes: Sequence[str], title:
     if len(classes) <= NAMED_CLASSES:
         ticks = range(len(classes))
         long = max(map(len, classes), default=0) > 3
-        axes.set_xticks(ticks, classes, rotation=90 if long else 0)
-        axes.set_yticks(ticks, classes)
+        plain: dict[str, Any] = {"fontfamily": _fonts(), "parse_math": False}  # a name may hold any sign
+        axes.set_xticks(ticks, classes, rotation=90 if long else 0, **plain)
+        axes.set_yticks(ticks, classes, **plain)
     if len(classes) <= NUMBERED_CLASSES:
         for row, counts in enumerate(confusion.tolist()):
             for column, count in enumerate(counts):
@@ -45,8 +57,9 @@ def plot_confusion(confusion: Int[Tensor, "k k"], classes: Sequence[str], title:
     _save(figure, path)
 
 
-def plot_probe(probes: Sequence[Probe], training_free: float | None, path: Path) -> None:
+def plot_probe(result: Probe, path: Path) -> None:
     """Accuracy by location, the training-free score dashed (arXiv 2511.22345, Fig. 4)."""
+    probes, training_free = result.locations, result.top1_gradient
     figure, axes = _figure(max(6.0, 1.5 + 0.28 * len(probes)), 4.0)
     places = range(len(probes))
     axes.plot(places, [probe.linear for probe in probes], "o-", label="linear probe", markersize=4)
@@ -95,6 +108,16 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def _fonts() -> list[str]:
+    """Matplotlib's own font, and for the signs that it lacks those of other scripts that are installed."""
+    return ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in _installed())]
+
+
+def _installed() -> set[str]:
+    return set(font_manager.get_font_names())
+
+
 def _save(figure: Figure, path: Path) -> None:
-    with replacing(path, "wb") as file:
+    with replacing(path, "wb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands there
         figure.savefig(file, dpi=150, format="png")

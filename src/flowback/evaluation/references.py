@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowback.config import DataConfig
-from flowback.data.image_set import ImageSet, PixelSet
+from flowback.data.image_set import ImageSet, PixelSet, Subset, evenly
 from flowback.data.load import load_images
 from flowback.data.pixels import EXTENSIONS
 from flowback.errors import InputError
@@ -75,6 +75,19 @@ class Reference:
     spatial: Moments | None = None
     """Statistics of the spatial features, for sFID."""
 
+    @classmethod
+    def of(cls, images: ImageSet) -> Reference:
+        """A set of images; of latents, the images that they stand for."""
+        images = images.in_pixels
+        return cls(images.name, images.fingerprint, images)
+
+    def limited(self, limit: int | None) -> Reference:
+        """The same with so many of its images, spread evenly; statistics stay as they are."""
+        if limit is None or self.images is None or limit >= len(self.images):
+            return self
+        images = Subset(self.images, evenly(len(self.images), limit))
+        return replace(self, images=images, fingerprint=images.fingerprint)
+
 
 def load_reference(path: Path, image_size: int, channels: int) -> Reference:
     """The reference in a .npz file or a folder of images.
@@ -85,8 +98,7 @@ def load_reference(path: Path, image_size: int, channels: int) -> Reference:
         InputError: not there, pickled, of another size or without anything to compare with.
     """
     if path.suffix != ".npz":
-        images = _folder(path, image_size, channels)
-        return Reference(images.name, images.fingerprint, images)
+        return Reference.of(_folder(path, image_size, channels))
     arrays = _open_npz(path)
     statistics: dict[str, Tensor] = {}
     for key in ("mu", "sigma", "mu_s", "sigma_s"):

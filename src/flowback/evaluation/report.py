@@ -1,77 +1,84 @@
-"""One record for each evaluation: the figures, and everything that it takes to get them again.
-
-kind      classify, evaluate or probe
-figures   names to numbers
-settings  all that decides them: data, protocol, counts, seeds, guidance, hashes of weights and reference
-warnings  sentences that belong beside the figures
-environment  versions, commit, command, date, device
-"""
+"""One report for each evaluation: the figures, and everything that it takes to get them again."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from flowback import checkpoint
 from flowback.errors import InputError
+from flowback.files import plain, write_json
+from flowback.model import Flow
 from flowback.provenance import environment
+from flowback.sampling.block_plan import weights_hash
 
-__all__ = ["Comparison", "compare", "make_record", "read_record", "weights_of"]
-
-
-def weights_of(path: Path) -> dict[str, str]:
-    """The checkpoint that ``path`` means and the SHA-256 of its weights."""
-    folder = checkpoint.resolve(path)
-    with (folder / "model.safetensors").open("rb") as file:
-        return {"checkpoint": str(folder), "weights_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+__all__ = ["Comparison", "Report", "compare", "weights_of"]
 
 
-def make_record(
-    kind: str,
-    figures: dict[str, Any],
-    settings: dict[str, Any],
-    warnings: list[str],
-    device: torch.device | str,
-) -> dict[str, Any]:
-    """The record, ready to be written as JSON."""
-    return {
-        "kind": kind,
-        "figures": figures,
-        "settings": settings,
-        "warnings": warnings,
-        "environment": environment(device),
-    }
+def weights_of(flow: Flow) -> dict[str, str | None]:
+    """For the settings: the checkpoint that a flow comes from, if any, and the hash of its weights."""
+    folder = str(flow.folder) if flow.folder is not None else None
+    return {"checkpoint": folder, "weights_sha256": weights_hash(flow)}
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A record that was written as JSON.
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found, and what it takes to repeat it.
 
-    Raises:
-        InputError: no such file, or no record.
+    Example:
+        >>> report = Report("evaluate", {"fid": 3.5}, {"samples": 50_000})
+        >>> report.figures["fid"], sorted(report.to_dict())
+        (3.5, ['environment', 'figures', 'kind', 'settings', 'warnings'])
     """
-    try:
-        record = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError:
-        raise InputError(
-            f"{path} is not JSON; give a record of flowback evaluate, classify or probe."
-        ) from None
-    parts = ("figures", "settings", "environment")
-    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in parts):
-        raise InputError(f"{path} is no record of flowback evaluate, classify or probe.")
-    return record
+
+    kind: str
+    """`evaluate`, `classify` or `probe`."""
+    figures: dict[str, Any]
+    """Names to numbers."""
+    settings: dict[str, Any]
+    """All that decides them: data, protocol, counts, seeds, guidance, hashes of weights and reference."""
+    warnings: tuple[str, ...] = ()
+    """Sentences that belong beside the figures."""
+    environment: dict[str, Any] = field(default_factory=environment)
+    """Versions, commit, command, date, device."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings, as :meth:`save` writes them."""
+        return plain(asdict(self))
+
+    def save(self, path: Path | str) -> None:
+        """Write it as JSON; the file appears whole or not at all."""
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Report:
+        """A report that was written as JSON.
+
+        Raises:
+            InputError: no such file, or no report.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+        except ValueError:
+            raise InputError(
+                f"{path} is not JSON; give a report of flowback evaluate, classify or probe."
+            ) from None
+        parts = ("figures", "settings", "environment")
+        if not isinstance(values, dict) or not all(isinstance(values.get(part), dict) for part in parts):
+            raise InputError(f"{path} is no report of flowback evaluate, classify or probe.")
+        warnings = tuple(map(str, values.get("warnings") or ()))
+        figures, settings, around = (values[part] for part in parts)
+        return cls(str(values.get("kind")), figures, settings, warnings, around)
 
 
 class Comparison(NamedTuple):
-    """Two records side by side."""
+    """Two reports side by side."""
 
     figures: list[tuple[str, Any, Any]]
-    """Every figure that is a number in either record."""
+    """Every figure that is a number in either report."""
     settings: list[tuple[str, Any, Any]]
     """What decides the figures and is not the same."""
     environment: list[tuple[str, Any, Any]]
@@ -82,15 +89,16 @@ _APART = ("command", "date")
 """Parts of the environment that differ between any two runs."""
 
 
-def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
-    """Figures of both records, and the settings and environment in which they differ."""
+def compare(a: Report, b: Report) -> Comparison:
+    """Figures of both reports, and the settings and environment in which they differ."""
+    first, second = a.to_dict(), b.to_dict()
     figures = [
         row
-        for row in _paired(a["figures"], b["figures"])
+        for row in _paired(first["figures"], second["figures"])
         if any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in row[1:])
     ]
-    settings = _paired({"kind": a.get("kind"), **a["settings"]}, {"kind": b.get("kind"), **b["settings"]})
-    around = [row for row in _paired(a["environment"], b["environment"]) if row[0] not in _APART]
+    settings = _paired(*({"kind": side["kind"], **side["settings"]} for side in (first, second)))
+    around = [row for row in _paired(first["environment"], second["environment"]) if row[0] not in _APART]
     return Comparison(figures, *([row for row in rows if row[1] != row[2]] for rows in (settings, around)))
 
 

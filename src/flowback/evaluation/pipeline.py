@@ -1,0 +1,354 @@
+"""The whole evaluation of a flow, or of images that exist already: what ``flowback evaluate`` does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from flowback.alignment.encoders import create_encoder
+from flowback.checked import replaced, to_dict
+from flowback.config import CodecConfig, DataConfig, EvaluateConfig, SampleConfig
+from flowback.data.image_set import ImageSet, evenly, in_batches
+from flowback.data.pixels import Faults, Rounding, quantise
+from flowback.data.vae import Codec, open_codec
+from flowback.evaluation.held_out import (
+    LoopOptions,
+    accuracy,
+    default_methods,
+    likelihood,
+    matched,
+    run_images,
+)
+from flowback.evaluation.inception import load_inception
+from flowback.evaluation.judge import Judge
+from flowback.evaluation.protocol import Protocol
+from flowback.evaluation.references import Reference, load_reference, open_images
+from flowback.evaluation.report import Report, weights_of
+from flowback.model import Flow
+from flowback.processes import Processes
+from flowback.progress import track
+from flowback.provenance import environment
+from flowback.sampling import BlockPlan, Guidance, Sampler
+from flowback.sampling.block_plan import resolve_plan
+from flowback.sampling.denoise import denoises
+
+__all__ = ["deciding_figure", "evaluate", "evaluate_images"]
+
+
+def evaluate(
+    flow: Flow,
+    images: ImageSet | DataConfig | None = None,
+    *,
+    reference: Reference | ImageSet | Path | str | None = None,
+    config: EvaluateConfig | None = None,
+    sampling: SampleConfig | None = None,
+    plans: Sequence[BlockPlan] | None = None,
+    processes: Processes | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Report:
+    """Likelihood and classification of held-out images, and the quality of samples.
+
+    Args:
+        flow: the model.
+        images: held-out images, or the data set whose test images they are; None: the data that the flow
+            was trained on.
+        reference: what samples are compared with: images, a folder of images or an ``.npz`` of ADM's form;
+            None: the training images of the data.
+        config: what is measured.
+        sampling: how samples are drawn; its batch size holds for everything.
+        plans: how each block is inverted, from block 1; None: as ``sampling.sampler`` says.
+        processes: share the work, and all get the report; None: this process does everything.
+        progress: show bars.
+        **options: fields of :class:`flowback.EvaluateConfig` and :class:`flowback.SampleConfig` that replace
+            those of ``config`` and ``sampling``.
+
+    Returns:
+        The report. Its figures: nll in nats per dimension, bits per dimension, accuracies as shares, and
+        distances of the samples; of a search, those of the best scale, and each scale's as ``guidance``.
+
+    Raises:
+        InputError: an unknown option, or images, reference or guidance that do not fit the model.
+
+    Example:
+        >>> import flowback
+        >>> flow = flowback.create_flow("digits-mini", num_classes=10)
+        >>> report = flowback.evaluate(flow, flowback.DataConfig("digits"), samples=0, limit=20, draws=1)
+        >>> sorted(name for name in report.figures if "error" not in name)[:2]
+        ['bits_per_dim', 'nll']
+    """
+    config, sampling = replaced((config or EvaluateConfig(), sampling or SampleConfig()), options)
+    processes = processes or Processes(str(flow.device), alone=True)
+    data = _Data(flow, images, reference)
+    return _Evaluation(flow, data, config, sampling, plans, processes, progress).report()
+
+
+def evaluate_images(
+    images: ImageSet | Path | str,
+    reference: Reference | ImageSet | Path | str,
+    *,
+    config: EvaluateConfig | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Report:
+    """Quality of images that exist already.
+
+    Args:
+        images: a set, a folder of images of one size, or an ``.npz`` of ADM's form.
+        reference: what they are compared with, in the same forms; a folder's images are resized and cropped.
+        config: protocol, Inception weights and limit of the reference; the rest says nothing here.
+        batch_size: images in one pass of a network.
+        device: of the networks.
+        processes: share the work, and all get the report; None: this process does everything.
+        progress: show a bar.
+        **options: fields of :class:`flowback.EvaluateConfig` that replace those of ``config``.
+
+    Raises:
+        InputError: an unknown option, no images, or a reference of another size.
+
+    Example:
+        >>> import flowback, torch
+        >>> from flowback.data.image_set import MemoryImages
+        >>> grey = MemoryImages("grey", (), None, torch.full((4, 1, 8, 8), 128, dtype=torch.uint8))
+        >>> noise = MemoryImages("noise", (), None, torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8))
+        >>> list(flowback.evaluate_images(grey, noise).figures)
+        ['fd_efficientnet_lite0']
+    """
+    (config,) = replaced((config or EvaluateConfig(),), options)
+    images = open_images(Path(images)) if isinstance(images, (str, Path)) else images
+    processes = processes or Processes(str(device), alone=True)
+    _, channels, _, size = images.read(torch.tensor([0])).shape
+    judge = _judge(_opened(reference, size, channels), config, batch_size, processes)
+    numbers = evenly(len(images), share=processes.share)
+    parts = in_batches(numbers, batch_size)
+    shown = track(parts, len(parts), "features", "batches") if progress else parts
+    drawn = (images.read(index) for index in shown)
+    samples = processes.merged(judge.gather(drawn, len(images), _start(numbers)))
+    settings = {
+        "samples": len(images),
+        "samples_from": images.name,
+        "samples_hash": images.fingerprint,
+        **_judge_settings(judge),
+    }
+    warnings = tuple(judge.warnings(len(images)))
+    return Report("evaluate", judge.figures(samples), settings, warnings, environment(processes.device))
+
+
+class _Data:
+    """The images of an evaluation, read when they are needed."""
+
+    def __init__(self, flow: Flow, images: Any, reference: Any) -> None:
+        self.flow, self._reference = flow, reference
+        self._images = None if isinstance(images, DataConfig) else images
+        run = flow.run.data if flow.run is not None else None
+        self.config = images if isinstance(images, DataConfig) else run
+        """The data set, where one is named."""
+        self.codec = flow.run.codec if flow.run is not None else CodecConfig()
+
+    @functools.cached_property
+    def held_out(self) -> ImageSet:
+        """The test images."""
+        return run_images(self.flow, "test", self.config) if self._images is None else self._images
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """What samples are compared with."""
+        if self._reference is None:
+            return Reference.of(run_images(self.flow, "train", self.config))
+        model, latent = self.flow.config, self.codec.vae is not None
+        size, channels = (self.codec.image_size, 3) if latent else (model.image_size, model.channels)
+        return _opened(self._reference, size, channels)
+
+
+def _opened(reference: Reference | ImageSet | Path | str, size: int, channels: int) -> Reference:
+    if isinstance(reference, Reference):
+        return reference
+    if isinstance(reference, (str, Path)):
+        return load_reference(Path(reference), size, channels)
+    return Reference.of(reference)
+
+
+class _Part(NamedTuple):
+    """A part of a report."""
+
+    figures: dict[str, Any]
+    settings: dict[str, Any]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Everything that the parts of an evaluation need."""
+
+    flow: Flow
+    data: _Data
+    config: EvaluateConfig
+    sampling: SampleConfig
+    plans: Sequence[BlockPlan] | None
+    processes: Processes
+    progress: bool
+
+    def report(self) -> Report:
+        """Check, measure, put together."""
+        images = judge = codec = None  # all are made first: what is missing is known at once
+        if self.config.likelihood or self.config.classification:
+            images = matched(self.flow, self.data.held_out)
+        if self.config.samples:
+            for scale in self._scales:
+                guidance = Guidance.from_config(replace(self.sampling, guidance=scale))
+                guidance.check(bool(self.flow.config.num_classes))
+            judge = _judge(self.data.reference, self.config, self.sampling.batch_size, self.processes)
+            codec = open_codec(self.data.codec, self.flow.device, self.config.vae, self.config.force_vae)
+        data = to_dict(self.data.config) if self.data.config is not None else None
+        parts = [_Part({}, {**weights_of(self.flow), "data": data, "seed": self.config.seed}, [])]
+        if images is not None:
+            parts.append(self._held_out(images))
+        if judge is not None and codec is not None:
+            parts.append(self._quality(judge, codec))
+        figures = {name: value for part in parts for name, value in part.figures.items()}
+        settings = {name: value for part in parts for name, value in part.settings.items()}
+        warnings = tuple(sentence for part in parts for sentence in part.warnings)
+        return Report("evaluate", figures, settings, warnings, environment(self.flow.device))
+
+    def _held_out(self, images: ImageSet) -> _Part:
+        """Likelihood and classification."""
+        config = self.config
+        loop: LoopOptions = {
+            "limit": config.limit,
+            "seed": config.seed,
+            "batch_size": self.sampling.batch_size,
+            "share": self.processes.share,
+            "progress": self.progress,
+        }
+        labelled = bool(self.flow.config.num_classes) and images.labels is not None
+        figures: dict[str, Any] = {}
+        if config.likelihood:
+            found = self.processes.merged(likelihood(self.flow, images, config.draws, **loop))
+            estimates = {"nll": found.nll, "bits_per_dim": found.bits_per_dim}
+            if images.in_pixels is not images:
+                del estimates["bits_per_dim"]  # of 8-bit pixels, which latents are not
+            for name, estimate in estimates.items():
+                figures[name] = estimate.mean
+                figures[f"{name}_error"], figures[f"{name}_draw_error"] = estimate.error, estimate.draw_error
+        for method in default_methods(self.flow) if config.classification and labelled else ():
+            result = self.processes.merged(accuracy(self.flow, images, method, **loop))
+            figures[f"top1_{method}"], figures[f"top5_{method}"] = result.top1, result.top5
+        settings = {
+            "images": images.name,
+            "images_hash": self.data.held_out.fingerprint,
+            "limit": config.limit,
+            "draws": config.draws,
+            "labels": "each image's own" if labelled else None,
+        }
+        return _Part(figures, {"held_out": settings}, [])
+
+    def _quality(self, judge: Judge, codec: Codec) -> _Part:
+        """Samples at each guidance scale, judged."""
+        found: list[dict[str, float]] = []
+        samplers: list[Any] = []
+        warnings = []
+        numbers = evenly(self.config.samples, share=self.processes.share)
+        for scale in self._scales:
+            options = replace(self.sampling, guidance=scale)
+            plans, notice = self.plans, None
+            if plans is None:
+                plans, notice = resolve_plan(self.flow, options, self.flow.folder)
+            sampler = Sampler.from_config(self.flow, options, plans)
+            faults = Faults()
+            drawn = self._draw(sampler, codec, numbers, faults, f"sampling, guidance {scale:g}")
+            samples = self.processes.merged(judge.gather(drawn, self.config.samples, _start(numbers)))
+            found.append({"guidance": scale, **judge.figures(samples)})
+            samplers.append("sequential" if plans is None else [asdict(plan) for plan in plans])
+            note = f"At guidance {scale:g}, " if len(self._scales) > 1 else ""
+            sentences = [*([notice] if notice else []), *self.processes.merged(faults).sentences()]
+            warnings += [note + sentence for sentence in sentences]
+        name = deciding_figure(found[0])
+        best = min(found, key=lambda row: row[name])
+        figures: dict[str, Any] = {key: value for key, value in best.items() if key != "guidance"}
+        if len(found) > 1:
+            figures |= {"guidance": found, "best_guidance": best["guidance"]}
+            if best["guidance"] in (min(self._scales), max(self._scales)):
+                warnings.append("The best guidance lies at the edge of the search: widen the range.")
+        settings = self._sampling_settings(samplers) | _judge_settings(judge)
+        return _Part(figures, settings, warnings + judge.warnings(self.config.samples))
+
+    @property
+    def _scales(self) -> tuple[float, ...]:
+        return self.config.search or (self.sampling.guidance,)
+
+    def _draw(
+        self,
+        sampler: Sampler,
+        codec: Codec,
+        numbers: Int64[Tensor, " n"],
+        faults: Faults,
+        description: str,
+    ) -> Iterator[UInt8[Tensor, "_ c h w"]]:
+        """Samples in batches: sample i has seed ``seed + i`` and class i modulo their number."""
+        classes, rounding = self.flow.config.num_classes or 0, _rounding(self.config.protocol)
+        parts = in_batches(numbers, self.sampling.batch_size)
+        for index in track(parts, len(parts), description, "batches") if self.progress else parts:
+            seeds = (self.config.seed + index).tolist()
+            images = sampler((index % classes).tolist() if classes else None, seeds)
+            names = [f"seed {seed}" for seed in seeds]
+            yield quantise(codec.decode(images), names, faults, rounding).cpu()
+
+    def _sampling_settings(self, samplers: list[Any]) -> dict[str, Any]:
+        exact = all(sampler == "sequential" for sampler in samplers)
+        one = len(self._scales) == 1
+        return {
+            **to_dict(self.sampling),
+            "samples": self.config.samples,
+            "guidance": self._scales[0] if one else list(self._scales),
+            "sampler": samplers[0] if one else samplers,
+            "tolerance": 0 if exact else self.sampling.tolerance,
+            "denoise": self.sampling.denoise and denoises(self.flow),
+        }
+
+
+def deciding_figure(figures: dict[str, float]) -> str:
+    """The figure that chooses the guidance scale, lower being better: the first that there is."""
+    return next(name for name in ("fid", "fid_tarflow", "fd_efficientnet_lite0") if name in figures)
+
+
+def _start(numbers: Int64[Tensor, " n"]) -> int:
+    return int(numbers[0]) if len(numbers) else 0
+
+
+def _rounding(protocol: Protocol) -> Rounding:
+    return "truncate" if protocol == "tarflow" else "nearest"
+
+
+def _judge(reference: Reference, config: EvaluateConfig, batch_size: int, processes: Processes) -> Judge:
+    reference = reference.limited(config.reference_limit)
+    with processes.main_first():  # one downloads and computes the reference, the others find it
+        inception = None
+        if config.protocol != "none":
+            inception = load_inception(config.inception_weights, processes.device)
+        encoder = create_encoder("efficientnet_lite0").to(processes.device)
+        return Judge(reference, encoder, config.protocol, inception, batch_size)
+
+
+def _judge_settings(judge: Judge) -> dict[str, Any]:
+    inception, reference = judge.inception, judge.reference
+    return {
+        "protocol": judge.protocol,
+        "rounding": _rounding(judge.protocol),
+        "reference": reference.name,
+        "reference_hash": reference.fingerprint,
+        "reference_images": len(reference.images) if reference.images is not None else None,
+        "reference_statistics_included": reference.pool is not None,
+        "resize": "references: shorter side to the samples' size, then centre crop; networks: their own",
+        "encoder_hash": judge.encoder.fingerprint,
+        "inception_hash": inception.fingerprint if inception is not None else None,
+    }

@@ -1,0 +1,89 @@
+"""Several processes, started by ``torchrun`` or ``accelerate launch``, that share a job and join its results.
+
+Training has its own start-up (:mod:`flowback.training.distributed`): there the processes work in step.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from flowback.devices import pick_device
+from flowback.errors import InputError
+
+__all__ = ["Processes"]
+
+
+class _Mergeable(Protocol):
+    def merge(self, other: Any, /) -> Self:
+        """This part and the one that follows."""
+        ...
+
+
+Part = TypeVar("Part", bound=_Mergeable)
+
+
+class Processes:
+    """All processes of a job; a single one without a launcher.
+
+    Args:
+        device: as the option ``--device``; ``auto`` gives each process its own GPU, if there are any.
+        alone: take no notice of other processes: this one does the whole job.
+
+    Raises:
+        InputError: no such device here, or one for several processes.
+
+    Example:
+        >>> processes = Processes("cpu")
+        >>> processes.share, processes.is_main
+        ((0, 1), True)
+    """
+
+    def __init__(self, device: str = "auto", alone: bool = False) -> None:
+        picked = pick_device(device, "--device")
+        self.device: torch.device = picked
+        """Of this process."""
+        self._index, self._count = 0, 1
+        if alone:
+            return
+        self.state = PartialState(cpu=picked.type == "cpu")
+        self._index, self._count = self.state.process_index, self.state.num_processes
+        if picked.index is not None and self._count > 1:
+            raise InputError(
+                f"--device {device} is one device for {self._count} processes; "
+                f"give {picked.type} or auto, and each takes its own."
+            )
+        if self._count > 1 and picked.type != "cpu":
+            self.device = self.state.device
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Number of this process, from 0, and of all of them."""
+        return self._index, self._count
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process talks to the user and writes."""
+        return self._index == 0
+
+    def merged(self, part: Part) -> Part:
+        """The parts of all processes together, in their order; every process gets it."""
+        if self._count == 1:
+            return part
+        parts: list[Part] = gather_object([part])
+        return functools.reduce(lambda a, b: a.merge(b), parts)
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """What stands inside is done by the main process first, then by the others."""
+        return nullcontext() if self._count == 1 else self.state.main_process_first()
+
+    def close(self) -> None:
+        """Wait for all, then end the group: a process that exits under its threads is aborted."""
+        if self._count > 1:
+            self.state.wait_for_everyone()
+            self.state.destroy_process_group()
