@@ -42,12 +42,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "alignment.align": ("Alignment",),
-    "alignment.encoders": (
-        "Encoder",
-        "Recipe",
-        "create_encoder",
-        "register_encoder",
-    ),
+    "alignment.encoders": ("Encoder", "Recipe", "create_encoder", "register_encoder"),
     "classification": ("classify",),
     "config": (
         "AlignmentConfig",
@@ -59,53 +54,23 @@ _MODULES = {
         "SampleConfig",
         "TrainConfig",
     ),
-    "data.image_set": (
-        "ImageSet",
-        "PixelSet",
-        "image_set",
-    ),
+    "data.image_set": ("ImageSet", "PixelSet", "image_set"),
     "data.load": ("load_images",),
     "data.named_sets": ("register_dataset",),
     "errors": ("InputError",),
-    "evaluation.held_out": (
-        "Accuracy",
-        "accuracy",
-    ),
-    "evaluation.linear_probe": (
-        "Probe",
-        "probe",
-    ),
-    "evaluation.pipeline": (
-        "evaluate",
-        "evaluate_images",
-    ),
+    "evaluation.held_out": ("Accuracy", "accuracy"),
+    "evaluation.linear_probe": ("Probe", "probe"),
+    "evaluation.pipeline": ("evaluate", "evaluate_images"),
     "evaluation.references": ("Reference",),
     "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
-    "model": (
-        "Flow",
-        "create_flow",
-        "load",
-    ),
-    "presets": (
-        "get_preset",
-        "list_presets",
-    ),
+    "model": ("Flow", "create_flow", "load"),
+    "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": (
-        "BlockPlan",
-        "Guidance",
-        "Sampler",
-        "plan_sampling",
-        "sample",
-    ),
+    "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
-    "training": (
-        "Evaluator",
-        "TrainResult",
-        "train",
-    ),
+    "training": ("Evaluator", "TrainResult", "train"),
 }
 """Public names, by the module that defines them."""
 

@@ -113,12 +113,12 @@ def test_inception_figures_come_with_a_warning(flowback, model, tmp_path, monkey
 
 
 def test_samples_that_are_not_finite_are_counted_and_named(flowback, model, tmp_path, monkeypatch):
-    def broken(_flow, labels, seeds, **_):
+    def broken(_sampler, labels, seeds):
         images = torch.zeros(len(seeds), 3, 16, 16)
         images[torch.tensor([seed == 11 for seed in seeds])] = torch.nan
         return images
 
-    monkeypatch.setattr("flowback.evaluation.pipeline.sample", broken)
+    monkeypatch.setattr("flowback.sampling.Sampler.__call__", broken)
     arguments = ("--samples", 5, "--seed", 9, "--no-likelihood", "--no-classification", "--out", tmp_path)
     code, text, _ = flowback("evaluate", model, *arguments)
     assert code == 0

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what they come to: data, sampler."""
+"""Options that several verbs share, and what they come to: data and where results go."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ class _Evaluation:
         if config.likelihood:
             found = self.processes.merged(likelihood(self.flow, images, config.draws, **loop))
             estimates = {"nll": found.nll, "bits_per_dim": found.bits_per_dim}
-            if self.data.held_out.in_pixels is not self.data.held_out:
+            if images.in_pixels is not images:
                 del estimates["bits_per_dim"]  # of 8-bit pixels, which latents are not
             for name, estimate in estimates.items():
                 figures[name] = estimate.mean
@@ -260,9 +260,9 @@ class _Evaluation:
         numbers = evenly(self.config.samples, share=self.processes.share)
         for scale in self._scales:
             options = replace(self.sampling, guidance=scale)
-            plans, notice = (
-                (self.plans, None) if self.plans else resolve_plan(self.flow, options, self.flow.folder)
-            )
+            plans, notice = self.plans, None
+            if plans is None:
+                plans, notice = resolve_plan(self.flow, options, self.flow.folder)
             sampler = Sampler.from_config(self.flow, options, plans)
             faults = Faults()
             drawn = self._draw(sampler, codec, numbers, faults, f"sampling, guidance {scale:g}")

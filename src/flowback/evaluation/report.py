@@ -17,7 +17,7 @@ __all__ = ["Comparison", "Report", "compare", "weights_of"]
 
 
 def weights_of(flow: Flow) -> dict[str, str | None]:
-    """For the settings: the checkpoint that a flow comes from, if any, and a SHA-256 of its weights."""
+    """For the settings: the checkpoint that a flow comes from, if any, and the hash of its weights."""
     folder = str(flow.folder) if flow.folder is not None else None
     return {"checkpoint": folder, "weights_sha256": weights_hash(flow)}
 
