@@ -171,16 +171,16 @@ def unprivileged(config, before: Path, out: Path) -> int:
     Permissions do not bind root. What the second run reads, the first has read, as it may be root's alone.
     """
     from flowback import InputError
-    from flowback.training import train
+    from flowback.training import train_loop
 
     images = digits(config)
-    train(config, images, before)
+    train_loop(config, images, before)
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
     try:
-        train(config, images, out)
+        train_loop(config, images, out)
     except InputError as error:
         print(error)  # noqa: T201
         return 2
@@ -197,10 +197,10 @@ def digits(config):
 def training(config, out: Path, *, targets=None, evaluators=(), images=None) -> int:
     """Train on the digits; 75 if a signal stopped it, 74 if another process is gone, as the command."""
     from flowback.errors import Interrupted, ProcessLostError
-    from flowback.training import train
+    from flowback.training import train_loop
 
     try:
-        row = train(config, images or digits(config), out, targets, evaluators)
+        row = train_loop(config, images or digits(config), out, targets, evaluators)
     except Interrupted:
         return 75
     except ProcessLostError as lost:
@@ -338,3 +338,8 @@ def compiled_and_plain() -> int:
         loss = module(images, labels).log_prob.sum()
         found.append([loss.detach(), *torch.autograd.grad(loss, list(flow.parameters()))])
     return int(not all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*found, strict=True)))
+
+
+def interrupt(step, flow):
+    """Of an evaluator: stop without saving."""
+    raise KeyboardInterrupt

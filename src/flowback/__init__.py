@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
     from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
+    from flowback.training import Evaluator, TrainResult, train
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -61,6 +62,7 @@ _MODULES = {
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
     "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "training": ("Evaluator", "TrainResult", "train"),
 }
 """Public names, by the module that defines them."""
 
@@ -74,6 +76,7 @@ __all__ = [
     "DataConfig",
     "Encoder",
     "EvaluateConfig",
+    "Evaluator",
     "Flow",
     "FlowOutput",
     "Guidance",
@@ -91,6 +94,7 @@ __all__ = [
     "SampleConfig",
     "Sampler",
     "TrainConfig",
+    "TrainResult",
     "__version__",
     "accuracy",
     "classify",
@@ -108,6 +112,7 @@ __all__ = [
     "register_dataset",
     "register_encoder",
     "sample",
+    "train",
 ]
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Progress bars with rate and time left; silent outside a terminal and in all processes but the first."""
+"""Progress bars with rate and time left; off a terminal, and in all processes but the first, nothing shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["bar", "track"]
+__all__ = ["bar", "on_terminal", "track"]
 
 T = TypeVar("T")
 
@@ -34,6 +34,11 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.3g} {self.unit}/s" if speed else "")
 
 
+def on_terminal() -> bool:
+    """Whether somebody watches: bars show on a terminal alone, and what is written to a file needs lines."""
+    return sys.stderr.isatty()
+
+
 def bar(unit: str = "images") -> Progress:
     """A progress display on stderr, to use as a context manager; tasks advance in ``unit``."""
     return Progress(
@@ -44,7 +49,7 @@ def bar(unit: str = "images") -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
-        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
+        disable=not on_terminal() or os.environ.get("RANK", "0") != "0",
     )
 
 

@@ -1,9 +1,10 @@
+import dataclasses
 import json
 
 import pytest
 
 import flowback as library
-from flowback import checkpoint
+from flowback import checkpoint, presets
 
 
 def test_photographs_train_sample_classify(flowback, small, photos, tmp_path):
@@ -35,6 +36,32 @@ def test_photographs_train_sample_classify(flowback, small, photos, tmp_path):
     code, printed, err = flowback("classify", out, "--json", tmp_path / "classify.json")
     assert code == 0, err
     assert "top-1" in printed or "top1" in printed
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits-reverse"])
+def test_python_gives_the_figures_of_the_command_line(flowback, tmp_path, preset):
+    """Bit for bit; what depends on the clock or on the process is left out."""
+    options = {"steps": 4, "batch_size": 8, "log_every": 2, "save_every": 2, "eval_every": 2, "eval_images": 8}
+    words = [word for name, value in options.items() for word in (f"--train.{name.replace('_', '-')}", value)]
+    code, _, err = flowback("train", preset, "--out", tmp_path / "shell", *words, "--train.device", "cpu")
+    assert code == 0, err
+    config = presets.get(preset).config
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **options, device="cpu"))
+    result = library.train(config, out=tmp_path / "python")
+
+    def figures(row):
+        clock = ("images_per_second", "tflops", "seconds", "peak_memory")
+        return {name: value for name, value in row.items() if name not in clock}
+
+    shell, python = (
+        [figures(json.loads(line)) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("shell", "python")
+    )
+    assert len(shell) == 2
+    assert shell == python
+    assert shell[-1] == figures(result.metrics)
+    assert checkpoint.load_config(tmp_path / "shell") == result.config
+    assert result.config.classes == tuple("0123456789")
 
 
 def test_running_again_resumes(flowback, small, tmp_path):

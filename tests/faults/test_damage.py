@@ -10,7 +10,7 @@ import pytest
 
 import runs
 from flowback import InputError, checkpoint
-from flowback.training import Evaluator, train
+from flowback.training import Evaluator, train_loop
 
 pytestmark = pytest.mark.faults
 
@@ -35,7 +35,7 @@ def whole(digits, tmp_path_factory):
     config = runs.tiny_config()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_more=(0.5,)))
     out = tmp_path_factory.mktemp("damage") / "whole"
-    train(config, digits, out)
+    train_loop(config, digits, out)
     return out, config
 
 
@@ -49,7 +49,7 @@ def test_a_damaged_newest_checkpoint(whole, digits, tmp_path, caplog, name, dama
     shutil.copytree(out, tmp_path / "run")
     file = checkpoint.resolve(tmp_path / "run") / name
     damage(file)
-    train(config, digits, tmp_path / "run")
+    train_loop(config, digits, tmp_path / "run")
     assert f"{file} is" in caplog.text
     assert "Going back to the checkpoint before it." in caplog.text
     runs.assert_same_run(out, tmp_path / "run")
@@ -61,20 +61,20 @@ def test_no_checkpoint_is_usable(whole, digits, tmp_path):
     for folder in checkpoint.step_folders(tmp_path / "run"):
         truncate(folder / "training.pt")
     with pytest.raises(InputError, match=r"No checkpoint in .* is usable; remove .* to start again"):
-        train(config, digits, tmp_path / "run")
+        train_loop(config, digits, tmp_path / "run")
 
 
 def test_a_lost_environment_is_written_again(whole, digits, tmp_path):
     out, config = whole
     shutil.copytree(out, tmp_path / "run")
     (tmp_path / "run" / "environment.json").write_text("{")
-    train(config, digits, tmp_path / "run")
+    train_loop(config, digits, tmp_path / "run")
     assert '"resumed"' in (tmp_path / "run" / "environment.json").read_text()
 
 
 def test_the_clock_jumps_back(config, digits, tmp_path, monkeypatch):
     """Order comes from steps, durations from a clock that cannot jump; dates are only written down."""
-    train(config, digits, tmp_path / "whole")
+    train_loop(config, digits, tmp_path / "whole")
 
     late = time.time()
 
@@ -87,11 +87,11 @@ def test_the_clock_jumps_back(config, digits, tmp_path, monkeypatch):
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        train(config, digits, tmp_path / "run", evaluators=[Evaluator(1, jump_and_interrupt)])
+        train_loop(config, digits, tmp_path / "run", evaluators=[Evaluator(1, jump_and_interrupt)])
     old, new = checkpoint.step_folders(tmp_path / "run")
     os.utime(new, (late - 86400, late - 86400))
     os.utime(old, (late, late))
-    row = train(config, digits, tmp_path / "run")
+    row = train_loop(config, digits, tmp_path / "run")
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["resumed"][0]["step"] == 8
     runs.assert_same_run(tmp_path / "whole", tmp_path / "run")

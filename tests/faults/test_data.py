@@ -13,7 +13,7 @@ from flowback import InputError
 from flowback.config import DataConfig
 from flowback.data import image_folder as folders
 from flowback.data.load import load_images
-from flowback.training import Evaluator, train
+from flowback.training import Evaluator, train_loop
 from flowback.training.batches import global_indices
 
 pytestmark = pytest.mark.faults
@@ -52,17 +52,17 @@ def breaker(file, at):
 def test_an_image_breaks(config, pictures, tmp_path, monkeypatch, workers):
     """Named in one sentence; repaired, the run equals one that had no trouble."""
     config, images = on_read(config, pictures, monkeypatch, workers=workers)
-    train(config, images, tmp_path / "whole")
+    train_loop(config, images, tmp_path / "whole")
     due = global_indices(0, len(images), 11 * 16, 16)[3]  # in the last step: no worker has read it by the 5th
     file = images.folder / images.files[due]
     content = file.read_bytes()
     with pytest.raises(InputError) as caught:
-        train(config, images, tmp_path / "run", evaluators=[breaker(file, at=5)])
+        train_loop(config, images, tmp_path / "run", evaluators=[breaker(file, at=5)])
     assert "\n" not in str(caught.value)
     assert images.files[due] in str(caught.value)
     assert "--data.bad-images skip" in str(caught.value)
     file.write_bytes(content)
-    train(config, images, tmp_path / "run")
+    train_loop(config, images, tmp_path / "run")
     runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -70,14 +70,14 @@ def test_a_broken_image_is_skipped_by_name(config, pictures, tmp_path, monkeypat
     config, images = on_read(config, pictures, monkeypatch, bad_images="skip")
     due = global_indices(0, len(images), 11 * 16, 16)[3]
     file = images.folder / images.files[due]
-    row = train(config, images, tmp_path / "run", evaluators=[breaker(file, at=5)])
+    row = train_loop(config, images, tmp_path / "run", evaluators=[breaker(file, at=5)])
     assert row["step"] == 12
     assert f"Skipped {file}" in caplog.text
 
 
 def test_a_worker_dies(config, pictures, tmp_path, monkeypatch):
     config, images = on_read(config, pictures, monkeypatch, workers=2)
-    train(config, images, tmp_path / "whole")
+    train_loop(config, images, tmp_path / "whole")
 
     others = multiprocessing.active_children()
 
@@ -88,10 +88,10 @@ def test_a_worker_dies(config, pictures, tmp_path, monkeypatch):
         return {}
 
     with pytest.raises(InputError) as caught:
-        train(config, images, tmp_path / "run", evaluators=[Evaluator(1, call)])
+        train_loop(config, images, tmp_path / "run", evaluators=[Evaluator(1, call)])
     assert re.match(
         r"A process that decodes images died \(DataLoader worker .*\); .* --data\.workers", str(caught.value)
     )
     assert "\n" not in str(caught.value)
-    train(config, images, tmp_path / "run")
+    train_loop(config, images, tmp_path / "run")
     runs.assert_same_run(tmp_path / "whole", tmp_path / "run")

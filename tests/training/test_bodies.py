@@ -7,7 +7,7 @@ from torch import nn
 import runs
 from flowback import InputError
 from flowback.config import AlignmentConfig
-from flowback.training import train
+from flowback.training import train_loop
 from flowback.training.objective import Objective
 from flowback.training.state import set_up_bodies
 
@@ -59,7 +59,7 @@ def test_checkpointing_changes_no_bit_of_a_gradient(strategy, precision, monkeyp
 @pytest.mark.parametrize("strategy", ["none", "reverse"])
 def test_compiled_bodies_give_the_same_run_but_for_rounding(strategy, digits, targets, tmp_path):
     """In a process of its own: the tests' checks of shapes cannot be traced."""
-    train(settings(strategy), digits, tmp_path / "eager", targets)
+    train_loop(settings(strategy), digits, tmp_path / "eager", targets)
     job, log = settings(strategy, compile=True), tmp_path / "log"
     assert runs.run(runs.compiled, job, tmp_path / "compiled", log=log) == [0], runs.printed(log)
     assert int(runs.printed(log).splitlines()[-1]) > 0

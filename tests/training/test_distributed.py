@@ -10,7 +10,7 @@ import pytest
 import runs
 from flowback import InputError, checkpoint
 from flowback.config import AlignmentConfig, TrainConfig
-from flowback.training import distributed, train
+from flowback.training import distributed, train_loop
 
 
 @pytest.mark.parametrize(("strategy", "micro"), [("none", 4), ("reverse", None)])
@@ -20,7 +20,7 @@ def test_two_processes_are_one_but_for_the_order_of_sums(config, digits, tmp_pat
         alignment=AlignmentConfig(strategy=strategy, order="exact", locations=((1, 1), (2, 1)), hidden=8),
         train=dataclasses.replace(config.train, micro_batch=micro),
     )
-    train(config, digits, tmp_path / "one", runs.RandomTargets())
+    train_loop(config, digits, tmp_path / "one", runs.RandomTargets())
     job = functools.partial(runs.training, targets=runs.RandomTargets())
     assert runs.run(job, config, tmp_path / "two", log=tmp_path / "log", processes=2) == [0, 0]
     assert [runs.printed(tmp_path / "log", rank) for rank in (0, 1)] == ["12\n", "12\n"]
@@ -29,11 +29,11 @@ def test_two_processes_are_one_but_for_the_order_of_sums(config, digits, tmp_pat
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_one_goes_on(config, digits, tmp_path, rank):
-    train(config, digits, tmp_path / "whole")
+    train_loop(config, digits, tmp_path / "whole")
     job = functools.partial(runs.training, targets=runs.Trouble(5, signal.SIGTERM, rank))
     assert runs.run(job, config, tmp_path / "run", log=tmp_path / "log", processes=2) == [75, 75]
     assert checkpoint.resolve(tmp_path / "run").name == "step-00000006"  # the answer comes a step later
-    train(config, digits, tmp_path / "run")
+    train_loop(config, digits, tmp_path / "run")
     runs.assert_near(tmp_path / "whole", tmp_path / "run")
 
 
@@ -49,8 +49,8 @@ def test_a_process_dies_the_other_ends_and_one_goes_on(config, digits, tmp_path,
     assert [process.exitcode for process in started] == ([-9, 74] if rank == 0 else [74, -9])
     assert f"lost: Process {1 - rank} of 2 has lost another one (" in runs.printed(tmp_path / "log", 1 - rank)
     assert checkpoint.resolve(tmp_path / "run") == saved
-    train(config, digits, tmp_path / "run")
-    train(config, digits, tmp_path / "whole")
+    train_loop(config, digits, tmp_path / "run")
+    train_loop(config, digits, tmp_path / "whole")
     runs.assert_near(tmp_path / "whole", tmp_path / "run")
 
 

@@ -11,9 +11,9 @@ import runs
 from flowback import Flow, checkpoint
 from flowback.config import AlignmentConfig
 from flowback.errors import InputError, Interrupted
-from flowback.training import Evaluator, train
+from flowback.training import Evaluator, train_loop
 from flowback.training.batches import global_indices
-from flowback.training.loop import BadGradientError
+from flowback.training.trainer import BadGradientError
 from flowback.training.objective import Objective
 
 
@@ -59,7 +59,7 @@ def killer(step):
 
 def test_loss_falls_and_the_run_explains_itself(config, digits, tmp_path):
     config = replaced(config, steps=60, log_every=10)
-    row = train(
+    row = train_loop(
         config, digits, tmp_path, evaluators=[Evaluator(20, lambda step, flow: {"seen": float(step)})]
     )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -75,7 +75,7 @@ def test_loss_falls_and_the_run_explains_itself(config, digits, tmp_path):
 
 
 def test_average_is_what_load_gives(config, digits, tmp_path):
-    train(config, digits, tmp_path)
+    train_loop(config, digits, tmp_path)
     state = checkpoint.load_training_state(checkpoint.resolve(tmp_path))
     loaded = Flow.from_pretrained(tmp_path).state_dict()
     for name, value in weights(tmp_path).items():
@@ -90,10 +90,10 @@ def test_killed_and_run_again_equals_the_run_that_was_not(config, digits, target
         config,
         alignment=AlignmentConfig(strategy=strategy, order="exact", locations=((1, 1), (2, 1)), hidden=8),
     )
-    train(config, digits, tmp_path / "whole", targets)
+    train_loop(config, digits, tmp_path / "whole", targets)
     with pytest.raises(Kill):
-        train(config, digits, tmp_path / "killed", targets, [killer(at)])
-    train(config, digits, tmp_path / "killed", targets)
+        train_loop(config, digits, tmp_path / "killed", targets, [killer(at)])
+    train_loop(config, digits, tmp_path / "killed", targets)
     runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
     rows = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "nll" in row] == [4, 8, 12]
@@ -104,8 +104,8 @@ def test_accumulation_equals_one_batch_up_to_rounding(config, digits, tmp_path):
 
     Outputs, not weights: the gradient of a key's bias is zero but for rounding, which Adam blows up.
     """
-    train(config, digits, tmp_path / "one")
-    train(replaced(config, micro_batch=4), digits, tmp_path / "four")
+    train_loop(config, digits, tmp_path / "one")
+    train_loop(replaced(config, micro_batch=4), digits, tmp_path / "four")
     one, four = Flow.from_pretrained(tmp_path / "one"), Flow.from_pretrained(tmp_path / "four")
     images = torch.randn(8, 1, 8, 8)
     labels = torch.arange(8)
@@ -113,39 +113,39 @@ def test_accumulation_equals_one_batch_up_to_rounding(config, digits, tmp_path):
 
 
 def test_a_signal_saves_and_the_rest_equals(config, digits, tmp_path):
-    train(config, digits, tmp_path / "whole")
+    train_loop(config, digits, tmp_path / "whole")
     handler = signal.getsignal(signal.SIGTERM)
     raiser = Evaluator(1, lambda step, flow: os.kill(os.getpid(), signal.SIGTERM) or {} if step == 5 else {})
     with pytest.raises(Interrupted):
-        train(config, digits, tmp_path / "stopped", evaluators=[raiser])
+        train_loop(config, digits, tmp_path / "stopped", evaluators=[raiser])
     assert signal.getsignal(signal.SIGTERM) == handler
     assert checkpoint.resolve(tmp_path / "stopped").name == "step-00000005"
-    train(config, digits, tmp_path / "stopped")
+    train_loop(config, digits, tmp_path / "stopped")
     runs.assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(config, digits, tmp_path, caplog):
-    train(config, digits, tmp_path / "whole")
-    train(config, digits, tmp_path / "hurt")
+    train_loop(config, digits, tmp_path / "whole")
+    train_loop(config, digits, tmp_path / "hurt")
     file = checkpoint.resolve(tmp_path / "hurt") / "training.pt"
     file.write_bytes(file.read_bytes()[:-100])
-    train(config, digits, tmp_path / "hurt")
+    train_loop(config, digits, tmp_path / "hurt")
     assert str(file) in caplog.text
     runs.assert_same_run(tmp_path / "whole", tmp_path / "hurt")
 
 
 def test_non_finite_gradient_stops_with_the_step_and_keeps_the_checkpoint(config, digits, tmp_path):
-    train(replaced(config, steps=8), digits, tmp_path)
+    train_loop(replaced(config, steps=8), digits, tmp_path)
     before = weights(tmp_path)
 
-    with pytest.raises(BadGradientError, match=r"Step 1: the gradient is not finite .*bad-steps\.jsonl"):
-        train(aligned(config), digits, tmp_path / "nan", NaNTargets(range(100)))
+    with pytest.raises(BadGradientError, match=r"Step 1: the gradient is not finite, .*bad-steps\.jsonl"):
+        train_loop(aligned(config), digits, tmp_path / "nan", NaNTargets(range(100)))
     assert not checkpoint.step_folders(tmp_path / "nan")
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
 
 
 def test_bad_steps_are_left_out_with_evidence_until_there_are_too_many(config, digits, tmp_path, caplog):
-    row = train(replaced(aligned(config), bad_steps=2), digits, tmp_path / "two", NaNTargets({2, 9}))
+    row = train_loop(replaced(aligned(config), bad_steps=2), digits, tmp_path / "two", NaNTargets({2, 9}))
     assert row["step"] == 12
     assert row["bad_steps"] == 2
     assert all(value.isfinite().all() for value in weights(tmp_path / "two").values())
@@ -155,14 +155,14 @@ def test_bad_steps_are_left_out_with_evidence_until_there_are_too_many(config, d
     assert evidence[0]["images"] == [digits.file_name(index) for index in seen.tolist()]
     assert "Step 10 was left out" in caplog.text
     with pytest.raises(BadGradientError, match="Step 10"):
-        train(replaced(aligned(config), bad_steps=1), digits, tmp_path / "one", NaNTargets({2, 9}))
+        train_loop(replaced(aligned(config), bad_steps=1), digits, tmp_path / "one", NaNTargets({2, 9}))
     assert checkpoint.resolve(tmp_path / "one").name == "step-00000008"
 
 
 def test_a_step_left_out_changes_no_weight(config, digits, tmp_path):
     """The optimiser's own count of steps stands still too."""
     few = replaced(aligned(config), steps=4, bad_steps=None)
-    train(few, digits, tmp_path, NaNTargets(range(100)))
+    train_loop(few, digits, tmp_path, NaNTargets(range(100)))
     state = checkpoint.load_training_state(checkpoint.resolve(tmp_path))
     torch.manual_seed(0)
     fresh = Objective(few, 6).state_dict()
@@ -171,7 +171,7 @@ def test_a_step_left_out_changes_no_weight(config, digits, tmp_path):
 
 
 def test_rows_with_nan_are_json_all_the_same(config, digits, tmp_path):
-    train(replaced(aligned(config), steps=2, bad_steps=None), digits, tmp_path, NaNTargets(range(100)))
+    train_loop(replaced(aligned(config), steps=2, bad_steps=None), digits, tmp_path, NaNTargets(range(100)))
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
@@ -181,48 +181,48 @@ def test_rows_with_nan_are_json_all_the_same(config, digits, tmp_path):
 
 
 def test_resuming_with_another_setting_names_it(config, digits, tmp_path):
-    train(config, digits, tmp_path)
+    train_loop(config, digits, tmp_path)
     with pytest.raises(InputError, match=r"--train.lr \(was 0.01, now 0.02\)"):
-        train(replaced(config, lr=2e-2), digits, tmp_path)
-    train(replaced(config, steps=16, log_every=2), digits, tmp_path)  # these may change
+        train_loop(replaced(config, lr=2e-2), digits, tmp_path)
+    train_loop(replaced(config, steps=16, log_every=2), digits, tmp_path)  # these may change
     assert checkpoint.resolve(tmp_path).name == "step-00000016"
 
 
 def test_resuming_before_the_first_checkpoint_compares_too(config, digits, tmp_path):
     with pytest.raises(Kill):
-        train(config, digits, tmp_path, evaluators=[killer(2)])
+        train_loop(config, digits, tmp_path, evaluators=[killer(2)])
     with pytest.raises(InputError, match=r"--train\.seed"):
-        train(replaced(config, seed=1), digits, tmp_path)
+        train_loop(replaced(config, seed=1), digits, tmp_path)
 
 
 def test_class_count_that_does_not_fit_the_data(config, digits, tmp_path):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=7))
     with pytest.raises(InputError, match=r"num-classes is 7, but .* has 10 classes"):
-        train(config, digits, tmp_path / "run")
+        train_loop(config, digits, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written(config, digits, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        train(config, digits, tmp_path / "file" / "run")
+        train_loop(config, digits, tmp_path / "file" / "run")
 
 
 def test_gradients_are_compared_at_intervals(config, digits, targets, tmp_path):
     config = aligned(replaced(config, diagnose_every=6))
-    train(config, digits, tmp_path / "one", targets)
+    train_loop(config, digits, tmp_path / "one", targets)
     rows = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     found = [row for row in rows if "grad_nll_1" in row]
     assert [row["step"] for row in found] == [6, 12]
     assert found[0]["grad_alignment_1"] == 0
     assert found[0]["grad_alignment_2"] > 0
-    train(replaced(config, diagnose_every=0), digits, tmp_path / "two", targets)
+    train_loop(replaced(config, diagnose_every=0), digits, tmp_path / "two", targets)
     runs.assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_several_averages_and_kept_checkpoints(config, digits, tmp_path):
     config = replaced(config, ema_more=(0.5, 0.99), keep_last=1, keep_every=8, steps=16)
-    train(config, digits, tmp_path / "whole")
+    train_loop(config, digits, tmp_path / "whole")
     assert [folder.name[-2:] for folder in checkpoint.step_folders(tmp_path / "whole")] == ["08", "16"]
     flows = {
         decay: Flow.from_pretrained(tmp_path / "whole", ema=decay).state_dict() for decay in (0.5, 0.9, 0.99)
@@ -235,8 +235,8 @@ def test_several_averages_and_kept_checkpoints(config, digits, tmp_path):
     with pytest.raises(InputError, match=r"no average of decay 0\.7; it has 0\.9, 0\.5, 0\.99"):
         Flow.from_pretrained(tmp_path / "whole", ema=0.7)
     with pytest.raises(Kill):
-        train(config, digits, tmp_path / "killed", evaluators=[killer(9)])
-    train(config, digits, tmp_path / "killed")
+        train_loop(config, digits, tmp_path / "killed", evaluators=[killer(9)])
+    train_loop(config, digits, tmp_path / "killed")
     for decay, state in flows.items():
         again = Flow.from_pretrained(tmp_path / "killed", ema=decay).state_dict()
         assert all(torch.equal(state[name], again[name]) for name in state), decay

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flowback.errors import InputError
-from flowback.training import Evaluator, train
+from flowback.training import Evaluator, train_loop
 
 
 def tracked(config, *names, **more):
@@ -22,7 +22,7 @@ def events(out):
 def test_tensorboard_gets_rows_and_pictures(config, digits, tmp_path):
     picture = torch.arange(192, dtype=torch.uint8).view(3, 8, 8)
     evaluator = Evaluator(4, lambda step, flow: {"seen": float(step), "samples": picture})
-    row = train(tracked(config, "tensorboard"), digits, tmp_path, evaluators=[evaluator])
+    row = train_loop(tracked(config, "tensorboard"), digits, tmp_path, evaluators=[evaluator])
     assert row["seen"] == 12
     assert "samples" not in row
     found = events(tmp_path)
@@ -44,8 +44,8 @@ def test_a_resumed_run_goes_on_in_tensorboard(config, digits, tmp_path):
 
     config = tracked(config, "tensorboard", log_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(config, digits, tmp_path, evaluators=[Evaluator(1, interrupt)])
-    train(config, digits, tmp_path)
+        train_loop(config, digits, tmp_path, evaluators=[Evaluator(1, interrupt)])
+    train_loop(config, digits, tmp_path)
     assert [event.step for event in events(tmp_path).Scalars("nll")] == list(range(1, 13))
 
 
@@ -55,5 +55,5 @@ def test_a_missing_package_is_named(config, digits, tmp_path, monkeypatch, name)
     with pytest.raises(
         InputError, match=rf"--train\.trackers {name} needs a package: pip install .*\[{name}\]"
     ):
-        train(tracked(config, name), digits, tmp_path / "run")
+        train_loop(tracked(config, name), digits, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import torch
 import runs
 from flowback import checkpoint
 from flowback.errors import InputError
-from flowback.training import Evaluator, train
+from flowback.training import Evaluator, train_loop
 from flowback.training.distributed import gathered
 from flowback.training.run_folder import Writer
 
@@ -66,9 +66,9 @@ def test_a_checkpoint_is_of_its_step_however_late_it_is_written(config, digits, 
     monkeypatch.setattr(checkpoint, "save", late)
     keep = dataclasses.replace(config, train=dataclasses.replace(config.train, keep_last=9))
     opener = Evaluator(1, lambda step, flow: gate.set() or {} if step == 7 else {})
-    train(keep, digits, tmp_path / "late", evaluators=[opener])
+    train_loop(keep, digits, tmp_path / "late", evaluators=[opener])
     monkeypatch.undo()
-    train(keep, digits, tmp_path / "plain")
+    train_loop(keep, digits, tmp_path / "plain")
     for step in (4, 8, 12):
         pair = [tmp_path / name / "checkpoints" / f"step-{step:08d}" for name in ("late", "plain")]
         runs.assert_same_run(*pair)

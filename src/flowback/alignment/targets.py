@@ -1,4 +1,4 @@
-"""What the flow's features are aligned with: an encoder's features of each batch, computed or kept on disk.
+"""What the flow's features are aligned with: an encoder's features, computed at every step or kept on disk.
 
 A table of a whole data set is a :class:`~flowback.data.image_set.FeatureTable` in fp32; beside it a .json
 says what it holds. The file's name carries the hash of everything the features depend on: the encoder's
@@ -14,10 +14,11 @@ import logging
 import os
 import re
 import shutil
-import tempfile
+import socket
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -33,10 +34,14 @@ from flowback.progress import track
 
 __all__ = ["CachedTargets", "ComputedTargets", "cached_features", "make_targets"]
 
+logger = logging.getLogger(__name__)
+
 _VERSION = 2
 
-
 _BATCH = 64
+
+CACHE_LIMIT = 4 * 2**30
+"""Bytes up to which features are computed once and kept on disk; beyond it, at every step."""
 
 
 def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, folder: Path) -> FeatureTable:
@@ -77,6 +82,7 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
 def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: list[int]) -> None:
     """Compute a table into a temporary file, which takes its place when it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
     needed = 4 * np.prod(shape, dtype=np.int64)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
@@ -84,8 +90,12 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
             f"The features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f}: "
             "make room, or choose a smaller --alignment.grid."
         )
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    logger.info(
+        "Encoding %s images%s of %s with %s on %s, once: %.3g GB in %s.",
+        *(f"{shape[0]:,}", " and their mirror images" if shape[1] == 2 else "", images.name, encoder.name),
+        *(encoder.mean.device, needed / 1e9, path),
+    )
+    temporary = path.with_name(f"{_prefix()}{os.getpid()}.{path.name}")
     try:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=tuple(shape))
         batches = torch.arange(len(images)).split(_BATCH)
@@ -96,20 +106,25 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
                 array[batch[0] : batch[-1] + 1, mirror] = features.cpu().numpy()
         array.flush()
         del array
-        with open(temporary, "r+b") as file:  # Windows flushes what is open for writing
+        with temporary.open("r+b") as file:  # Windows flushes what is open for writing
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-logger = logging.getLogger(__name__)
+def _prefix() -> str:
+    """How temporary files of this machine begin; the process follows, so that a killed one's are known."""
+    return f".{socket.gethostname()}."
 
 
-CACHE_LIMIT = 4 * 2**30
-"""Bytes up to which features are computed once and kept on disk; beyond it, at every step."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this machine left: their numbers are free, or this process's own."""
+    for file in folder.glob(f"{_prefix()}*.npy"):
+        number = file.name.removeprefix(_prefix()).split(".")[0]
+        if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+            file.unlink(missing_ok=True)
 
 
 class CachedTargets:
@@ -137,16 +152,20 @@ class ComputedTargets:
         return self.encoder.to(seen.device)(seen, self.grid)
 
 
-def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTargets | ComputedTargets | None:
+def make_targets(
+    config: RunConfig, images: ImageSet, cache: Path, device: torch.device | str = "cpu"
+) -> CachedTargets | ComputedTargets | None:
     """The targets of a run, None without alignment: a table of features, or the encoder itself.
 
-    The table is the one that `flowback prepare` wrote beside the images; else, for a set that fits, one that
-    is computed first and kept in ``cache``.
+    The table is the one that `flowback prepare` wrote beside the images; else one that is computed first and
+    kept in ``cache``. The encoder runs at every step if the table would be too large, or if the run ends
+    before it has seen every image once.
 
     Args:
         config: the run.
         images: the training images.
         cache: folder of feature tables.
+        device: where the encoder runs.
     """
     if not config.alignment.active:
         return None
@@ -156,12 +175,18 @@ def make_targets(config: RunConfig, images: ImageSet, cache: Path) -> CachedTarg
     prepared = None if wanted.originals else _prepared(seen, wanted, grid)
     if prepared is not None:
         return CachedTargets(prepared, prepared.values.shape[-1])
-    encoder = create_encoder(wanted.encoder, wanted.weights)
+    encoder = create_encoder(wanted.encoder, wanted.weights).to(device)
     if wanted.originals:
         seen = _originals(config, pixels, encoder.input_size(grid))
     originals = None if seen is images else seen
     copies = 2 if config.data.flip else 1
-    if copies * len(images) * grid**2 * encoder.dim * 4 > CACHE_LIMIT:
+    too_large = copies * len(images) * grid**2 * encoder.dim * 4 > CACHE_LIMIT
+    if too_large or config.train.steps * config.train.batch_size < len(images):
+        logger.info(
+            "The encoder %s runs at every step: %s.",
+            encoder.name,
+            "a table of all features would be too large" if too_large else "the run sees only some of the images",
+        )
         return ComputedTargets(encoder, grid, originals)
     table = cached_features(encoder, seen, grid, config.data.flip, cache)
     return CachedTargets(table, encoder.dim)

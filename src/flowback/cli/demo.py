@@ -15,7 +15,6 @@ from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.cli.train import Fitted, fit
 from flowback.data.pixels import to_bytes
 from flowback.evaluation.held_out import held_out_figures
 from flowback.evaluation.judge import Judge
@@ -25,6 +24,7 @@ from flowback.model import Flow
 from flowback.provenance import environment
 from flowback.sampling import sample
 from flowback.sampling.image_files import grid
+from flowback.training import TrainResult, train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -59,8 +59,11 @@ class Options:
 def run(argv: list[str]) -> None:
     """Train twice, compare, and say where to look."""
     options = parse(Options, argv, "demo")
+    results = {name: _train(name, options) for name in RUNS}
+    images = results["none"].images  # both runs have the same
+    judge = Judge(Reference(images.name, images.fingerprint, images), create_encoder("efficientnet_lite0"))
     report: dict[str, Any] = {
-        "runs": {},
+        "runs": {name: _figures(result, judge, options) for name, result in results.items()},
         "settings": {
             "seed": options.seed,
             "samples": options.samples,
@@ -68,29 +71,15 @@ def run(argv: list[str]) -> None:
             "denoise": True,
             "nll": "nats per dimension of the noised test images, given their labels",
             "fd_efficientnet_lite0": "of the samples against the training images",
-            "configs": {},
+            "configs": {name: to_dict(result.config) for name, result in results.items()},
         },
         "environment": environment(),
     }
-    flows = {}
-    judge: Judge | None = None  # knows the training images, which both runs share
-    for name, (preset, about) in RUNS.items():
-        config = presets.get(preset).config
-        steps = options.steps or config.train.steps
-        config = replace(config, train=replace(config.train, steps=steps, seed=options.seed, device="cpu"))
-        fitted = fit(config, options.out / name, f"{name}: {about}")
-        flows[name] = Flow.from_pretrained(options.out / name)
-        if judge is None:
-            reference = Reference(fitted.images.name, fitted.images.fingerprint, fitted.images)
-            judge = Judge(reference, create_encoder("efficientnet_lite0"))
-        report["runs"][name] = _figures(flows[name], fitted, judge, options)
-        report["settings"]["configs"][name] = to_dict(fitted.config)
     options.out.mkdir(parents=True, exist_ok=True)
-    _draw_samples(flows, options)
+    _draw_samples({name: result.flow for name, result in results.items()}, options)
     _draw_curves(options.out)
-    write_json(options.out / "report.json", report)
-    if options.json:
-        write_json(options.json, report)
+    for file in (options.out / "report.json", *((options.json,) if options.json else ())):
+        write_json(file, report)
     with replacing(options.out / "report.md") as file:
         file.write(_markdown(report))
     rows = [[name, *(report["runs"][name][column] for column in COLUMNS)] for name in RUNS]
@@ -98,14 +87,23 @@ def run(argv: list[str]) -> None:
     say(f"Look at {options.out}/samples.png, curves.png and report.md")
 
 
-def _figures(flow: Flow, fitted: Fitted, judge: Judge, options: Options) -> dict[str, float]:
+def _train(name: str, options: Options) -> TrainResult:
+    preset, about = RUNS[name]
+    config = presets.get(preset).config
+    steps = options.steps or config.train.steps
+    config = replace(config, train=replace(config.train, steps=steps, seed=options.seed, device="cpu"))
+    return train(config, out=options.out / name, description=f"{name}: {about}")
+
+
+def _figures(result: TrainResult, judge: Judge, options: Options) -> dict[str, float]:
     """Likelihood, accuracy, speed and samples of one run."""
-    labels = [index % len(fitted.images.classes) for index in range(options.samples)]
-    drawn = to_bytes(sample(flow, labels, seeds=range(options.samples), guidance=options.guidance))
+    assert result.test is not None
+    labels = [index % len(result.images.classes) for index in range(options.samples)]
+    drawn = to_bytes(sample(result.flow, labels, seeds=range(options.samples), guidance=options.guidance))
     quality = judge.figures(judge.gather(drawn.split(64), options.samples))
-    held_out = held_out_figures(flow, fitted.test, len(fitted.test), exhaustive=True)
-    seconds = fitted.last["seconds"]
-    speed = {"seconds": seconds, "images_per_second": fitted.last["images"] / seconds}
+    held_out = held_out_figures(result.flow, result.test, len(result.test), exhaustive=True)
+    seconds = result.metrics["seconds"]
+    speed = {"seconds": seconds, "images_per_second": result.metrics["images"] / seconds}
     return {**quality, **held_out, **speed}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,21 +11,17 @@ import tyro
 import yaml
 
 from flowback import presets
-from flowback.alignment.targets import make_targets
 from flowback.checked import from_dict, to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
 from flowback.config import AlignmentConfig, CodecConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from flowback.data.image_set import ImageSet
-from flowback.data.load import load_images
 from flowback.errors import InputError
-from flowback.files import cache_folder, write_json
+from flowback.files import write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
 from flowback.provenance import environment
-from flowback.training import noticing_loss, start, train
-from flowback.training.evaluators import likelihood_evaluator, picture_evaluator
+from flowback.training import start, train
 
-__all__ = ["Fitted", "Options", "fit", "run"]
+__all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True)
@@ -49,18 +45,6 @@ class Options:
     codec: CodecConfig = field(default_factory=CodecConfig)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A run that reached its last step."""
-
-    config: RunConfig
-    """The settings, with what they left to the data."""
-    images: ImageSet
-    test: ImageSet
-    last: dict[str, Any]
-    """Its last row of metrics."""
-
-
 def run(argv: list[str]) -> None:
     """Train, and show where it ended."""
     options = parse(Options, argv, "train", _settings)
@@ -68,49 +52,15 @@ def run(argv: list[str]) -> None:
     if options.dry_run:
         _dry_run(config)
         return
-    fitted = fit(config, options.out, options.preset)
-    state, row = start(config.train), fitted.last
-    if not state.is_main_process:
+    result = train(config, out=options.out, description=options.preset)
+    row = result.metrics
+    if not start(config.train).is_main_process:
         return
     show_table(f"{options.preset} after {row['step']} steps", ["metric", "value"], list(row.items()))
     say(f"Checkpoint: {options.out}   (flowback sample {options.out} --out samples)")
     if options.json:
-        record = {"environment": environment(state.device), "config": to_dict(fitted.config), "result": row}
+        record = {"environment": environment(result.device), "config": to_dict(result.config), "result": row}
         write_json(options.json, record)
-
-
-def fit(config: RunConfig, out: Path, description: str) -> Fitted:
-    """Train on the data that the settings name, or go on; looks at the test images on the way.
-
-    Raises:
-        Interrupted: a signal stopped the run after saving.
-        ProcessLostError: another process of the run is gone.
-    """
-    state, model = start(config.train), config.model
-    images, test = (load_images(config.data, model.image_size, model.channels, s) for s in ("train", "test"))
-    config = _resolve(config, images)
-    evaluators = [likelihood_evaluator(config, test)]
-    if config.train.sample_every:
-        evaluators.append(picture_evaluator(config, out / "samples"))
-    with noticing_loss(state), state.main_process_first():  # it computes the features that all read
-        targets = make_targets(config, images, cache_folder() / "features")
-    return Fitted(config, images, test, train(config, images, out, targets, evaluators, description))
-
-
-def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:
-    """Take the number of classes and the VAE from the data; refuse another VAE in the settings."""
-    asked, found = config.codec, images.codec
-    other = asked.weights is not None and asked.weights != found.weights
-    if asked.vae is not None and (asked.vae != found.vae or other):
-        made = f"latents of {found.vae}" if found.vae else "pixels"
-        raise InputError(
-            f"The settings ask for latents of --codec.vae {asked.vae}, but {images.name} holds {made}; "
-            f"prepare the data with --vae {asked.vae}, or set --codec.vae {found.vae}."
-        )
-    model = config.model
-    if model.num_classes is None:
-        model = replace(model, num_classes=len(images.classes))
-    return replace(config, model=model, codec=found)
 
 
 def _settings(seen: Any) -> dict[str, Any]:

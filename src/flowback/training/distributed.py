@@ -1,8 +1,8 @@
-"""Several processes as one run: how they start, stop together, notice a lost one, and share weights.
+"""Several processes as one run: how they start, stop together, notice a lost one, and share the weights.
 
 Started by ``torchrun`` or ``accelerate launch``, each process finds the others through its environment; a
-plain ``python`` is a run of one. Gradients meet in Accelerate. Questions about the run itself, which need
-no device, go over a group of their own on the CPU, so that nothing waits for a GPU.
+plain ``python`` is a run of one. Accelerate joins the gradients. Questions about the run itself go over a group of their own on
+the CPU, so that nothing waits for a GPU.
 
 Sharded training keeps a part of weights, gradients, optimiser and averages in each process. This is FSDP2,
 PyTorch's ``fully_shard``, called directly: Accelerate's way to it leaves out the CPU, and chooses by class
@@ -14,10 +14,12 @@ plain ones come back as they are.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -45,6 +47,8 @@ __all__ = [
     "start",
 ]
 
+log = logging.getLogger("flowback")
+
 
 def launcher_engine() -> str | None:
     """What ``accelerate launch`` was told to join gradients with; None: nothing in particular."""
@@ -60,7 +64,7 @@ def start(train: TrainConfig) -> PartialState:
     """This process and the others of its run; joins their group at the first call.
 
     Raises:
-        InputError: the device that was asked for is not there, or takes no several processes.
+        InputError: there is no such device, or several processes cannot train on it.
     """
     if (engine := launcher_engine()) not in (None, "FSDP2"):
         raise InputError(
@@ -85,8 +89,8 @@ def start(train: TrainConfig) -> PartialState:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise InputError(
-            f"{launched} processes were launched, and {state.device.type} takes part in none but its own; "
-            "launch one, or set --train.device cpu."
+            f"{launched} processes were launched, but flowback cannot train on {state.device.type} with more "
+            "than one; launch one process, or set --train.device cpu."
         )
     return state
 
@@ -113,6 +117,10 @@ class Vote:
         work = distributed.all_reduce(ballot, group=self.group, async_op=True)
         answer, self.pending = self.close(), (work, ballot)
         return answer
+
+    def abandon(self) -> None:
+        """Do not wait for the answer: this process stops now, whatever the others do."""
+        self.pending = None
 
     def close(self) -> bool:
         """The answer to the last question; none may be open when the group is closed."""
@@ -141,12 +149,25 @@ def noticing_loss(state: PartialState) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step."""
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step, and say at once what follows.
+
+    A second Ctrl-C (SIGINT) raises KeyboardInterrupt. A second SIGTERM does not: schedulers repeat it.
+    """
     asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del frame
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not asked and os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            log.warning("%s: the run stops after this step and saves. Ctrl-C again stops it now.", name)
+        asked.append(number)
+
     previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not the main thread: leave signals to whoever runs us
-            previous[number] = signal.signal(number, lambda received, _: asked.append(received))
+            previous[number] = signal.signal(number, ask)
     try:
         yield asked
     finally:
@@ -217,7 +238,7 @@ def gathered(tree: Any, keep: bool = True, device: torch.device | None = None) -
 
     Args:
         tree: a state dict, or several.
-        keep: False takes part and gets None for each tensor.
+        keep: False helps the other processes, and gets None for each tensor.
         device: copies of all tensors go there, which share nothing with the tree; None leaves those that were
             never sharded as they are.
     """

@@ -1,7 +1,9 @@
-"""What is looked at while a flow trains: likelihood, accuracy and pictures."""
+"""What is looked at while a flow trains: likelihood, accuracy, pictures, and hooks of your own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -13,13 +15,27 @@ from flowback.evaluation.held_out import held_out_figures
 from flowback.model import Flow
 from flowback.sampling import sample
 from flowback.sampling.image_files import grid, save_png
-from flowback.training import Evaluator
 
-__all__ = ["likelihood_evaluator", "picture_evaluator"]
+__all__ = ["Evaluator", "likelihood_evaluator", "picture_evaluator"]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Something to look at while a flow trains.
+
+    Example:
+        >>> hook = Evaluator(1000, lambda step, flow: {"largest": float(flow.sample(0, [7]).max())})
+    """
+
+    every: int
+    """Steps between two calls; it is also called after the last step."""
+    call: Callable[[int, Flow], Mapping[str, float | Tensor]]
+    """Takes the step and the averaged flow in eval mode, in the main process. The numbers that it returns go
+    into metrics.jsonl, and pictures, (c, h, w) of 8-bit values, to the trackers."""
 
 
 def likelihood_evaluator(config: RunConfig, test: ImageSet) -> Evaluator:
-    """Test nll and gradient accuracy every ``--train.eval-every`` steps."""
+    """Test nll and accuracy by the gradient rule every ``--train.eval-every`` steps."""
 
     def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
         del step
@@ -30,7 +46,7 @@ def likelihood_evaluator(config: RunConfig, test: ImageSet) -> Evaluator:
 
 
 def picture_evaluator(config: RunConfig, folder: Path) -> Evaluator:
-    """A grid of samples every ``--train.sample-every`` steps of the same noise, as files and for trackers."""
+    """A grid of samples from the same noise every ``--train.sample-every`` steps, as a file and for trackers."""
 
     def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
         classes = min(flow.config.num_classes or 0, 8)

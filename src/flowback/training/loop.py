@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import patch_environment
-from torch import Tensor
-
-from flowback import checkpoint
-from flowback.alignment.align import Losses
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError, Interrupted
-from flowback.model import Flow
-from flowback.progress import bar
-from flowback.training.batches import Batch, batches, noticing_dead_workers
-from flowback.training.distributed import Vote, gathered, noticing_loss, root_whole, sharded, signals, start
-from flowback.training.monitoring import (
-    Guard,
-    block_statistics,
-    check_trackers,
-    gradient_balance,
-    open_trackers,
-    peak_flops,
-    peak_memory,
-    show,
-    step_flops,
-    tracker_settings,
-)
-from flowback.training.objective import Targets, weighted_mean
-from flowback.training.run_folder import RunFolder, Stored, Writer
-from flowback.training.state import Weights, learning_rate
+from flowback.progress import bar, on_terminal
+from flowback.training.batches import batches, noticing_dead_workers
+from flowback.training.distributed import noticing_loss, signals, start
+from flowback.training.evaluators import Evaluator
+from flowback.training.objective import Targets
+from flowback.training.trainer import Trainer
 
-__all__ = ["BadGradientError", "Evaluator", "train"]
+__all__ = ["train_loop"]
 
 log = logging.getLogger("flowback")
 
-
-class BadGradientError(InputError):
-    """Too many steps had a gradient that is not finite, or that spikes."""
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """Something to look at while training: called with the step and the averaged flow, in eval mode.
-
-    The numbers that it returns go into metrics.jsonl, pictures, (c, h, w) of 8-bit values, to the trackers.
-    """
-
-    every: int
-    """Steps between calls; the last step is always one."""
-    call: Callable[[int, Flow], Mapping[str, float | Tensor]]
+SHOWN = 8
+"""Class names that a run shows at its start."""
 
 
-def train(
+def train_loop(
     config: RunConfig,
     images: ImageSet,
     out: Path,
@@ -69,9 +35,10 @@ def train(
     evaluators: Sequence[Evaluator] = (),
     description: str = "train",
 ) -> dict[str, Any]:
-    """Train a flow until ``config.train.steps``; resumes what stands in ``out``.
+    """Train a flow until ``config.train.steps``; goes on with the run in ``out``, if there is one.
 
-    Every process of a run calls it with the same arguments, and all must see the same folder.
+    :func:`flowback.train` calls it with everything that it needs. All processes of a run call it with the
+    same arguments, and see the same folder.
 
     Args:
         config: all settings, with the number of classes known.
@@ -86,275 +53,90 @@ def train(
 
     Raises:
         InputError: the folder holds another run, or options changed that must not.
-        BadGradientError: gradients are not finite; the last good checkpoint stands.
+        BadGradientError: too many steps had a bad gradient; the last good checkpoint stands.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
         ProcessLostError: another process of the run is gone; the last checkpoint stands.
     """
     state = start(config.train)
     _check(config, images, targets, state.num_processes)
-    run = None
+    trainer = None
     try:
         with noticing_loss(state), noticing_dead_workers():
-            run = _Run(config, images, Path(out), targets)
-            _loop(run, evaluators, description)
-            return run.last
+            trainer = Trainer(config, images, Path(out), targets)
+            if state.is_main_process:
+                _announce(trainer)
+            _loop(trainer, evaluators, description)
+            return trainer.last
+    except KeyboardInterrupt:
+        if trainer is not None:
+            trainer.vote.abandon()
+        raise
     finally:
-        if run is not None:
-            run.close()
+        if trainer is not None:
+            trainer.close()
 
 
-def _loop(run: _Run, evaluators: Sequence[Evaluator], description: str) -> None:
-    config = run.config
+def _loop(trainer: Trainer, evaluators: Sequence[Evaluator], description: str) -> None:
+    config, train = trainer.config, trainer.config.train
     with signals() as asked, bar("images") as progress:
-        task = progress.add_task(description, total=config.train.steps * config.train.batch_size, note="")
-        progress.update(task, completed=run.step * config.train.batch_size)
-        originals = run.targets.originals if run.targets is not None else None
-        stream = batches(run.images, config, run.step, run.rank, run.processes, run.device, originals)
+        task = progress.add_task(description, total=train.steps * train.batch_size, note="")
+        progress.update(task, completed=trainer.step * train.batch_size)
+        originals = trainer.targets.originals if trainer.targets is not None else None
+        place = trainer.step, trainer.rank, trainer.processes, trainer.device
+        stream = batches(trainer.images, config, *place, originals)
         started = time.perf_counter()
         for batch in stream:
-            losses, gradient = run.update(batch)
-            progress.advance(task, config.train.batch_size)
-            row: dict[str, Any] = {}
-            pictures: dict[str, Tensor] = {}
-            if run.due(config.train.log_every):
-                run.seconds += time.perf_counter() - started
-                row = run.measure(batch, losses, gradient)
+            losses, gradient = trainer.update(batch)
+            trainer.seconds += time.perf_counter() - started  # looking and saving are not training
+            row, pictures = trainer.look(batch, losses, gradient, evaluators)
+            progress.advance(task, train.batch_size)
+            if "nll" in row:
                 progress.update(task, note=f"nll {row['nll']:.4f}")
-                started = time.perf_counter()
-            run.seconds += time.perf_counter() - started  # evaluation and saving are not training
-            for evaluator in evaluators:
-                if run.due(evaluator.every):
-                    found = run.evaluate(evaluator)
-                    row |= {k: v for k, v in found.items() if not isinstance(v, Tensor)}
-                    pictures |= {k: v for k, v in found.items() if isinstance(v, Tensor)}
-            if config.alignment.active and run.due(config.train.diagnose_every):
-                row |= run.diagnose(batch)
-            run.write(row, pictures)
-            stop = run.vote(bool(asked))
-            if stop or run.due(config.train.save_every):
-                run.save()
-            run.writer.check()
+                if trainer.rank == 0 and not on_terminal():
+                    log.info("%s", _line(row, train.steps, train.batch_size))
+            trainer.write(row, pictures)
+            stop = trainer.vote(bool(asked))
+            if stop or trainer.due(train.save_every):
+                trainer.save()
+            trainer.writer.check()
             if stop:
-                run.finish()
+                trainer.finish()
                 by = f"signal {asked[0]}" if asked else "a signal to another process"
-                raise Interrupted(f"Stopped by {by}; saved in {run.folder.path}")
+                raise Interrupted(f"Stopped by {by}; saved in {trainer.folder.path}")
             started = time.perf_counter()
-        run.finish()
+        trainer.finish()
 
 
-class _Run:
-    """State of a run: weights, position, and what was found on the way."""
+def _line(row: dict[str, Any], steps: int, batch_size: int) -> str:
+    """A row of metrics for those who read a file, not a bar."""
+    speed = row["images_per_second"]
+    left = (steps - row["step"]) * batch_size / speed if speed else 0.0
+    return (
+        f"Step {row['step']:,} of {steps:,}: nll {row['nll']:.4f}, {speed:.3g} images/s, "
+        f"{timedelta(seconds=round(left))} left"
+    )
 
-    def __init__(self, config: RunConfig, images: ImageSet, out: Path, targets: Targets | None) -> None:
-        self.config, self.images, self.targets = config, images, targets
-        check_trackers(config)
-        state = start(config.train)
-        with patch_environment(ACCELERATE_USE_FSDP="false"):  # which Accelerate would do by itself
-            self.accelerator = Accelerator(
-                cpu=state.device.type == "cpu", mixed_precision="no", **tracker_settings(config, out)
-            )
-        self.rank, self.processes = state.process_index, state.num_processes
-        self.device = state.device
-        self.vote = Vote(state, config.train.timeout)
-        self.writer = Writer()
-        self.weights = Weights(
-            config,
-            targets.dim if targets and config.alignment.active else None,
-            self.accelerator,
-            sharded(config.train, self.processes),
-        )
-        self.guard, self.known_bad = Guard(config.train.spike, self.device), 0
-        self.step, self.seconds = 0, 0.0
-        self.last: dict[str, Any] = {}
-        self.folder = RunFolder(out, config)
-        if stored := self.folder.newest():
-            self._restore(stored)
-        self.accelerator.wait_for_everyone()  # all have read the folder before the main process changes it
-        if self.rank == 0:
-            self.folder.sweep()
-            if stored:
-                self.last = self.folder.goes_on(self.step, self.device, self.processes)
-            else:
-                self.folder.begin(self.device, self.processes)
-            if config.train.trackers:
-                open_trackers(self.accelerator, config, out, self.folder.identity, self.step)
-        self.shown = (self.step, self.seconds)  # at the last row, for the rate
 
-    def _restore(self, stored: Stored) -> None:
-        state = stored.training
-        self.weights.restore(state, stored.averages)
-        self.guard.load_state_dict(state["guard"])
-        self.known_bad = int(self.guard.bad)
-        self.step, self.seconds = state["step"], state["seconds"]
-
-    # --- one step ---
-
-    def update(self, batch: Batch) -> tuple[Losses, Tensor]:
-        """One optimiser step; returns the losses of this process's share and the gradient norm."""
-        train = self.config.train
-        share = len(batch.noised)
-        micro = train.micro_batch or share
-        starts = range(0, share, micro)
-        parts: list[tuple[float, Losses]] = []
-        for first in starts:
-            part = slice(first, first + micro)
-            last = first + micro >= share
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.weights.model):
-                losses = self.weights.model(
-                    batch.noised[part],
-                    None if batch.labels is None else batch.labels[part],
-                    None if batch.drop is None else batch.drop[part],
-                    None
-                    if self.targets is None
-                    else self.targets(batch.indices[part], batch.flipped[part], batch.seen[part]),
-                )
-                weight = len(batch.noised[part]) / share
-                (losses.loss * weight).backward()
-            parts.append((weight, losses))
-        gradient = self.weights.gradient_norm()
-        self.weights.step(self.step, bad=self.guard.judge(gradient, self.step + 1))
-        self.step += 1
-        # Reading the tally waits for the device: every step on a CPU, elsewhere when somebody looks anyway.
-        if self.device.type == "cpu" or self.due(train.log_every) or self.due(train.save_every):
-            self._check_health()
-        return weighted_mean(parts), gradient
-
-    def _check_health(self) -> None:
-        """Count and record bad steps; stop when there are too many."""
-        bad = int(self.guard.bad)
-        if bad == self.known_bad:
-            return
-        self.known_bad, step, allowed = bad, int(self.guard.last), self.config.train.bad_steps
-        self._keep_evidence(step)
-        if allowed is not None and bad > allowed:
-            raise BadGradientError(
-                f"Step {step}: the gradient is not finite or spikes, and {allowed} such steps may pass; "
-                f"training stopped (see {self.folder.path}/bad-steps.jsonl), its last checkpoint stands. "
-                "Lower --train.lr, set --train.grad-clip 1, or leave such steps out with --train.bad-steps."
-            )
-        log.warning("Step %d was left out: its gradient is not finite or spikes (%d so far).", step, bad)
-
-    def _keep_evidence(self, step: int) -> None:
-        """The images of a bad step, which the seed gives back, and what the blocks make of them now."""
-        batch = next(batches(self.images, self.config, step - 1, 0, 1, self.device))
-        statistics = self._own_statistics(batch)
-        row = {
-            "step": step,
-            "images": [self.images.file_name(index) for index in batch.indices.tolist()],
-            "typical_grad_norm": float(self.guard.typical),
-            **statistics,
-        }
-        if self.rank == 0:
-            self.folder.append("bad-steps.jsonl", row)
-
-    def due(self, every: int) -> bool:
-        """Whether something that happens ``every`` so many steps, and at the end, happens now."""
-        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
-
-    # --- looking and keeping ---
-
-    def measure(self, batch: Batch, losses: Losses, gradient: Tensor) -> dict[str, Any]:
-        """A row of metrics about the last step."""
-        train = self.config.train
-        steps, seconds = self.step - self.shown[0], self.seconds - self.shown[1]
-        self.shown = (self.step, self.seconds)
-        rate = steps / seconds if seconds else 0.0
-        row = {
-            "step": self.step,
-            "images": self.step * train.batch_size,
-            "nll": self._mean(losses.nll),
-            "lr": learning_rate(train, self.step - 1),
-            "grad_norm": float(gradient),
-            "images_per_second": rate * train.batch_size,
-            "tflops": rate * step_flops(self.config) / 1e12,
-            "peak_memory": peak_memory(self.device),
-            "state_memory": self.weights.held_bytes,
-            "seconds": self.seconds,
-            "bad_steps": self.known_bad,
-            **self._block_statistics(batch),
-        }
-        if self.device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(self.device), train.precision)
-            if peak is not None:
-                row["mfu"] = row["tflops"] * 1e12 / (peak * self.processes)
-        if losses.alignment is not None:
-            row["alignment"] = self._mean(losses.alignment)
-            row |= {f"cosine_{t}_{layer}": self._mean(value) for (t, layer), value in losses.cosines.items()}
-        return row
-
-    def _mean(self, value: Tensor) -> float:
-        return float(self.accelerator.reduce(value.float(), "mean"))
-
-    def _own_statistics(self, batch: Batch) -> dict[str, float]:
-        with root_whole(self.weights.objective):
-            return block_statistics(self.weights.objective.flow, batch.noised, batch.labels)
-
-    def _block_statistics(self, batch: Batch) -> dict[str, float]:
-        """Those of the whole batch."""
-        own = self._own_statistics(batch)
-        values = torch.tensor([list(own.values())], dtype=torch.float64, device=self.device)
-        rows = self.accelerator.gather(values)  # (processes, statistics)
-        joined = {"min": rows.amin(0), "max": rows.amax(0), "z2": rows.mean(0)}
-        kinds = (next(kind for kind in joined if kind in name) for name in own)
-        return {name: float(joined[kind][i]) for i, (name, kind) in enumerate(zip(own, kinds, strict=True))}
-
-    def evaluate(self, evaluator: Evaluator) -> dict[str, Any]:
-        """Call an evaluator in the main process."""
-        found: dict[str, Any] = {}
-        flow = self.weights.averaged(keep=self.rank == 0)
-        if flow is not None:
-            found = {"step": self.step, "images": self.step * self.config.train.batch_size}
-            found |= evaluator.call(self.step, flow)
-        self.accelerator.wait_for_everyone()
-        return found
-
-    def diagnose(self, batch: Batch) -> dict[str, Any]:
-        """How the gradients of likelihood and alignment compare on this process's share of the batch."""
-        objective, config = self.weights.whole(), self.config.alignment
-        assert objective.projector is not None
-        assert self.targets is not None
-        targets = self.targets(batch.indices, batch.flipped, batch.seen)
-        return {"step": self.step, "images": self.step * self.config.train.batch_size} | gradient_balance(
-            objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
-        )
-
-    def write(self, row: dict[str, Any], pictures: Mapping[str, Tensor]) -> None:
-        """Append a row to metrics.jsonl, and show it."""
-        if not row:
-            return
-        self.last = row
-        if self.rank == 0:
-            self.folder.append("metrics.jsonl", row)
-            show(self.accelerator, row, pictures, self.step)
-
-    def save(self) -> None:
-        """Begin to write a checkpoint as things are now, after which those that are too old go."""
-        self.writer.wait()  # so that no more than one copy of the state is held
-        state, averages = self.weights.state(keep=self.rank == 0)
-        if self.rank == 0:
-            guard = gathered(self.guard.state_dict(), device=torch.device("cpu"))
-            state |= {"guard": guard, "step": self.step, "seconds": self.seconds}
-            folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
-            self.writer.start(self._write, folder, state, averages)
-
-    def _write(self, folder: Path, state: dict[str, Any], averages: Sequence[dict[str, Tensor]]) -> None:
-        weights, *more = averages
-        further = dict(zip(self.config.train.ema_more, more, strict=True))
-        checkpoint.save(folder, self.config, weights, state, further)
-        self.folder.remove_old()
-
-    def finish(self) -> None:
-        """All is on disk, and all processes know."""
-        self.writer.wait()
-        self.accelerator.wait_for_everyone()
-
-    def close(self) -> None:
-        """Leave nothing behind that a second run in this process, or the end of this one, would trip over."""
-        self.writer.close()
-        with contextlib.suppress(RuntimeError):  # a process that is lost, which has been said
-            self.vote.close()
-        self.accelerator.free_memory()
-        self.accelerator.end_training()
+def _announce(trainer: Trainer) -> None:
+    """What the run is, before its first step."""
+    config, images, train = trainer.config, trainer.images, trainer.config.train
+    size = f"{config.model.image_size}x{config.model.image_size}x{config.model.channels}"
+    named = [f"{number} = {name}" for number, name in enumerate(images.classes[:SHOWN])]
+    more = ", ..." if len(images.classes) > SHOWN else ""
+    classes = f"{len(images.classes)} classes ({', '.join(named)}{more})" if named else "no classes"
+    if named and not config.model.num_classes:
+        classes += ", not used: the model is unconditional"
+    log.info("Images: %s of %s, %s, %s.", f"{len(images):,}", images.name, size, classes)
+    counted = [f"{count:,} {name}" for name, count in trainer.weights.parameters.items()]
+    log.info("Parameters: %s; device %s.", ", ".join(counted), trainer.device)
+    share = train.batch_size // trainer.processes
+    micro = min(train.micro_batch or share, share)
+    log.info(
+        "Batch: %d images in %d process%s, %d in each, in %d accumulation step%s of %d.",
+        *(train.batch_size, trainer.processes, "" if trainer.processes == 1 else "es"),
+        *(share, -(-share // micro), "" if micro == share else "s", micro),
+    )
+    log.info("Run: %s, from step %s to %s.", trainer.folder.path, f"{trainer.step:,}", f"{train.steps:,}")
 
 
 def _check(config: RunConfig, images: ImageSet, targets: Targets | None, processes: int) -> None:

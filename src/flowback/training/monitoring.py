@@ -1,4 +1,4 @@
-"""What a run says about itself: bad steps, the blocks' health, speed and memory, and where it is shown.
+"""What a run says about itself: bad steps, vanished losses, the blocks' health, speed, memory, trackers.
 
 MFU (arXiv 2204.02311, Appendix B) = FLOPs of the model in a second / peak FLOPs in a second. The model's
 FLOPs are those of likelihood training, three encode passes; what alignment, an encoder or the checkpointing
@@ -11,6 +11,7 @@ blames for the forward strategy's results (arXiv 2511.22345).
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ __all__ = [
     "show",
     "step_flops",
     "tracker_settings",
+    "vanished",
 ]
 
 MEMORY = 0.98
@@ -57,11 +59,13 @@ MEMORY = 0.98
 class Guard:
     """Judges each step by its gradient norm, without waiting for the device.
 
-    The norm is taken after the gradients of all processes are joined, so all come to the same verdict. A bad
-    step is left out on the device itself; the tally is read only when somebody looks.
+    A step is bad if the norm is not finite, if it is exactly 0 (nothing reached the weights: a loss that was
+    NaN may have been replaced by 0), or if it spikes. The norm is taken after the gradients of all processes
+    are joined, so all come to the same verdict. A bad step is left out on the device itself; the tally is
+    read only when somebody looks.
 
     Args:
-        spike: a norm above so many times the running mean is bad; None judges finiteness alone.
+        spike: a norm above so many times the running mean is bad; None knows no spikes.
         device: where the norms are.
     """
 
@@ -73,18 +77,30 @@ class Guard:
         """Bad steps so far."""
         self.last = torch.zeros((), dtype=torch.int64, device=device)
         """The last bad step; 0 for none."""
+        self.norm = torch.zeros((), device=device)
+        """Its gradient norm."""
 
     def judge(self, norm: Float[Tensor, ""], step: int) -> Float[Tensor, ""]:
         """1 for a bad step, else 0, on the device; ``step`` is counted from 1."""
         norm = norm.detach().float()
-        bad = ~torch.isfinite(norm)
+        bad = ~torch.isfinite(norm) | (norm == 0)
         if self.spike is not None:
             bad = bad | ((self.typical > 0) & (norm > self.spike * self.typical))
         mean = torch.where(self.typical > 0, MEMORY * self.typical + (1 - MEMORY) * norm, norm)
         self.typical = torch.where(bad, self.typical, mean)
         self.bad = self.bad + bad
         self.last = torch.where(bad, step, self.last)
+        self.norm = torch.where(bad, norm, self.norm)
         return bad.float()
+
+    def reason(self) -> str:
+        """What is wrong with the gradient of the last bad step of this process."""
+        norm = float(self.norm)
+        if not math.isfinite(norm):
+            return "is not finite"
+        if norm == 0:
+            return "is exactly 0 (NaN replaced by 0?)"
+        return f"spikes (its norm is {norm:.3g}, the running mean {float(self.typical):.3g})"
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tally, for the checkpoint."""
@@ -94,6 +110,43 @@ class Guard:
         """Go on with a stored tally."""
         device = self.typical.device
         self.typical, self.bad, self.last = (state[name].to(device) for name in ("typical", "bad", "last"))
+
+
+def vanished(row: Mapping[str, Any]) -> list[str]:
+    """Of a row of metrics, each loss that trains nothing: one sentence, which says where to look.
+
+    No loss is exactly 0 by itself. It is where NaN was replaced by 0, or where a cosine is taken with zeros.
+
+    Example:
+        >>> vanished({"nll": 1.2, "alignment": -0.5, "cosine_7_6": 0.5})
+        []
+        >>> len(vanished({"nll": 1.2, "alignment": 0.0, "cosine_7_6": 0.0}))
+        1
+    """
+
+    def named(prefix: str) -> dict[str, float]:
+        return {name: value for name, value in row.items() if name.startswith(prefix)}
+
+    found = []
+    if row.get("nll") == 0:
+        found.append(
+            "The likelihood (nll) is exactly 0 and trains nothing; look for NaN replaced by 0 in the images, "
+            "and at log_scale_min and log_scale_max in metrics.jsonl."
+        )
+    dead = [name for name, v in named("cosine_").items() if v == 0 or not math.isfinite(v)]
+    if dead:
+        found.append(
+            f"The alignment trains nothing at {', '.join(dead)}, which is exactly 0 or not finite; look at the "
+            "encoder's features (all zero, or NaN replaced by 0?) and at the projector's weights."
+        )
+    for loss, where in (
+        ("nll", "look for NaN replaced by 0 in the images"),
+        ("alignment", "look at the projector (do its units still answer?) and at the encoder's features"),
+    ):
+        norms = named(f"grad_{loss}_").values()
+        if norms and not any(norms):
+            found.append(f"The gradient of {loss} is exactly 0 in all blocks; {where}.")
+    return found
 
 
 @torch.no_grad()

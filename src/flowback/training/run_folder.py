@@ -1,10 +1,10 @@
-"""A run's folder: what it says about itself, which checkpoint it goes on from, and what may change then.
+"""A run's folder: what it says about itself, from which checkpoint it goes on, and what may change then.
 
 config.json, environment.json, README.md   settings, machine and versions of each start, the command
 metrics.jsonl, bad-steps.jsonl             rows as they come
 checkpoints/step-NNNNNNNN                  see :mod:`flowback.checkpoint`
 
-Checkpoints are written beside the training: it waits for a copy of its state, not for the disk.
+Checkpoints are written while the training goes on: it waits for a copy of its state, not for the disk.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ MAY_CHANGE = {
 class Stored:
     """What a run goes on from."""
 
+    folder: Path
+    """The checkpoint."""
     training: dict[str, Any]
     averages: dict[float, dict[str, Tensor]]
     """Averaged weights by decay."""
@@ -97,7 +99,7 @@ class RunFolder:
         now = _environment(device, processes)
         try:
             first = json.loads(file.read_text())
-        except (OSError, ValueError):  # lost or damaged: nothing of the run itself depends on it
+        except (OSError, ValueError):  # lost or damaged: the training itself does not need it
             first = {"id": secrets.token_hex(4), **now}
         before = [first, *first.get("resumed", [])][-1]
         changed = [
@@ -135,7 +137,7 @@ class RunFolder:
                 log.warning("%s Going back to the checkpoint before it.", error)
                 continue
             self.compare(stored)
-            return Stored(training, averages)
+            return Stored(folder, training, averages)
         if folders:
             raise InputError(
                 f"No checkpoint in {self.path} is usable; remove {self.path / 'checkpoints'} to start again."
@@ -143,7 +145,11 @@ class RunFolder:
         return None
 
     def compare(self, stored: RunConfig) -> None:
-        """Say which options changed, and refuse those that would make it another run."""
+        """Say which options changed, and refuse those that would make it another run.
+
+        Raises:
+            InputError: names them; or the classes have other names, or another order.
+        """
         refused: list[str] = []
         allowed: list[str] = []
         for section, name, old, new in _differences(stored, self.config):
@@ -154,6 +160,11 @@ class RunFolder:
             raise InputError(
                 f"{self.path} holds a run with other settings: {', '.join(refused)}; "
                 f"choose another --out, or the settings of that run (these may change: {', '.join(may)})."
+            )
+        if stored.classes and stored.classes != self.config.classes:
+            raise InputError(
+                f"{self.path} was trained on {_classes(stored)}; the data now have {_classes(self.config)}. "
+                "Give the data of that run, or choose another --out."
             )
         if allowed:
             log.warning("Going on with changed options: %s.", ", ".join(allowed))
@@ -198,10 +209,17 @@ class RunFolder:
 def _differences(one: RunConfig, two: RunConfig) -> Iterator[tuple[str, str, Any, Any]]:
     for section in (field.name for field in dataclasses.fields(RunConfig)):
         before, now = getattr(one, section), getattr(two, section)
+        if not dataclasses.is_dataclass(before):  # the class names, which no option gives
+            continue
         for field in dataclasses.fields(before):
             old, new = getattr(before, field.name), getattr(now, field.name)
             if old != new:
                 yield section, field.name, old, new
+
+
+def _classes(config: RunConfig) -> str:
+    shown = ", ".join(config.classes[:8]) + (", ..." if len(config.classes) > 8 else "")
+    return f"the classes {shown}" if shown else "classes without names"
 
 
 def _environment(device: torch.device, processes: int) -> dict[str, Any]:
@@ -223,11 +241,8 @@ def _readme(config: RunConfig) -> str:
         f"# A run of flowback\n\nStarted with `{command}`; the same command goes on where it stopped.\n\n"
         "- `config.json`: every setting; `environment.json`: versions, commit, device of each start\n"
         f"- `metrics.jsonl`: a row every {config.train.log_every} steps, nll in nats per dimension\n"
-        "- `checkpoints/`: use with `flowback sample`, `flowback classify` or `flowback.load`\n"
+        "- `checkpoints/`: use with `flowback sample`, `flowback classify` or `Flow.from_pretrained`\n"
     )
-
-
-log = logging.getLogger("flowback")
 
 
 class Writer:

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -93,7 +93,7 @@ class Weights:
         self.config, self.sharded, self.device = config, sharded, accelerator.device
         torch.manual_seed(config.train.seed)
         self.objective = Objective(config, target_dim)
-        # Without weights: it takes on those that are to be looked at.
+        # A copy without memory for weights; it is filled with those that are to be looked at.
         nothing = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.objective.parameters()
         }
@@ -141,6 +141,14 @@ class Weights:
     # --- looking ---
 
     @property
+    def parameters(self) -> dict[str, int]:
+        """Number of trained parameters, over all processes."""
+        counted = {"in the flow": sum(p.numel() for p in self.objective.flow.parameters())}
+        if self.objective.projector is not None:
+            counted["in the projector"] = sum(p.numel() for p in self.objective.projector.parameters())
+        return counted
+
+    @property
     def held_bytes(self) -> int:
         """Memory of weights, optimiser and averages in this process between two steps."""
         moments = [value for state in self._adamw.state.values() for value in state.values()]
@@ -150,7 +158,11 @@ class Weights:
     def averaged(self, keep: bool) -> Flow | None:
         """The flow that people use, in eval mode, where it is to be kept; else None."""
         weights = gathered(self._averages[self.config.train.ema_decay], keep)
-        return self._filled(self._shell.flow, weights).eval().requires_grad_(False) if keep else None
+        if not keep:
+            return None
+        flow = self._filled(self._shell.flow, weights).eval().requires_grad_(False)
+        flow.classes, flow.run = self.config.classes, self.config
+        return flow
 
     def whole(self) -> Objective:
         """The objective with all weights in this process, for gradients that are not joined."""
@@ -177,11 +189,34 @@ class Weights:
         return gathered(training, keep, here), gathered(list(self._averages.values()), keep, here)
 
     def restore(self, training: dict[str, Any], averages: dict[float, dict[str, Tensor]]) -> None:
-        """Go on with a stored state, whole in every process."""
+        """Go on with a stored state, whole in every process.
+
+        Raises:
+            InputError: it is of another model. Nothing is changed then.
+        """
         weights = dict(self.objective.named_parameters())
+        _same_shapes("The training state", training["objective"], self.objective.state_dict())
+        for decay, average in self._averages.items():
+            _same_shapes(f"The average of decay {decay:g}", averages[decay], average)
+        moments = training["optimizer"]["state"]  # by the number of the parameter; empty before the first step
+        for name in ("exp_avg", "exp_avg_sq") if moments else ():
+            stored = {key: moments[i][name] for i, key in enumerate(weights) if name in moments.get(i, {})}
+            _same_shapes(f"The optimiser's {name}", stored, weights)
         self.objective.load_state_dict(scattered(training["objective"], weights))
         parts = scattered(training["optimizer"], {"state": dict(enumerate(weights.values()))})
         self._optimizer.load_state_dict(parts)
         for decay, average in self._averages.items():
             for name, value in scattered(averages[decay], average).items():
                 average[name].copy_(value)
+
+
+def _same_shapes(what: str, stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names or shapes; a sharded tensor's shape is that of the whole."""
+    for name in [*own, *stored]:
+        there, here = ((name in part and tuple(part[name].shape)) for part in (stored, own))
+        if there != here:
+            shown = [shape if shape is not False else "missing" for shape in (there, here)]
+            raise InputError(
+                f"{what} has another {name}: {shown[0]} in the checkpoint, {shown[1]} in the model; choose "
+                "another --out, or the model, encoder and projector of that run."
+            )

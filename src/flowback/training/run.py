@@ -1,0 +1,148 @@
+"""Training as one call: data, class names, targets and held-out figures in, a trained flow out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowback.alignment.targets import make_targets
+from flowback.config import CodecConfig, RunConfig
+from flowback.data.image_set import ImageSet
+from flowback.data.load import load_images
+from flowback.data.prepared import PreparedLatents
+from flowback.errors import InputError
+from flowback.files import cache_folder
+from flowback.model import Flow
+from flowback.training.distributed import noticing_loss, start
+from flowback.training.evaluators import Evaluator, likelihood_evaluator, picture_evaluator
+from flowback.training.loop import train_loop
+from flowback.training.objective import Targets
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A run that reached its last step."""
+
+    config: RunConfig
+    """All settings, with what they left to the data: number and names of the classes, the VAE."""
+    folder: Path
+    """The run's folder."""
+    images: ImageSet
+    """The training images."""
+    test: ImageSet | None
+    """The held-out images; None if there are none."""
+    metrics: dict[str, Any]
+    """The last row of metrics: ``step``, ``images``, ``nll``, ``seconds`` of training alone, ..."""
+    device: torch.device
+    """Where this process trained."""
+
+    @cached_property
+    def flow(self) -> Flow:
+        """The flow with its averaged weights, its class names and its settings, read from the folder."""
+        return Flow.from_pretrained(self.folder, self.device)
+
+
+def train(
+    config: RunConfig,
+    images: ImageSet | None = None,
+    out: Path | str = "runs/train",
+    *,
+    test: ImageSet | None = None,
+    targets: Targets | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    description: str = "train",
+) -> TrainResult:
+    """Train a flow until ``config.train.steps``: what ``flowback train`` does.
+
+    The same call on the same folder goes on where it stopped, bit for bit. Started by ``torchrun`` or
+    ``accelerate launch``, all processes call it with the same arguments and see the same folder.
+
+    Args:
+        config: the settings; ``flowback.presets.get(name).config`` gives a preset's. Number and names of the
+            classes and the VAE are taken from the images.
+        images: the training images; None loads those that ``config.data`` names.
+        out: the run's folder: config.json, environment.json, metrics.jsonl, checkpoints/.
+        test: held-out images for the figures during training. None takes those of ``config.data`` if the
+            training images come from there too; otherwise there are no such figures.
+        targets: gives the encoder's features of a batch; None makes them from ``config.alignment``.
+        evaluators: called at their intervals, beside those for ``train.eval_every`` and ``sample_every``.
+        description: shown beside the progress bar.
+
+    Raises:
+        InputError: images that cannot be read or do not fit the model, a folder with another run, or options
+            changed that must not.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        ProcessLostError: another process of the run is gone; the last checkpoint stands.
+
+    Example:
+        >>> import tempfile, flowback
+        >>> model = flowback.ModelConfig(image_size=8, channels=1, patch_size=4, width=16, blocks=2, layers=1,
+        ...                              head_dim=8)
+        >>> config = flowback.RunConfig(model, train=flowback.TrainConfig(steps=2, batch_size=8, device="cpu"))
+        >>> result = flowback.train(config, out=tempfile.mkdtemp())  # scikit-learn's digits
+        >>> result.metrics["step"], result.flow.classes[:3]
+        (2, ('0', '1', '2'))
+    """
+    state, model, out = start(config.train), config.model, Path(out)
+    if images is None:
+        images, own_test = (
+            load_images(config.data, model.image_size, model.channels, split) for split in ("train", "test")
+        )
+        test = own_test if test is None else test
+    config = _resolve(config, images)
+    for part in (images,) if test is None else (images, test):
+        _check_images(part, config)
+    if test is not None and config.classes and test.classes not in ((), config.classes):
+        raise InputError(
+            f"The held-out images of {test.name} have the classes {', '.join(test.classes)}, the training "
+            f"images {', '.join(config.classes)}; give both the same, in the same order."
+        )
+    own = [] if test is None else [likelihood_evaluator(config, test)]
+    if config.train.sample_every:
+        own.append(picture_evaluator(config, out / "samples"))
+    if targets is None:
+        with noticing_loss(state), state.main_process_first():  # it computes the features that all read
+            targets = make_targets(config, images, cache_folder() / "features", state.device)
+    metrics = train_loop(config, images, out, targets, [*own, *evaluators], description)
+    return TrainResult(config, out, images, test, metrics, state.device)
+
+
+def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:
+    """Take the classes and the VAE from the data; refuse others in the settings."""
+    asked, found = config.codec, images.codec if isinstance(images, PreparedLatents) else CodecConfig()
+    other = asked.weights is not None and asked.weights != found.weights
+    if asked.vae is not None and (asked.vae != found.vae or other):
+        made = f"latents of {found.vae}" if found.vae else "pixels"
+        raise InputError(
+            f"The settings ask for latents of --codec.vae {asked.vae}, but {images.name} holds {made}; "
+            f"prepare the data with --vae {asked.vae}, or set --codec.vae {found.vae}."
+        )
+    model = config.model
+    if model.num_classes is None:
+        model = replace(model, num_classes=len(images.classes))
+    classes = tuple(images.classes) if model.num_classes == len(images.classes) else ()
+    if config.classes and config.classes != classes:
+        raise InputError(
+            f"The settings name the classes {', '.join(config.classes)}, but those of {images.name} are "
+            f"{', '.join(images.classes) or 'not named'}; give the data of those classes, in this order."
+        )
+    return replace(config, model=model, codec=found, classes=classes)
+
+
+def _check_images(images: ImageSet, config: RunConfig) -> None:
+    """Refuse a set that is empty, or of other images than the model's."""
+    if len(images) == 0:
+        raise InputError(f"{images.name} has no images.")
+    found, size = tuple(images.read(torch.tensor([0])).shape[1:]), config.model.image_size
+    if found != (config.model.channels, size, size):
+        raise InputError(
+            f"{images.name} has images of shape {found}, the model takes ({config.model.channels}, {size}, "
+            f"{size}); set --model.channels and --model.image-size, or give images of that size."
+        )

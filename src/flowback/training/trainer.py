@@ -1,0 +1,300 @@
+"""One process's part of a run: it makes steps, looks at them, and keeps the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import patch_environment
+from torch import Tensor
+
+from flowback import checkpoint
+from flowback.alignment.align import Losses
+from flowback.config import RunConfig
+from flowback.data.image_set import ImageSet
+from flowback.errors import InputError
+from flowback.training.batches import Batch, batches
+from flowback.training.distributed import Vote, gathered, root_whole, sharded, start
+from flowback.training.evaluators import Evaluator
+from flowback.training.monitoring import (
+    Guard,
+    block_statistics,
+    check_trackers,
+    gradient_balance,
+    open_trackers,
+    peak_flops,
+    peak_memory,
+    show,
+    step_flops,
+    tracker_settings,
+    vanished,
+)
+from flowback.training.objective import Targets, weighted_mean
+from flowback.training.run_folder import RunFolder, Stored, Writer
+from flowback.training.state import Weights, learning_rate
+
+__all__ = ["BadGradientError", "Trainer"]
+
+log = logging.getLogger("flowback")
+
+
+class BadGradientError(InputError):
+    """Too many steps had a gradient that is not finite, is exactly 0, or spikes."""
+
+
+class Trainer:
+    """State of a run: weights, position, and the last figures.
+
+    All processes of the run call every method at the same steps.
+
+    Args:
+        config: all settings, with the number of classes known.
+        images: the training images.
+        out: the run's folder; what stands there is gone on with.
+        targets: gives the encoder's features of a batch; needed when alignment is active.
+
+    Raises:
+        InputError: the folder holds another run, or options changed that must not.
+    """
+
+    def __init__(self, config: RunConfig, images: ImageSet, out: Path, targets: Targets | None) -> None:
+        self.config, self.images, self.targets = config, images, targets
+        check_trackers(config)
+        state = start(config.train)
+        with patch_environment(ACCELERATE_USE_FSDP="false"):  # else Accelerate shards by its own rules
+            self.accelerator = Accelerator(
+                cpu=state.device.type == "cpu", mixed_precision="no", **tracker_settings(config, out)
+            )
+        self.rank, self.processes = state.process_index, state.num_processes
+        self.device = state.device
+        self.vote = Vote(state, config.train.timeout)
+        self.writer = Writer()
+        self.weights = Weights(
+            config,
+            targets.dim if targets and config.alignment.active else None,
+            self.accelerator,
+            sharded(config.train, self.processes),
+        )
+        self.guard, self.known_bad = Guard(config.train.spike, self.device), 0
+        self.step, self.seconds = 0, 0.0
+        self.last: dict[str, Any] = {}
+        self.warned: set[str] = set()
+        self.folder = RunFolder(out, config)
+        if stored := self.folder.newest():
+            self._restore(stored)
+        self.accelerator.wait_for_everyone()  # all have read the folder before the main process changes it
+        if self.rank == 0:
+            self.folder.sweep()
+            if stored:
+                self.last = self.folder.goes_on(self.step, self.device, self.processes)
+            else:
+                self.folder.begin(self.device, self.processes)
+            if config.train.trackers:
+                open_trackers(self.accelerator, config, out, self.folder.identity, self.step)
+        self.shown = (self.step, self.seconds)  # at the last row, for the rate
+
+    def _restore(self, stored: Stored) -> None:
+        state = stored.training
+        try:
+            self.weights.restore(state, stored.averages)
+        except InputError as error:
+            raise InputError(f"The checkpoint {stored.folder} does not fit this run: {error}") from None
+        self.guard.load_state_dict(state["guard"])
+        self.known_bad = int(self.guard.bad)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    # --- one step ---
+
+    def update(self, batch: Batch) -> tuple[Losses, Tensor]:
+        """One optimiser step; returns the losses of this process's share and the gradient norm."""
+        train = self.config.train
+        share = len(batch.noised)
+        micro = train.micro_batch or share
+        starts = range(0, share, micro)
+        parts: list[tuple[float, Losses]] = []
+        for first in starts:
+            part = slice(first, first + micro)
+            last = first + micro >= share
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.weights.model):
+                losses = self.weights.model(
+                    batch.noised[part],
+                    None if batch.labels is None else batch.labels[part],
+                    None if batch.drop is None else batch.drop[part],
+                    None
+                    if self.targets is None
+                    else self.targets(batch.indices[part], batch.flipped[part], batch.seen[part]),
+                )
+                weight = len(batch.noised[part]) / share
+                (losses.loss * weight).backward()
+            parts.append((weight, losses))
+        gradient = self.weights.gradient_norm()
+        self.weights.step(self.step, bad=self.guard.judge(gradient, self.step + 1))
+        self.step += 1
+        # Reading the tally waits for the device: every step on a CPU, elsewhere when somebody looks anyway.
+        if self.device.type == "cpu" or self.due(train.log_every) or self.due(train.save_every):
+            self._check_health()
+        return weighted_mean(parts), gradient
+
+    def _check_health(self) -> None:
+        """Count and record bad steps; stop when there are too many."""
+        bad = int(self.guard.bad)
+        if bad == self.known_bad:
+            return
+        self.known_bad, step, allowed = bad, int(self.guard.last), self.config.train.bad_steps
+        self._keep_evidence(step)
+        reason = self.guard.reason()
+        if allowed is not None and bad > allowed:
+            raise BadGradientError(
+                f"Step {step}: the gradient {reason}, and {allowed} bad steps may pass; training stopped "
+                f"(see {self.folder.path}/bad-steps.jsonl), its last checkpoint stands. Lower --train.lr, set "
+                "--train.grad-clip 1, or leave such steps out with --train.bad-steps."
+            )
+        log.warning("Step %d was left out: its gradient %s (%d bad steps so far).", step, reason, bad)
+
+    def _keep_evidence(self, step: int) -> None:
+        """The images of a bad step, which the seed gives back, and what the blocks make of them now."""
+        batch = next(batches(self.images, self.config, step - 1, 0, 1, self.device))
+        statistics = self._own_statistics(batch)
+        row = {
+            "step": step,
+            "images": [self.images.file_name(index) for index in batch.indices.tolist()],
+            "grad_norm": float(self.guard.norm),
+            "typical_grad_norm": float(self.guard.typical),
+            **statistics,
+        }
+        if self.rank == 0:
+            self.folder.append("bad-steps.jsonl", row)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens ``every`` so many steps, and at the end, happens now."""
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    # --- looking ---
+
+    def look(
+        self, batch: Batch, losses: Losses, gradient: Tensor, evaluators: Sequence[Evaluator]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that is due after the last step: a row of metrics (empty if nothing is), and pictures."""
+        row: dict[str, Any] = {}
+        if self.due(self.config.train.log_every):
+            row |= self._measure(batch, losses, gradient)
+        for evaluator in evaluators:
+            if self.due(evaluator.every):
+                row |= self._evaluate(evaluator)
+        if self.config.alignment.active and self.due(self.config.train.diagnose_every):
+            row |= self._diagnose(batch)
+        pictures = {name: row.pop(name) for name in list(row) if isinstance(row[name], Tensor)}
+        if row:
+            row = {"step": self.step, "images": self.step * self.config.train.batch_size} | row
+        for sentence in vanished(row):
+            if self.rank == 0 and sentence not in self.warned:
+                log.warning("Step %d: %s", self.step, sentence)
+            self.warned.add(sentence)
+        return row, pictures
+
+    def _measure(self, batch: Batch, losses: Losses, gradient: Tensor) -> dict[str, Any]:
+        """Figures of the last step."""
+        train = self.config.train
+        steps, seconds = self.step - self.shown[0], self.seconds - self.shown[1]
+        self.shown = (self.step, self.seconds)
+        rate = steps / seconds if seconds else 0.0
+        row = {
+            "nll": self._mean(losses.nll),
+            "lr": learning_rate(train, self.step - 1),
+            "grad_norm": float(gradient),
+            "images_per_second": rate * train.batch_size,
+            "tflops": rate * step_flops(self.config) / 1e12,
+            "peak_memory": peak_memory(self.device),
+            "state_memory": self.weights.held_bytes,
+            "seconds": self.seconds,
+            "bad_steps": self.known_bad,
+            **self._block_statistics(batch),
+        }
+        if self.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(self.device), train.precision)
+            if peak is not None:
+                row["mfu"] = row["tflops"] * 1e12 / (peak * self.processes)
+        if losses.alignment is not None:
+            row["alignment"] = self._mean(losses.alignment)
+            row |= {f"cosine_{t}_{layer}": self._mean(value) for (t, layer), value in losses.cosines.items()}
+        return row
+
+    def _mean(self, value: Tensor) -> float:
+        return float(self.accelerator.reduce(value.float(), "mean"))
+
+    def _own_statistics(self, batch: Batch) -> dict[str, float]:
+        with root_whole(self.weights.objective):
+            return block_statistics(self.weights.objective.flow, batch.noised, batch.labels)
+
+    def _block_statistics(self, batch: Batch) -> dict[str, float]:
+        """Those of the whole batch."""
+        own = self._own_statistics(batch)
+        values = torch.tensor([list(own.values())], dtype=torch.float64, device=self.device)
+        rows = self.accelerator.gather(values)  # (processes, statistics)
+        joined = {"min": rows.amin(0), "max": rows.amax(0), "z2": rows.mean(0)}
+        kinds = (next(kind for kind in joined if kind in name) for name in own)
+        return {name: float(joined[kind][i]) for i, (name, kind) in enumerate(zip(own, kinds, strict=True))}
+
+    def _evaluate(self, evaluator: Evaluator) -> dict[str, float | Tensor]:
+        """Call an evaluator in the main process."""
+        found: dict[str, float | Tensor] = {}
+        flow = self.weights.averaged(keep=self.rank == 0)
+        if flow is not None:
+            found |= evaluator.call(self.step, flow)
+        self.accelerator.wait_for_everyone()
+        return found
+
+    def _diagnose(self, batch: Batch) -> dict[str, float]:
+        """How the gradients of likelihood and alignment compare on this process's share of the batch."""
+        objective, config = self.weights.whole(), self.config.alignment
+        assert objective.projector is not None
+        assert self.targets is not None
+        targets = self.targets(batch.indices, batch.flipped, batch.seen)
+        return gradient_balance(
+            objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
+        )
+
+    # --- keeping ---
+
+    def write(self, row: dict[str, Any], pictures: Mapping[str, Tensor]) -> None:
+        """Append a row to metrics.jsonl, and show it and the pictures in the trackers."""
+        if row:
+            self.last = row
+        if self.rank == 0 and (row or pictures):
+            if row:
+                self.folder.append("metrics.jsonl", row)
+            show(self.accelerator, row, pictures, self.step)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint as things are now, after which those that are too old go."""
+        self.writer.wait()  # so that no more than one copy of the state is held
+        state, averages = self.weights.state(keep=self.rank == 0)
+        if self.rank == 0:
+            guard = gathered(self.guard.state_dict(), device=torch.device("cpu"))
+            state |= {"guard": guard, "step": self.step, "seconds": self.seconds}
+            folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
+            self.writer.start(self._write, folder, state, averages)
+
+    def _write(self, folder: Path, state: dict[str, Any], averages: Sequence[dict[str, Tensor]]) -> None:
+        weights, *more = averages
+        further = dict(zip(self.config.train.ema_more, more, strict=True))
+        checkpoint.save(folder, self.config, weights, state, further)
+        self.folder.remove_old()
+
+    def finish(self) -> None:
+        """All is on disk, and all processes know."""
+        self.writer.wait()
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave nothing behind that a second run in this process, or the end of this one, would trip over."""
+        self.writer.close()
+        with contextlib.suppress(RuntimeError):  # a process that is lost, which has been said
+            self.vote.close()
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
