@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -129,3 +132,40 @@ def test_no_room(encoder, images, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(InputError, match=r"noise-train need 0.0 GB, .* make room, or choose a smaller"):
         cached_features(encoder, images, 2, False, tmp_path)
+
+
+def test_it_is_said_what_is_encoded(encoder, images, tmp_path, caplog):
+    for _ in range(2):
+        with caplog.at_level("INFO", "flowback"):
+            table = cached_features(encoder, images, 2, True, tmp_path)
+    assert caplog.messages == [
+        "Encoding 70 images and their mirror images of noise-train with timm:counting?norm=off on cpu, once: "
+        f"1.12e-05 GB in {table.path}."
+    ]
+
+
+def test_what_a_killed_process_left_is_removed(encoder, images, tmp_path, monkeypatch):
+    """But not what a process that lives is writing."""
+    during, forward = set(), encoder.model.forward_intermediates
+    monkeypatch.setattr(
+        encoder.model,
+        "forward_intermediates",
+        lambda x, **options: during.update(tmp_path.iterdir()) or forward(x, **options),
+    )
+    table = cached_features(encoder, images, 2, True, tmp_path)
+    (temporary,) = during
+    table.path.unlink()
+
+    def left_by(process):
+        file = temporary.with_name(temporary.name.replace(str(os.getpid()), str(process)))
+        file.write_bytes(b"half")
+        return file
+
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True, text=True
+    )
+    killed, alive, other = left_by(int(ended.stdout)), left_by(os.getppid()), tmp_path / ".other.1.npy"
+    other.write_bytes(b"of another machine")
+    cached_features(encoder, images, 2, True, tmp_path)
+    assert set(tmp_path.iterdir()) == {alive, other, table.path, table.path.with_suffix(".json")}
+    assert not killed.exists()

@@ -159,10 +159,12 @@ def test_another_encoder_than_the_prepared_one_runs(config, tmp_path, monkeypatc
     images = training_images(config)
     with caplog.at_level("INFO", "flowback"):
         targets = make_targets(config, images, tmp_path / "cache")
-    assert caplog.messages == [
+    said, encodes = caplog.messages
+    assert said == (
         "set-train was prepared with features of efficientnet_lite0 on a 2x2 grid, not what is asked for: "
         "the encoder runs."
-    ]
+    )
+    assert encodes.startswith("Encoding 6 images and their mirror images of set-train with ")
     assert loaded == [(config.alignment.encoder, config.alignment.weights)]
     seen = shown(images, INDICES, FLIPPED)
     grid = config.alignment.grid or 2
@@ -209,3 +211,22 @@ def test_a_prepared_set_has_no_original_files(config, tmp_path):
     config = dataclasses.replace(config, alignment=alignment)
     with pytest.raises(InputError, match=r"small-train is prepared; prepare them with --image-size 32"):
         make_targets(config, training_images(config), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(2, 3), (1, 5)])
+def test_a_run_that_does_not_see_every_image_does_not_encode_them_all(config, tmp_path, caplog, steps, batch):
+    """Six images: one in each of six places of two steps; and five."""
+    alignment = dataclasses.replace(config.alignment, originals=False)
+    train = dataclasses.replace(config.train, steps=steps, batch_size=batch)
+    config = dataclasses.replace(config, train=train, alignment=alignment)
+    images = training_images(config)
+    with caplog.at_level("INFO", "flowback"):
+        targets = make_targets(config, images, tmp_path / "cache")
+    assert (tmp_path / "cache").exists() == (steps * batch >= 6)
+    if steps * batch < 6:
+        assert caplog.messages == [
+            "The encoder efficientnet_lite0 runs at every step: the run sees only some of the images."
+        ]
+    seen = shown(images, INDICES, FLIPPED)
+    found = targets(INDICES, FLIPPED, seen)
+    torch.testing.assert_close(found, ENCODER("efficientnet_lite0")(seen, 2))  # fp32, other batch sizes

@@ -41,7 +41,14 @@ def test_photographs_train_sample_classify(flowback, small, photos, tmp_path):
 @pytest.mark.parametrize("preset", ["digits", "digits-reverse"])
 def test_python_gives_the_figures_of_the_command_line(flowback, tmp_path, preset):
     """Bit for bit; what depends on the clock or on the process is left out."""
-    options = {"steps": 4, "batch_size": 8, "log_every": 2, "save_every": 2, "eval_every": 2, "eval_images": 8}
+    options = {
+        "steps": 4,
+        "batch_size": 8,
+        "log_every": 2,
+        "save_every": 2,
+        "eval_every": 2,
+        "eval_images": 8,
+    }
     words = [word for name, value in options.items() for word in (f"--train.{name.replace('_', '-')}", value)]
     code, _, err = flowback("train", preset, "--out", tmp_path / "shell", *words, "--train.device", "cpu")
     assert code == 0, err

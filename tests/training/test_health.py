@@ -152,7 +152,9 @@ def test_a_projector_that_no_longer_answers_is_named(config, digits, tmp_path, m
     row = train_loop(aligned(config, diagnose_every=4), digits, tmp_path, Features())
     assert row["alignment"] != 0
     (warning,) = [message for message in caplog.messages if "exactly 0" in message]
-    assert warning.startswith("Step 4: The gradient of alignment is exactly 0 in all blocks; look at the proj")
+    assert warning.startswith(
+        "Step 4: The gradient of alignment is exactly 0 in all blocks; look at the proj"
+    )
 
 
 def test_a_healthy_run_warns_of_nothing(config, digits, tmp_path, caplog):

@@ -13,8 +13,8 @@ from flowback.config import AlignmentConfig
 from flowback.errors import InputError, Interrupted
 from flowback.training import Evaluator, train_loop
 from flowback.training.batches import global_indices
-from flowback.training.trainer import BadGradientError
 from flowback.training.objective import Objective
+from flowback.training.trainer import BadGradientError
 
 
 def replaced(config, **train):

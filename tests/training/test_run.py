@@ -63,7 +63,7 @@ def test_images_of_ones_own(open_config, pets, tmp_path):
         assert flow.run == result.config
     assert checkpoint.read_config(tmp_path / "run").classes == ("cat", "dog")
     held_out = flowback.train(open_config, pets, tmp_path / "two", test=pets)
-    assert 0 < held_out.metrics["test_nll"]
+    assert held_out.metrics["test_nll"] > 0
     assert held_out.test is pets
 
 
@@ -97,7 +97,9 @@ def test_settings_that_name_other_classes(open_config, pets, tmp_path):
 
 def test_images_that_do_not_fit_the_model(open_config, pets, tmp_path):
     larger = dataclasses.replace(pets, pixels=pets.pixels.repeat(1, 3, 2, 2))
-    with pytest.raises(InputError, match=r"pets has images of shape \(3, 16, 16\), the model takes \(1, 8, 8\)"):
+    with pytest.raises(
+        InputError, match=r"pets has images of shape \(3, 16, 16\), the model takes \(1, 8, 8\)"
+    ):
         flowback.train(open_config, larger, tmp_path / "run")
     with pytest.raises(InputError, match="pets has no images"):
         flowback.train(open_config, Subset(pets, torch.tensor([], dtype=torch.int64)), tmp_path / "run")

@@ -110,7 +110,9 @@ def test_stopped_while_sharded_and_finished_by_one(config, digits, whole, tmp_pa
     codes = runs.run(job, shared, tmp_path / "run", log=tmp_path / "log", processes=2)
     assert codes == [75, 75], runs.printed(tmp_path / "log")
     assert checkpoint.resolve(tmp_path / "run").name == "step-00000006"
-    train_loop(shared, digits, tmp_path / "run", sharded.Targets(4), [EVALUATOR])  # one process: nothing to shard
+    train_loop(
+        shared, digits, tmp_path / "run", sharded.Targets(4), [EVALUATOR]
+    )  # one process: nothing to shard
     assert_near(whole, tmp_path / "run")
     held = [row["state_memory"] for row in rows(tmp_path / "run") if "nll" in row]
     assert held == [state_bytes(config, 2), state_bytes(config, 1), state_bytes(config, 1)]
@@ -119,7 +121,9 @@ def test_stopped_while_sharded_and_finished_by_one(config, digits, whole, tmp_pa
 def test_stopped_alone_and_finished_sharded(config, digits, whole, tmp_path):
     """At the launcher's wish; both go on from step 4."""
     with pytest.raises(KeyboardInterrupt):
-        train_loop(config, digits, tmp_path / "run", sharded.Targets(4, nan=3), [EVALUATOR, Evaluator(5, stop)])
+        train_loop(
+            config, digits, tmp_path / "run", sharded.Targets(4, nan=3), [EVALUATOR, Evaluator(5, stop)]
+        )
     assert checkpoint.resolve(tmp_path / "run").name == "step-00000004"
     codes = runs.run(sharded.launched, config, tmp_path / "run", EVALUATOR, log=tmp_path / "log", processes=2)
     assert codes == [0, 0], runs.printed(tmp_path / "log")

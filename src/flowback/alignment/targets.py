@@ -185,7 +185,9 @@ def make_targets(
         logger.info(
             "The encoder %s runs at every step: %s.",
             encoder.name,
-            "a table of all features would be too large" if too_large else "the run sees only some of the images",
+            "a table of all features would be too large"
+            if too_large
+            else "the run sees only some of the images",
         )
         return ComputedTargets(encoder, grid, originals)
     table = cached_features(encoder, seen, grid, config.data.flip, cache)

@@ -198,7 +198,9 @@ class Weights:
         _same_shapes("The training state", training["objective"], self.objective.state_dict())
         for decay, average in self._averages.items():
             _same_shapes(f"The average of decay {decay:g}", averages[decay], average)
-        moments = training["optimizer"]["state"]  # by the number of the parameter; empty before the first step
+        moments = training["optimizer"][
+            "state"
+        ]  # by the number of the parameter; empty before the first step
         for name in ("exp_avg", "exp_avg_sq") if moments else ():
             stored = {key: moments[i][name] for i, key in enumerate(weights) if name in moments.get(i, {})}
             _same_shapes(f"The optimiser's {name}", stored, weights)
