@@ -3,8 +3,8 @@
     python benchmarks/digits_strategies.py --json curves.json --plot curves.svg
 
 Trains the preset `digits` (scikit-learn's 8 x 8 digits) without alignment and with `detach`, `reverse` of
-order 0 and `reverse` `exact`, from the same seeds: initial weights, batches and noise are the same in all
-strategies. Looks at the test images every 100 steps. A run that was stopped goes on where it stood.
+order 0 and `reverse` `exact`, from the same seeds: all strategies start from the same weights and see the
+same batches and noise. The test images are looked at every 100 steps. A stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flowback import Flow, presets
+from flowback import presets, train
 from flowback.checked import to_dict
-from flowback.cli.train import fit
 from flowback.evaluation.held_out import held_out_figures
 from harness import write_rows
 
@@ -66,8 +65,9 @@ def one_run(name: str, seed: int, options: Options) -> dict[str, Any]:
         train=replace(base.train, steps=options.steps or base.train.steps, seed=seed, device="cpu"),
     )
     out = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-    fitted = fit(config, out, f"{name}, seed {seed}")
-    test, last = fitted.test, fitted.last
+    result = train(config, out=out, description=f"{name}, seed {seed}")
+    test, last = result.test, result.metrics
+    assert test is not None
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     curve = [
         {
@@ -79,11 +79,11 @@ def one_run(name: str, seed: int, options: Options) -> dict[str, Any]:
         for row in rows
         if "test_nll" in row
     ]
-    final = held_out_figures(Flow.from_pretrained(out), test, len(test), exhaustive=True)
+    final = held_out_figures(result.flow, test, len(test), exhaustive=True)
     if "alignment" in last:
         final["cosine"] = -last["alignment"]
     final["seconds"] = last["seconds"]
-    return {"name": name, "seed": seed, "final": final, "curve": curve, "config": to_dict(fitted.config)}
+    return {"name": name, "seed": seed, "final": final, "curve": curve, "config": to_dict(result.config)}
 
 
 def spread(runs: list[dict[str, Any]], figure: str) -> tuple[float, float] | None:

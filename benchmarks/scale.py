@@ -5,9 +5,9 @@
 64×64 images, patch 4, 4 blocks of 4 layers, the training loop itself on images in memory. ``processes-P`` are
 P gloo processes that share the threads, ``processes-1`` has them all; ``ratio`` is images/s over those of
 ``processes-1``. Runs take turns. ``save-WIDTH`` is a checkpoint with weights, one average and the optimiser's
-state, flushed to the disk. Training goes on meanwhile, and waits for the copy of its state alone:
-``wait_share`` is the wait's part of a run that saves every five minutes, ``share`` that of the whole
-checkpoint, ``write`` the time that the same bytes take as one plain file.
+state, flushed to the disk. Training waits only while its state is copied, not while it is written. For a run
+that saves every five minutes, ``wait_share`` is the share of its time spent on the copy, and ``share`` on the
+whole checkpoint. ``write`` is the time that the same bytes take as one plain file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rich.table import Table
 from flowback import ModelConfig, RunConfig, TrainConfig, checkpoint
 from flowback.data.image_set import MemoryImages
 from flowback.provenance import environment
-from flowback.training import train
+from flowback.training import train_loop
 from flowback.training.distributed import gathered
 from flowback.training.objective import Objective
 from harness import write_rows
@@ -89,7 +89,7 @@ def work(out: Path, options: Options) -> None:
     pixels = torch.randint(256, (256, 3, 64, 64), generator=generator, dtype=torch.uint8)
     labels = torch.randint(CLASSES, (256,), generator=generator)
     images = MemoryImages("random", tuple(map(str, range(CLASSES))), labels, pixels)
-    train(run_config(options.width, options), images, out)
+    train_loop(run_config(options.width, options), images, out)
 
 
 def rates(processes: int, options: Options) -> list[float]:

@@ -1,4 +1,4 @@
-"""Progress bars with rate and time left; off a terminal, and in all processes but the first, nothing shows."""
+"""Progress bars with rate and time left, shown on a terminal and by the first process alone."""
 
 from __future__ import annotations
 

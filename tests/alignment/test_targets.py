@@ -225,7 +225,7 @@ def test_a_run_that_does_not_see_every_image_does_not_encode_them_all(config, tm
     assert (tmp_path / "cache").exists() == (steps * batch >= 6)
     if steps * batch < 6:
         assert caplog.messages == [
-            "The encoder efficientnet_lite0 runs at every step: the run sees only some of the images."
+            "The encoder efficientnet_lite0 runs at every step: the run does not see every image."
         ]
     seen = shown(images, INDICES, FLIPPED)
     found = targets(INDICES, FLIPPED, seen)

@@ -89,8 +89,8 @@ def test_settings_that_name_other_classes(open_config, pets, tmp_path):
     config = dataclasses.replace(open_config, classes=("dog", "cat"))
     with pytest.raises(InputError, match=r"The settings name the classes dog, cat, .* pets are cat, dog"):
         flowback.train(config, pets, tmp_path / "run")
+    other = dataclasses.replace(pets, classes=("dog", "cat"))
     with pytest.raises(InputError, match=r"held-out images .* classes dog, cat"):
-        other = dataclasses.replace(pets, classes=("dog", "cat"))
         flowback.train(open_config, pets, tmp_path / "run", test=other)
     assert not (tmp_path / "run").exists()
 

@@ -122,7 +122,11 @@ def test_stopped_alone_and_finished_sharded(config, digits, whole, tmp_path):
     """At the launcher's wish; both go on from step 4."""
     with pytest.raises(KeyboardInterrupt):
         train_loop(
-            config, digits, tmp_path / "run", sharded.Targets(4, nan=3), [EVALUATOR, Evaluator(5, stop)]
+            config,
+            digits,
+            tmp_path / "run",
+            sharded.Targets(4, nan=3),
+            [EVALUATOR, Evaluator(5, runs.interrupt)],
         )
     assert checkpoint.resolve(tmp_path / "run").name == "step-00000004"
     codes = runs.run(sharded.launched, config, tmp_path / "run", EVALUATOR, log=tmp_path / "log", processes=2)
@@ -130,10 +134,6 @@ def test_stopped_alone_and_finished_sharded(config, digits, whole, tmp_path):
     assert_near(whole, tmp_path / "run")
     held = [row["state_memory"] for row in rows(tmp_path / "run") if "nll" in row]
     assert held == [state_bytes(config, 1), state_bytes(config, 2), state_bytes(config, 2)]
-
-
-def stop(step, flow):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -182,13 +182,8 @@ def make_targets(
     copies = 2 if config.data.flip else 1
     too_large = copies * len(images) * grid**2 * encoder.dim * 4 > CACHE_LIMIT
     if too_large or config.train.steps * config.train.batch_size < len(images):
-        logger.info(
-            "The encoder %s runs at every step: %s.",
-            encoder.name,
-            "a table of all features would be too large"
-            if too_large
-            else "the run sees only some of the images",
-        )
+        reason = "a table of features would be too large" if too_large else "the run does not see every image"
+        logger.info("The encoder %s runs at every step: %s.", encoder.name, reason)
         return ComputedTargets(encoder, grid, originals)
     table = cached_features(encoder, seen, grid, config.data.flip, cache)
     return CachedTargets(table, encoder.dim)

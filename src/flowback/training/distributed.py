@@ -1,8 +1,8 @@
 """Several processes as one run: how they start, stop together, notice a lost one, and share the weights.
 
 Started by ``torchrun`` or ``accelerate launch``, each process finds the others through its environment; a
-plain ``python`` is a run of one. Accelerate joins the gradients. Questions about the run itself go over a group of their own on
-the CPU, so that nothing waits for a GPU.
+plain ``python`` is a run of one. Accelerate joins the gradients. Questions about the run itself go over a
+group of their own on the CPU, so that nothing waits for a GPU.
 
 Sharded training keeps a part of weights, gradients, optimiser and averages in each process. This is FSDP2,
 PyTorch's ``fully_shard``, called directly: Accelerate's way to it leaves out the CPU, and chooses by class

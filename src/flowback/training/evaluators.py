@@ -46,7 +46,7 @@ def likelihood_evaluator(config: RunConfig, test: ImageSet) -> Evaluator:
 
 
 def picture_evaluator(config: RunConfig, folder: Path) -> Evaluator:
-    """A grid of samples from the same noise every ``--train.sample-every`` steps, as a file and for trackers."""
+    """Samples of the same noise every ``--train.sample-every`` steps, as a file and for the trackers."""
 
     def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
         classes = min(flow.config.num_classes or 0, 8)

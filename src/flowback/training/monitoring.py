@@ -136,8 +136,8 @@ def vanished(row: Mapping[str, Any]) -> list[str]:
     dead = [name for name, v in named("cosine_").items() if v == 0 or not math.isfinite(v)]
     if dead:
         found.append(
-            f"The alignment trains nothing at {', '.join(dead)}, which is exactly 0 or not finite; look at the "
-            "encoder's features (all zero, or NaN replaced by 0?) and at the projector's weights."
+            f"The alignment trains nothing at {', '.join(dead)}, which is exactly 0 or not finite; look at "
+            "the encoder's features (all zero, or NaN replaced by 0?) and at the projector's weights."
         )
     for loss, where in (
         ("nll", "look for NaN replaced by 0 in the images"),

@@ -85,7 +85,8 @@ def train(
         >>> import tempfile, flowback
         >>> model = flowback.ModelConfig(image_size=8, channels=1, patch_size=4, width=16, blocks=2, layers=1,
         ...                              head_dim=8)
-        >>> config = flowback.RunConfig(model, train=flowback.TrainConfig(steps=2, batch_size=8, device="cpu"))
+        >>> steps = flowback.TrainConfig(steps=2, batch_size=8, device="cpu")
+        >>> config = flowback.RunConfig(model, train=steps)
         >>> result = flowback.train(config, out=tempfile.mkdtemp())  # scikit-learn's digits
         >>> result.metrics["step"], result.flow.classes[:3]
         (2, ('0', '1', '2'))

@@ -151,8 +151,8 @@ class Trainer:
         if allowed is not None and bad > allowed:
             raise BadGradientError(
                 f"Step {step}: the gradient {reason}, and {allowed} bad steps may pass; training stopped "
-                f"(see {self.folder.path}/bad-steps.jsonl), its last checkpoint stands. Lower --train.lr, set "
-                "--train.grad-clip 1, or leave such steps out with --train.bad-steps."
+                f"(see {self.folder.path}/bad-steps.jsonl), its last checkpoint stands. Lower --train.lr, "
+                "set --train.grad-clip 1, or leave such steps out with --train.bad-steps."
             )
         log.warning("Step %d was left out: its gradient %s (%d bad steps so far).", step, reason, bad)
 
