@@ -65,8 +65,8 @@ def train(
     ``accelerate launch``, all processes call it with the same arguments and see the same folder.
 
     Args:
-        config: the settings; ``flowback.presets.get(name).config`` gives a preset's. Number and names of the
-            classes and the VAE are taken from the images.
+        config: the settings; :func:`flowback.presets.get` has those of a preset, as its ``config``. Number
+            and names of the classes and the VAE are taken from the images.
         images: the training images; None loads those that ``config.data`` names.
         out: the run's folder: config.json, environment.json, metrics.jsonl, checkpoints/.
         test: held-out images for the figures during training. None takes those of ``config.data`` if the
