@@ -67,6 +67,13 @@ def test_images_of_ones_own(open_config, pets, tmp_path):
     assert held_out.test is pets
 
 
+def test_the_function_and_the_package_have_names_of_their_own():
+    import flowback.training
+
+    assert callable(flowback.train)
+    assert flowback.training.train is flowback.train
+
+
 def test_an_unconditional_model_has_no_class_names(config, pets, tmp_path):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0))
     assert flowback.train(config, pets, tmp_path / "run").flow.classes == ()

@@ -67,7 +67,8 @@ def train(
     Args:
         config: the settings; :func:`flowback.presets.get` has those of a preset, as its ``config``. Number
             and names of the classes and the VAE are taken from the images.
-        images: the training images; None loads those that ``config.data`` names.
+        images: the training images; None loads those that ``config.data`` names. Of your own, the checkpoint
+            keeps name and order of the classes alone: ``flowback evaluate`` then needs ``--data``.
         out: the run's folder: config.json, environment.json, metrics.jsonl, checkpoints/.
         test: held-out images for the figures during training. None takes those of ``config.data`` if the
             training images come from there too; otherwise there are no such figures.
