@@ -16,7 +16,6 @@ from flowback.config import AlignmentConfig
 from flowback.data.image_set import MemoryImages, Subset
 from flowback.errors import Interrupted
 from flowback.training import train_loop
-from flowback.training.evaluators import likelihood_evaluator
 
 
 @pytest.fixture
@@ -233,19 +232,3 @@ def test_a_second_sigterm_changes_nothing(config, digits, tmp_path):
     with pytest.raises(Interrupted):
         train_loop(config, digits, tmp_path, evaluators=twice)
     assert checkpoint.resolve(tmp_path).name == "step-00000005"
-
-
-def test_held_out_figures_come_from_images_spread_over_the_set(config, digits, monkeypatch):
-    """A sorted set would show its first classes alone."""
-    labels, order = digits.labels.sort()
-    ordered = dataclasses.replace(digits, labels=labels, pixels=digits.pixels[order])
-    seen, read = set(), MemoryImages.read
-
-    def note(self, indices):
-        seen.update(self.labels[indices].tolist())
-        return read(self, indices)
-
-    monkeypatch.setattr(MemoryImages, "read", note)
-    few = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_images=20))
-    likelihood_evaluator(few, ordered).call(4, Flow(config.model).eval())
-    assert seen == set(range(10))
