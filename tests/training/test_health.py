@@ -158,6 +158,7 @@ def test_a_projector_that_no_longer_answers_is_named(config, digits, tmp_path, m
 
 
 def test_a_healthy_run_warns_of_nothing(config, digits, tmp_path, caplog):
+    caplog.set_level("WARNING", "flowback")  # which the command line sets to INFO in other tests
     train_loop(aligned(config, diagnose_every=4), digits, tmp_path, runs.RandomTargets())
     assert caplog.messages == []
 

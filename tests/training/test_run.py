@@ -208,6 +208,7 @@ def hit(number, steps):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_answered_at_once(config, digits, tmp_path, caplog, number):
+    caplog.set_level("WARNING", "flowback")  # which the command line sets to INFO in other tests
     said = []
     after = Evaluator(1, lambda step, flow: said.append(list(caplog.messages)) or {})
     with pytest.raises(Interrupted):
