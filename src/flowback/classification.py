@@ -76,7 +76,7 @@ def classify(
     seeds = range(len(images)) if seeds is None else seeds
     if len(seeds) != len(images):
         raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed an image.")
-    images = images.to(flow.device, flow.dtype)
+    images = images.to(flow.device, flow.data_dtype)
     noised = [add_noise(images, flow.config, seeds, draw) for draw in range(draws)] if noise else [images]
     if method == "gradient":
         return _gradient(flow, noised, steps, step_size)
@@ -93,8 +93,9 @@ def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) 
     """
     fixed = {name: _fixed(tensor) for name, tensor in (*flow.named_parameters(), *flow.named_buffers())}
     draws = [_fixed(images) for images in draws]
-    dtype = torch.promote_types(flow.dtype, torch.float32)
-    logits = torch.zeros(len(draws[0]), flow.config.num_classes or 0, device=flow.device, dtype=dtype)
+    logits = torch.zeros(
+        len(draws[0]), flow.config.num_classes or 0, device=flow.device, dtype=flow.data_dtype
+    )
     rise = logits
     for _ in range(steps):
         rise = torch.zeros_like(logits)

@@ -19,6 +19,7 @@ cost about as much as a forward pass each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -83,9 +84,8 @@ def encode(
     below = min(t for t, _ in locations) - 1
     x = flow.tokens(images)
     log_det = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for block in blocks[:below]:
-        x, added, _ = block(x, block.context(labels, drop))
-        log_det = log_det + added
+    for output in itertools.islice(flow.encode_blocks(x, labels, drop), below):
+        x, log_det = output.z, log_det + output.log_det
     span = _Span(
         blocks=blocks[below:],
         layers=[[layer for t, layer in locations if t == index + 1] for index in range(below, len(blocks))],

@@ -142,7 +142,7 @@ def held_out_batches(
     labels = images.labels if flow.config.num_classes else None
     parts = in_batches(evenly(len(images), limit, share), batch_size)
     for index in track(parts, len(parts), description, "batches") if progress else parts:
-        clean = to_unit_range(images.read(index)).to(flow.device, flow.dtype)
+        clean = to_unit_range(images.read(index)).to(flow.device, flow.data_dtype)
         own = None if labels is None else labels[index].to(flow.device)
         yield HeldOutBatch(clean, own, (seed + index).tolist())
 

@@ -130,17 +130,18 @@ class Block(nn.Module):
         hidden: Collection[int] = (),
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Predictions that follow each given token; everything in the block's own order."""
-        h = self.proj_in(x)
+        h = self.proj_in(x.to(self.proj_in.weight.dtype))
         position, rotary = self._positions(start, x.shape[1])
         if position is not None:
             h = h + position
         if context is not None:
             h = h + context[:, None]
         h, states = self.body(h, rotary, cache, start, temperature, hidden)
-        # Shift, log-scale and all that follows are at least fp32, whatever the autocast dtype.
+        # Shift, log-scale and all that follows are at least fp32, whatever the dtype of autocast or weights.
         with torch.autocast(h.device.type, enabled=False):
             weight, bias = self.proj_out.weight, self.proj_out.bias
-            log_scale, shift = F.linear(h.to(weight.dtype), weight, bias).chunk(2, dim=-1)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            log_scale, shift = F.linear(h.to(dtype), weight.to(dtype), bias.to(dtype)).chunk(2, dim=-1)
         return shift, log_scale, states
 
     def predict(

@@ -80,6 +80,11 @@ class TARFlow(nn.Module):
         """Dtype of the weights."""
         return self.blocks[0].proj_in.weight.dtype
 
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """Dtype of images, noise and likelihoods: that of the weights, but at least fp32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def tokens(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Images as tokens in raster order.
 

@@ -287,7 +287,7 @@ def noise(flow: TARFlow, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor,
             raise InputError(f"Seed {seed} is out of range; seeds go from 0 to {_SEEDS - 1}.")
         own = int(np.random.SeedSequence((seed, redraw)).generate_state(1)[0]) if redraw else int(seed)
         row.normal_(generator=torch.Generator().manual_seed(own))
-    return z.to(flow.device, flow.dtype)
+    return z.to(flow.device, flow.data_dtype)
 
 
 def sample(

@@ -77,8 +77,22 @@ class Objective(nn.Module):
         labels: Labels = None,
         drop: Bool[Tensor, " b"] | None = None,
         targets: Float[Tensor, "b m f"] | None = None,
+        weight: float | None = None,
     ) -> Losses:
-        """Losses of images with their noise added; ``targets`` are the encoder's features of the clean."""
-        bf16 = self.config.train.precision == "bf16"
+        """Losses of images with their noise added.
+
+        Args:
+            images: noised, on [-1, 1].
+            labels: ids or class weights; None is unconditional.
+            drop: True where an image's label is replaced by the unconditional embedding.
+            targets: the encoder's features of the clean images; None where nothing is aligned any more.
+            weight: of the alignment loss; None is that of the settings.
+        """
+        config, bf16 = self.config.alignment, self.config.train.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            return losses(self.flow, self.projector, self.config.alignment, images, labels, drop, targets)
+            found = losses(self.flow, self.projector, config, images, labels, drop, targets, weight)
+        if self.projector is not None and targets is None:
+            # Nothing is aligned any more; several processes still wait for a gradient of every weight.
+            nothing = torch.stack([p.sum() for p in self.projector.parameters()]).sum() * 0
+            found = found._replace(loss=found.loss + nothing)
+        return found

@@ -14,7 +14,7 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 from flowback import checkpoint
-from flowback.alignment.align import Losses
+from flowback.alignment.align import Losses, weight_at
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
@@ -84,6 +84,8 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.last: dict[str, Any] = {}
         self.warned: set[str] = set()
+        self.stopped = False
+        """Whether the gradients' cosine has ended the alignment."""
         self.folder = RunFolder(out, config)
         if stored := self.folder.newest():
             self._restore(stored)
@@ -107,13 +109,20 @@ class Trainer:
         self.guard.load_state_dict(state["guard"])
         self.known_bad = int(self.guard.bad)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.stopped = state.get("alignment_stopped", False)
 
     # --- one step ---
+
+    @property
+    def alignment_weight(self) -> float:
+        """Weight of the alignment loss at the next step; 0 once it has stopped."""
+        return 0.0 if self.stopped else weight_at(self.config.alignment, self.step)
 
     def update(self, batch: Batch) -> tuple[Losses, Tensor]:
         """One optimiser step; returns the losses of this process's share and the gradient norm."""
         train = self.config.train
-        share = len(batch.noised)
+        share, alignment = len(batch.noised), self.alignment_weight
+        over = self.config.alignment.active and not alignment
         micro = train.micro_batch or share
         starts = range(0, share, micro)
         parts: list[tuple[float, Losses]] = []
@@ -126,8 +135,9 @@ class Trainer:
                     None if batch.labels is None else batch.labels[part],
                     None if batch.drop is None else batch.drop[part],
                     None
-                    if self.targets is None
+                    if self.targets is None or over
                     else self.targets(batch.indices[part], batch.flipped[part], batch.seen[part]),
+                    alignment,
                 )
                 weight = len(batch.noised[part]) / share
                 (losses.loss * weight).backward()
@@ -186,7 +196,7 @@ class Trainer:
         for evaluator in evaluators:
             if self.due(evaluator.every):
                 row |= self._evaluate(evaluator)
-        if self.config.alignment.active and self.due(self.config.train.diagnose_every):
+        if self.alignment_weight and self.due(self.config.train.diagnose_every):
             row |= self._diagnose(batch)
         pictures = {name: row.pop(name) for name in list(row) if isinstance(row[name], Tensor)}
         if row:
@@ -219,6 +229,8 @@ class Trainer:
             peak = peak_flops(torch.cuda.get_device_name(self.device), train.precision)
             if peak is not None:
                 row["mfu"] = row["tflops"] * 1e12 / (peak * self.processes)
+        if self.config.alignment.active:
+            row["alignment_weight"] = self.alignment_weight
         if losses.alignment is not None:
             row["alignment"] = self._mean(losses.alignment)
             row |= {f"cosine_{t}_{layer}": self._mean(value) for (t, layer), value in losses.cosines.items()}
@@ -255,9 +267,23 @@ class Trainer:
         assert objective.projector is not None
         assert self.targets is not None
         targets = self.targets(batch.indices, batch.flipped, batch.seen)
-        return gradient_balance(
+        found = gradient_balance(
             objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
         )
+        if config.stop_below is not None:
+            self._stop_below(config.stop_below, [v for k, v in found.items() if k.startswith("grad_cosine_")])
+        return found
+
+    def _stop_below(self, limit: float, cosines: Sequence[float]) -> None:
+        """Stop aligning where the gradients' mean cosine, over blocks and processes, is below the limit."""
+        own = torch.tensor(sum(cosines) / max(len(cosines), 1), device=self.device)
+        cosine = self._mean(own)
+        if cosine < limit:
+            self.stopped = True
+            log.info(
+                "Step %d: alignment stops, the gradients' mean cosine is %.3f (--alignment.stop-below %g).",
+                *(self.step, cosine, limit),
+            )
 
     # --- keeping ---
 
@@ -277,6 +303,7 @@ class Trainer:
         if self.rank == 0:
             guard = gathered(self.guard.state_dict(), device=torch.device("cpu"))
             state |= {"guard": guard, "step": self.step, "seconds": self.seconds}
+            state["alignment_stopped"] = self.stopped
             folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
             self.writer.start(self._write, folder, state, averages)
 
