@@ -31,8 +31,13 @@ def test_a_table_is_filled_and_what_is_done_is_skipped(flowback, small_row, tmp_
     assert first["columns"] == ["nll", "top1_gradient", "top1_exhaustive", "fd_efficientnet_lite0"]
     assert first["rows"][0]["std"]["nll"] is None
     started = []
-    train = fill._train
-    monkeypatch.setattr(fill, "_train", lambda config, *rest: started.append(config) or train(config, *rest))
+    train = fill.train
+
+    def noting(config, *rest, **more):
+        started.append(config)
+        return train(config, *rest, **more)
+
+    monkeypatch.setattr(fill, "train", noting)
     code, out, err = flowback(*words, "--seeds", 2)
     assert code == 0, err
     assert [config.train.seed for config in started] == [1]

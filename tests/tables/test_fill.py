@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,13 +29,13 @@ def runs(monkeypatch):
     monkeypatch.setitem(TABLES, "tiny", PaperTable("Tiny", ("fid",), (("tiny", 2.0), ("tiny-reverse", 1.0))))
     trained, measured = [], []
 
-    def train(config, images, test, folder, description):
+    def train(config, images, folder, *, test, description):
         trained.append((folder.name, description))
         rows = [
             {"step": s, "images": 8 * s, "test_nll": -s / config.train.steps} for s in (2, config.train.steps)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return config
+        return SimpleNamespace(flow=config)
 
     def measure(config, images, test, settings):
         measured.append(settings)
@@ -48,7 +49,7 @@ def runs(monkeypatch):
             "environment": ENVIRONMENT,
         }
 
-    monkeypatch.setattr(fill, "_train", train)
+    monkeypatch.setattr(fill, "train", train)
     monkeypatch.setattr(fill, "_measure", measure)
     return trained, measured
 
@@ -106,11 +107,11 @@ def test_a_short_run_never_passes_for_the_result(runs, tmp_path):
 
 
 def test_a_run_that_was_stopped_is_not_taken_up_with_other_settings(runs, tmp_path, monkeypatch):
-    def stopped(*arguments):
+    def stopped(*arguments, **more):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fill, "_train", stopped)
+        patch.setattr(fill, "train", stopped)
         with pytest.raises(KeyboardInterrupt):
             reproduce("tiny", "mini", 1, tmp_path, steps=3)
     with pytest.raises(InputError, match="steps was 3, now 4"):
@@ -174,29 +175,29 @@ def test_a_setting_that_is_newer_than_the_run_stood_at_its_default(runs, tmp_pat
 
 
 def test_a_row_that_fails_stands_in_its_cell_and_stops_no_other(runs, tmp_path, monkeypatch):
-    train = fill._train
+    train = fill.train
 
-    def diverging(config, images, test, folder, description):
+    def diverging(config, images, folder, **more):
         if not config.alignment.active:
             raise InputError("Step 3: the gradient is not finite.")
-        return train(config, images, test, folder, description)
+        return train(config, images, folder, **more)
 
-    monkeypatch.setattr(fill, "_train", diverging)
+    monkeypatch.setattr(fill, "train", diverging)
     table = reproduce("tiny", "mini", 1, tmp_path)
     assert table.row("tiny-mini").failures == {0: "Step 3: the gradient is not finite."}
     assert table.row("tiny-reverse-mini").values["nll"] == [-1.5]
     text = (tmp_path / "tiny-mini.md").read_text()
     assert "| tiny-mini | failed |" in text
     assert "tiny-mini, seed 0, failed: Step 3: the gradient is not finite." in text
-    monkeypatch.setattr(fill, "_train", train)  # mended: the row is tried again
+    monkeypatch.setattr(fill, "train", train)  # mended: the row is tried again
     assert reproduce("tiny", "mini", 1, tmp_path).row("tiny-mini").seeds == [0]
 
 
 def test_a_table_without_a_single_run_is_an_error(runs, tmp_path, monkeypatch):
-    def fails(*arguments):
+    def fails(*arguments, **more):
         raise InputError("No encoder.")
 
-    monkeypatch.setattr(fill, "_train", fails)
+    monkeypatch.setattr(fill, "train", fails)
     with pytest.raises(InputError, match=r"No row of tiny-mini could be run: No encoder\."):
         reproduce("tiny", "mini", 1, tmp_path)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowback.checked import to_dict
-from flowback.config import RunConfig, SampleConfig
+from flowback.config import EvaluateConfig, RunConfig, SampleConfig
 from flowback.files import plain
 
 __all__ = ["FORMAT", "deciding", "differences", "read"]
@@ -35,7 +35,13 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     A setting that the stored ones do not have yet stood at its default.
     """
     before, after = _flat(plain(stored)), _flat(plain(now))
-    defaults = _flat({"config": deciding(RunConfig()), "sampling": to_dict(SampleConfig())})
+    defaults = _flat(
+        {
+            "config": deciding(RunConfig()),
+            "sampling": to_dict(SampleConfig()),
+            "options": to_dict(EvaluateConfig()),
+        }
+    )
     found = []
     for name in sorted({*before, *after}):
         default = next((value for end, value in defaults.items() if f".{name}".endswith(f".{end}")), None)

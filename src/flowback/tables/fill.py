@@ -277,13 +277,15 @@ class _Job:
             guidance, search = 0.0, ()  # nothing to guide towards
         return {
             "kind": "quality",
-            "options": {
-                "samples": self.samples,
-                "search": list(search),
-                "protocol": "none" if weights is None else "adm",
-                "inception_weights": None if weights is None else str(weights),
-                "seed": seed,
-            },
+            "options": to_dict(
+                EvaluateConfig(
+                    samples=self.samples,
+                    search=tuple(search),
+                    protocol="none" if weights is None else "adm",
+                    inception_weights=weights,
+                    seed=seed,
+                )
+            ),
             "sampling": to_dict(replace(self.sampling, guidance=guidance or 0.0)),
         }
 
@@ -400,7 +402,9 @@ class _Job:
 def _measure(flow: Flow, images: ImageSet, test: ImageSet, settings: dict[str, Any]) -> dict[str, Any]:
     """The report of a flow, as plain data."""
     if settings["kind"] == "probe":
-        found = probe(flow, images, test, seed=settings["seed"], test_limit=PROBED, encoder=None)
+        found = probe(
+            flow, images, test, seed=settings["seed"], test_limit=PROBED, encoder=None, progress=True
+        )
         figures: dict[str, Any] = {
             "best_linear": found.best.linear,
             "top1_gradient": found.top1_gradient,
@@ -412,7 +416,7 @@ def _measure(flow: Flow, images: ImageSet, test: ImageSet, settings: dict[str, A
         return Report("probe", figures, {**settings, **weights_of(flow)}).to_dict()
     config = from_dict(EvaluateConfig, settings["options"])
     sampling = from_dict(SampleConfig, settings["sampling"])
-    return evaluate(flow, test, reference=images, config=config, sampling=sampling).to_dict()
+    return evaluate(flow, test, reference=images, config=config, sampling=sampling, progress=True).to_dict()
 
 
 def _curve(file: Path) -> list[dict[str, float]]:
