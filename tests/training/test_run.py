@@ -95,10 +95,19 @@ def test_settings_that_name_other_classes(open_config, pets, tmp_path):
     config = dataclasses.replace(open_config, classes=("dog", "cat"))
     with pytest.raises(InputError, match=r"The settings name the classes dog, cat, .* pets are cat, dog"):
         flowback.train(config, pets, tmp_path / "run")
-    other = dataclasses.replace(pets, classes=("dog", "cat"))
-    with pytest.raises(InputError, match=r"held-out images .* classes dog, cat"):
+    other = dataclasses.replace(pets, classes=("cat", "eel"))
+    with pytest.raises(InputError, match="classes that the model does not know: eel"):
         flowback.train(open_config, pets, tmp_path / "run", test=other)
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_images_are_matched_by_the_names_of_their_classes(open_config, pets, tmp_path):
+    other = dataclasses.replace(pets, classes=("dog", "cat"), labels=1 - pets.labels)
+    figures = [
+        flowback.train(open_config, pets, tmp_path / name, test=test).metrics["test_nll"]
+        for name, test in (("same", pets), ("other", other))
+    ]
+    assert figures[0] == figures[1]
 
 
 def test_images_that_do_not_fit_the_model(open_config, pets, tmp_path):

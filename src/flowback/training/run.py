@@ -12,7 +12,7 @@ import torch
 
 from flowback.alignment.targets import make_targets
 from flowback.config import RunConfig
-from flowback.data.image_set import ImageSet
+from flowback.data.image_set import ImageSet, match_classes
 from flowback.data.load import load_images
 from flowback.errors import InputError
 from flowback.files import cache_folder
@@ -69,8 +69,9 @@ def train(
         images: the training images; None loads those that ``config.data`` names. Of your own, the checkpoint
             keeps name and order of the classes alone: ``flowback evaluate`` then needs ``--data``.
         out: the run's folder: config.json, environment.json, metrics.jsonl, checkpoints/.
-        test: held-out images for the figures during training. None takes those of ``config.data`` if the
-            training images come from there too; otherwise there are no such figures.
+        test: held-out images for the figures during training; their classes are matched by name. None takes
+            those of ``config.data`` if the training images come from there too; otherwise there are no such
+            figures.
         targets: gives the encoder's features of a batch; None makes them from ``config.alignment``.
         evaluators: called at their intervals, beside those for ``train.eval_every`` and ``sample_every``.
         description: shown beside the progress bar.
@@ -100,11 +101,8 @@ def train(
     config = _resolve(config, images)
     for part in (images,) if test is None else (images, test):
         _check_images(part, config)
-    if test is not None and config.classes and test.classes not in ((), config.classes):
-        raise InputError(
-            f"The held-out images of {test.name} have the classes {', '.join(test.classes)}, the training "
-            f"images {', '.join(config.classes)}; give both the same, in the same order."
-        )
+    if test is not None:
+        test = match_classes(test, config.classes)
     own = [] if test is None else [likelihood_evaluator(config, test)]
     if config.train.sample_every:
         own.append(picture_evaluator(config, out / "samples"))
