@@ -50,6 +50,28 @@ def test_gradient_rule_is_the_closed_form_at_zero_logits():
     torch.testing.assert_close(scores, expected.detach(), rtol=1e-10, atol=1e-10)
 
 
+def test_normalised_rule_is_the_slope_for_each_unit_of_the_way():
+    """By hand, the distance over all blocks; twice as long a way for a class changes no score of its own."""
+    flow, images = random_flow(classes=3).double(), some_images(4, torch.float64)
+    slopes, scores = (classify(flow, images, method, noise=False) for method in ("gradient", "normalised"))
+    for k in range(3):
+        ways = [block.class_table[k] - block.class_table.mean(0) for block in flow.blocks]
+        distance = sum(float((way @ way).detach()) for way in ways) ** 0.5
+        torch.testing.assert_close(scores[:, k], slopes[:, k] / distance, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for block in flow.blocks:  # the mean stays where it is, so all slopes are twice as steep
+            block.class_table.add_(block.class_table - block.class_table.mean(0))
+    assert torch.allclose(classify(flow, images, noise=False), 2 * slopes, rtol=1e-9)
+    torch.testing.assert_close(
+        classify(flow, images, "normalised", noise=False), scores, rtol=1e-9, atol=1e-9
+    )
+
+
+def test_a_class_without_a_way_has_no_infinite_score():
+    flow = random_flow(classes=1)
+    assert classify(flow, some_images(2), "normalised").isfinite().all()
+
+
 def test_gradient_rule_equals_finite_differences():
     flow, images = random_flow().double(), some_images(2, torch.float64)
     step, difference = 1e-5, torch.zeros(2, 10, dtype=torch.float64)

@@ -3,9 +3,12 @@
 Gradient rule: class logits λ = 0, weights p = softmax(λ), the same p in every block; the predicted class is
 the one along which log p(x | p) rises fastest. One forward and one backward pass, whatever the number of
 classes: their number enters in the product of the weights with the class tables only.
+Normalised rule (this project's): the same slopes, each divided by how far its class's embeddings lie from the
+unconditional ones. The scale of λ is arbitrary: a class with a long way rises fast at first, and curvature
+takes most of that back before the way is gone. The slope for each unit of the way does not reward length.
 Exhaustive rule: argmax over k of log p(x | k), one forward pass for every class.
 
-The flow is trained on noised images, so both rules noise the image first, with a seed of its own.
+The flow is trained on noised images, so all rules noise the image first, with a seed of its own.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ from flowback.errors import InputError
 from flowback.flow import TARFlow
 from flowback.flow.likelihood import add_noise
 
-__all__ = ["Method", "classify"]
+__all__ = ["Method", "classify", "embedding_distances"]
 
-Method = Literal["gradient", "exhaustive"]
+Method = Literal["gradient", "normalised", "exhaustive"]
 
 
 _ROWS = 256
@@ -44,7 +47,8 @@ def classify(
     """Scores of every class for every image; the largest is the predicted class.
 
     ``gradient`` scores are ∂ log p / ∂λ in nats per unit of logit (after several steps: the logits
-    themselves); ``exhaustive`` scores are log p(x | k) in nats. No image's scores depend on the others'.
+    themselves); ``normalised`` divides them by :func:`embedding_distances`; ``exhaustive`` scores are
+    log p(x | k) in nats. No image's scores depend on the others'.
 
     Args:
         flow: a class-conditional flow.
@@ -78,11 +82,26 @@ def classify(
         raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed an image.")
     images = images.to(flow.device, flow.data_dtype)
     noised = [add_noise(images, flow.config, seeds, draw) for draw in range(draws)] if noise else [images]
-    if method == "gradient":
-        return _gradient(flow, noised, steps, step_size)
+    if method in ("gradient", "normalised"):
+        scores = _gradient(flow, noised, steps, step_size)
+        return scores / embedding_distances(flow) if method == "normalised" else scores
     if method == "exhaustive":
         return _exhaustive(flow, noised)
-    raise InputError(f"Unknown method {method}; known: gradient, exhaustive.")
+    raise InputError(f"Unknown method {method}; known: gradient, normalised, exhaustive.")
+
+
+@torch.no_grad()
+def embedding_distances(flow: TARFlow) -> Float[Tensor, " k"]:
+    """Distance of each class from the unconditional embedding: root of Σ over blocks |E_k − e|².
+
+    A class that lies on the unconditional embedding has the smallest number above 0 in place of 0.
+    """
+    total = torch.zeros(flow.config.num_classes or 0, device=flow.device, dtype=flow.data_dtype)
+    for block in flow.blocks:
+        table = block.class_table
+        assert table is not None
+        total += (table - table.mean(0)).to(total.dtype).square().sum(dim=1)
+    return total.sqrt().clamp_min(torch.finfo(total.dtype).tiny)
 
 
 @torch.inference_mode(False)

@@ -81,7 +81,7 @@ def test_a_class_without_images_has_no_accuracy(flowback, named, photos, tmp_pat
     code, text, _ = flowback("classify", model, "--data", photos, "--limit", 4, "--out", tmp_path)
     assert code == 0
     (row,) = (line for line in text.splitlines() if "zebra" in line)
-    assert row.count("–") == 2  # both rules
+    assert row.count("–") == 3  # all rules
     assert "nan" not in text
     figures = json.loads((tmp_path / "classify.json").read_text())["figures"]["gradient"]
     assert figures["per_class"]["zebra"] is None

@@ -17,6 +17,7 @@ def test_demo_writes_all_it_promises(flowback, tmp_path):
         expected = {
             "nll",
             "top1_gradient",
+            "top1_normalised",
             "top1_exhaustive",
             "fd_efficientnet_lite0",
             "seconds",

@@ -28,7 +28,11 @@ def test_a_table_is_filled_and_what_is_done_is_skipped(flowback, small_row, tmp_
     assert "Row 1 of 1, seed 0: imagenet64-mini" in caplog.text
     first = json.loads((tmp_path / "table1-mini.json").read_text())
     assert [row["preset"] for row in first["rows"]] == ["imagenet64-mini"]
-    assert first["columns"] == ["nll", "top1_gradient", "top1_exhaustive", "fd_efficientnet_lite0"]
+    assert first["columns"] == [
+        "nll",
+        *(f"top1_{rule}" for rule in ("gradient", "normalised", "exhaustive")),
+        "fd_efficientnet_lite0",
+    ]
     assert first["rows"][0]["std"]["nll"] is None
     started = []
     train = fill.train

@@ -16,7 +16,8 @@ from flowback.evaluation.report import Report
 from flowback.sampling.image_files import save_npz
 from reference import random_flow
 
-FIGURES = {"nll", "bits_per_dim", "top1_gradient", "top5_gradient", "top1_exhaustive", "top5_exhaustive"}
+RULES = ("gradient", "normalised", "exhaustive")
+FIGURES = {"nll", "bits_per_dim", *(f"top{k}_{rule}" for k in (1, 5) for rule in RULES)}
 
 
 def image_set(count: int = 20, seed: int = 0, classes: str = "abcde") -> MemoryImages:

@@ -41,8 +41,10 @@ class Options:
     """The images; those of the checkpoint unless given. `--data NAME` or `--data FOLDER` for short."""
     split: Literal["test", "train"] = "test"
     """Part of the data."""
-    method: Literal["auto", "gradient", "exhaustive", "both"] = "auto"
-    """The rule: one forward and one backward pass, or a pass for every class; auto: both up to 20 classes."""
+    method: Literal["auto", "gradient", "normalised", "exhaustive", "both"] = "auto"
+    """The rule. `gradient` (the paper's) and `normalised` take one forward and one backward pass, `exhaustive`
+    takes a pass for every class. `both`: gradient and exhaustive. `auto`: all of them, exhaustive up to 20
+    classes."""
     noise: bool = True
     """Add the noise of training to the images; the flow never saw images without."""
     draws: int = 1

@@ -32,7 +32,15 @@ from matplotlib import pyplot as plt
 __all__ = ["Options", "run"]
 
 RUNS = {"none": ("digits", "likelihood alone"), "reverse": ("digits-reverse", "exact reverse alignment")}
-COLUMNS = ("nll", "top1_gradient", "top1_exhaustive", "fd_efficientnet_lite0", "seconds", "images_per_second")
+COLUMNS = (
+    "nll",
+    "top1_gradient",
+    "top1_normalised",
+    "top1_exhaustive",
+    "fd_efficientnet_lite0",
+    "seconds",
+    "images_per_second",
+)
 
 
 @dataclass(frozen=True)

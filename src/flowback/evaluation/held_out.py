@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from flowback.classification import Method, classify
+from flowback.classification import Method, classify, embedding_distances
 from flowback.config import DataConfig, ModelConfig
 from flowback.data.image_set import ImageSet, evenly, in_batches, match_classes
 from flowback.data.load import load_images
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-_METHODS: tuple[Method, ...] = ("gradient", "exhaustive")
+_METHODS: tuple[Method, ...] = ("gradient", "normalised", "exhaustive")
 
 
 _FEW_CLASSES = 20
@@ -54,7 +54,7 @@ _FEW_CLASSES = 20
 def default_methods(flow: Flow) -> tuple[Method, ...]:
     """The rules of classification that are worth their time: the exhaustive one too, up to 20 classes."""
     few = (flow.config.num_classes or 0) <= _FEW_CLASSES
-    return _METHODS if few else _METHODS[:1]
+    return _METHODS if few else _METHODS[:2]
 
 
 class LoopOptions(TypedDict, total=False):
@@ -377,16 +377,19 @@ def held_out_figures(flow: Flow, images: ImageSet, limit: int, exhaustive: bool 
         exhaustive: also classify with one pass for every class.
 
     Returns:
-        ``nll`` in nats per dimension; ``top1_gradient`` and ``top1_exhaustive`` as shares, with classes.
+        ``nll`` in nats per dimension; ``top1_gradient``, ``top1_normalised`` and
+        ``top1_exhaustive`` as shares, with classes.
     """
     sums: dict[str, float] = {}
     images = matched(flow, images)
     for batch in held_out_batches(flow, images, limit=limit, batch_size=_TOGETHER):
         values = {"nll": nll_per_dim(_log_prob(flow, batch, flow.config)[0], flow.config.dims)}
         if batch.labels is not None:
-            for method in _METHODS if exhaustive else _METHODS[:1]:
-                scores = classify(flow, batch.images, method, seeds=batch.seeds)
-                values[f"top1_{method}"] = _hits(scores, batch.labels)[:, 0]
+            slopes = classify(flow, batch.images, "gradient", seeds=batch.seeds)
+            scores = {"gradient": slopes, "normalised": slopes / embedding_distances(flow)}
+            if exhaustive:
+                scores["exhaustive"] = classify(flow, batch.images, "exhaustive", seeds=batch.seeds)
+            values |= {f"top1_{rule}": _hits(own, batch.labels)[:, 0] for rule, own in scores.items()}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())
     return {name: value / min(limit, len(images)) for name, value in sums.items()}

@@ -14,12 +14,12 @@ from flowback.tables.result import Difference, Row, images_needed, paired_differ
 __all__ = ["COLUMNS", "compared", "mixed", "summarise"]
 
 COLUMNS = (
-    *("nll", "top1_gradient", "top1_exhaustive", "fd_efficientnet_lite0"),
+    *("nll", "top1_gradient", "top1_normalised", "top1_exhaustive", "fd_efficientnet_lite0"),
     *("fid", "sfid", "inception_score", "best_linear"),
 )
 """Figures of a row, where the evaluation gives them."""
 
-_HIGHER_IS_BETTER = {"test_nll": False, "test_top1_gradient": True}
+_HIGHER_IS_BETTER = {"test_nll": False, "test_top1_gradient": True, "test_top1_normalised": True}
 """Figures along a run that tell how much sooner it reaches what its baseline ends with."""
 
 
