@@ -43,8 +43,8 @@ class Options:
     """Part of the data."""
     method: Literal["auto", "gradient", "normalised", "exhaustive", "both"] = "auto"
     """The rule. `gradient` (the paper's) and `normalised` take one forward and one backward pass,
-    `exhaustive` takes a pass for every class. `both`: gradient and exhaustive. `auto`: all of them, exhaustive up to 20
-    classes."""
+    `exhaustive` takes a pass for every class. `both`: gradient and exhaustive. `auto`: all of them,
+    exhaustive up to 20 classes."""
     noise: bool = True
     """Add the noise of training to the images; the flow never saw images without."""
     draws: int = 1
