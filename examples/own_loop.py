@@ -17,15 +17,8 @@ train, test = torch.randperm(len(images)).tensor_split([-360])
 
 flow = flowback.create_flow("digits", num_classes=10)
 encoder = flowback.create_encoder("efficientnet_lite0")
-align = flowback.Alignment(
-    flow.config,
-    encoder,
-    strategy="reverse",
-    order="exact",
-    weight=0.1,
-    hidden=128,
-    locations=[(3, 2), (4, 2)],
-)
+settings = flowback.AlignmentConfig("reverse", "exact", hidden=128, locations=[(3, 2), (4, 2)])
+align = flowback.Alignment(flow.config, encoder, settings=settings)
 parameters = [*flow.parameters(), *align.parameters()]
 optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)
 

@@ -68,11 +68,28 @@ def test_second_derivatives_by_torch_func_are_right(flow, batch):
     assert torch.allclose(hessian @ direction.flatten(), change.flatten(), rtol=0, atol=1e-6)
 
 
-def test_second_derivatives_by_autograd_are_refused(flow, batch):
+def test_the_score_can_be_differentiated_again_by_autograd(flow, batch):
+    """By images and weights, as a penalty on the score needs, against torch.func."""
     images, labels = batch
+    weights = dict(flow.named_parameters())
+
+    def penalty(own, x):
+        return grad(lambda y: functional_call(flow, own, (y, labels)).log_prob.sum())(x).square().sum()
+
     point = images.clone().requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH), pytest.raises(RuntimeError, match=r"take them with torch\.func"):
-        torch.autograd.grad(flow(point, labels).log_prob.sum(), point, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = grad(penalty, argnums=(0, 1))(weights, images)
+        (score,) = torch.autograd.grad(flow(point, labels).log_prob.sum(), point, create_graph=True)
+        found = torch.autograd.grad(score.square().sum(), [point, *weights.values()], allow_unused=True)
+    assert torch.allclose(found[0], expected[1], rtol=1e-9, atol=1e-9)
+    for (name, weight), gradient in zip(expected[0].items(), found[1:], strict=True):
+        gradient = torch.zeros_like(weight) if gradient is None else gradient
+        assert torch.allclose(gradient, weight, rtol=1e-9, atol=1e-9), name
+
+
+def test_gradients_of_weights_by_autograd_are_not_differentiated_in_silence(flow, batch):
+    with pytest.raises(RuntimeError, match=r"take such second derivatives with torch\.func"):
+        torch.autograd.grad(flow(*batch).log_prob.sum(), list(flow.parameters()), create_graph=True)
 
 
 def test_compiled_whole_it_is_the_same(tmp_path):

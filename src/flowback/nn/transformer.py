@@ -40,20 +40,12 @@ def _gelu_linear(
 
     The GELU's output is a quarter of all that a layer would keep, and 2 % of its time. The input and the
     weights have a node each, so that a backward pass for the input alone skips the weights' products, as it
-    does in PyTorch's own layers: a single Function is not told what the pass wants. Each node sees a part of
-    the function only, so that second derivatives would be wrong; asking for them is an error.
+    does in PyTorch's own layers: a single Function is not told what the pass wants. The input's gradient can
+    be differentiated again, by input and weights; the weights' gradient cannot, and says so.
     """
-    output: Tensor = _GeluLinear.apply(x, weight.detach(), bias.detach())
+    output: Tensor = _GeluLinear.apply(x, weight, bias)
     nothing: Tensor = _GeluLinearWeights.apply(x.detach(), weight, bias, output.detach())
     return output + nothing
-
-
-def _refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled():  # in a backward pass: create_graph=True
-        raise RuntimeError(
-            "A flow's gradient with create_graph=True would give wrong second derivatives; take them with "
-            "torch.func (grad, jacrev), inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-        )
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -69,7 +61,6 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
         if gradient is None:  # what no loss reaches stays without a gradient
             return None, None, None
-        _refuse_second_derivatives()
         x, weight = ctx.saved_tensors  # under autocast the gradient's dtype is not the weight's
         inside = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
         return torch.ops.aten.gelu_backward(inside, x), None, None
@@ -89,7 +80,11 @@ class _GeluLinearWeights(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, Tensor | None, Tensor | None, None]:
         if gradient is None:
             return None, None, None, None
-        _refuse_second_derivatives()
+        if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+            raise RuntimeError(
+                "The gradient of a flow's weights cannot be differentiated again (create_graph=True); "
+                "take such second derivatives with torch.func (grad, jacrev)."
+            )
         (x,) = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
         d_weight = d_bias = None
