@@ -56,7 +56,7 @@ WORDS = {
     "probe": [[POSITIONAL], ["--seed", "2"], ["--locations", "1", "1"], ["--encoder=None"]],
     "compare": [["a", "b"], ["--json", "x"]],
     "presets": [["digits*"], ["--json", "x"]],
-    "reproduce": [["table1"], ["--mini"], ["--seeds", "2"], ["--steps=3"]],
+    "reproduce": [["table1"], ["--scale", "mini"], ["--seeds", "2"], ["--steps=3"]],
     "import-tarflow": [["a", "b"], ["--image-size", "8"], ["--patch-size=4"]],
     "export-tarflow": [["a", "b"]],
 }

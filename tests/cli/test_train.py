@@ -4,7 +4,7 @@ import json
 import pytest
 
 import flowback as library
-from flowback import checkpoint, presets
+from flowback import checkpoint, get_preset
 
 
 def test_photographs_train_sample_classify(flowback, small, photos, tmp_path):
@@ -52,7 +52,7 @@ def test_python_gives_the_figures_of_the_command_line(flowback, tmp_path, preset
     words = [word for name, value in options.items() for word in (f"--train.{name.replace('_', '-')}", value)]
     code, _, err = flowback("train", preset, "--out", tmp_path / "shell", *words, "--train.device", "cpu")
     assert code == 0, err
-    config = presets.get(preset).config
+    config = get_preset(preset).config
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **options, device="cpu"))
     result = library.train(config, out=tmp_path / "python")
 
