@@ -67,7 +67,7 @@ def test_the_training_state_comes_back_and_may_be_left_out(folder, tmp_path):
     assert {**state, "moments": 0} == {**TRAINING, "moments": 0}
     checkpoint.save(tmp_path / "bare", CONFIG, weights())
     assert same(load(tmp_path / "bare"), weights())
-    assert "this checkpoint can be used, but not trained on" in sentence(
+    assert "this checkpoint can be used, but its training cannot continue" in sentence(
         checkpoint.load_training_state, tmp_path / "bare"
     )
 
@@ -164,7 +164,7 @@ def test_no_checkpoint_there(tmp_path):
 def test_a_missing_file_is_named(folder):
     (folder / "config.json").unlink()
     assert sentence(load, folder).startswith(
-        f"{folder / 'config.json'} is missing; the checkpoint is incomplete"
+        f"{folder / 'config.json'} is missing: the checkpoint is incomplete"
     )
 
 
@@ -183,7 +183,7 @@ def test_a_flipped_bit_is_found(folder, name, share):
     content[int(share * len(content))] ^= 4
     file.write_bytes(content)
     read = load if name == "model.safetensors" else checkpoint.load_training_state
-    assert sentence(read, folder).startswith(f"{file} is damaged: its SHA-256 differs from config.json")
+    assert sentence(read, folder).startswith(f"{file} is damaged: its SHA-256 is not the one in config.json")
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -198,7 +198,7 @@ def test_an_edited_config_is_used_and_the_sections_are_named(folder, caplog):
     flow = load(folder)
     assert flow.classes == tuple("abcde")
     assert flow.run.data.path == Path("/moved")
-    said = f"{folder / 'config.json'} was edited since it was written (data, classes); going on with it."
+    said = f"{folder / 'config.json'} was edited after it was written (data, classes); it is used as it is."
     assert [record.message for record in caplog.records] == [said]  # once, though it is read several times
 
 
@@ -234,7 +234,7 @@ def test_the_runs_in_a_folder_are_named(tmp_path):
     (tmp_path / "demo" / "report.md").write_text("a report")
     folder = tmp_path / "demo"
     expected = f"give one of {folder / 'kept'}, {folder / 'none'}, {folder / 'reverse'}."
-    assert sentence(load, folder) == f"No checkpoint at {folder}, but in it; {expected}"
+    assert sentence(load, folder) == f"No checkpoint at {folder}, but there are some inside it; {expected}"
     assert sentence(load, folder / "report.md").startswith(
         f"No checkpoint at {folder / 'report.md'}: it is a "
     )
@@ -258,7 +258,7 @@ def test_systems_without_rename_of_two_or_sync_of_folders(folder, monkeypatch):
 
 def test_a_newer_format_is_refused(folder):
     change_config(folder, format=checkpoint.FORMAT + 1)
-    assert sentence(load, folder).endswith("has format 2, this flowback reads up to 1; update flowback.")
+    assert sentence(load, folder).endswith("has format 2, but this flowback reads up to 1; update it.")
 
 
 def test_another_programs_config_is_refused(folder):

@@ -86,7 +86,7 @@ def test_a_path_alone_means_a_folder_of_images():
         (
             AlignmentConfig,
             {"locations": ((1, 1), (1, 1))},
-            "names a location twice: ((1, 1), (1, 1)); give each once",
+            "repeats a location: ((1, 1), (1, 1)); give each once",
         ),
         (AlignmentConfig, {"strategy": "reverse", "locations": ()}, "--alignment.locations is empty; give"),
         (TrainConfig, {"steps": 0}, "--train.steps must be at least 1."),

@@ -55,7 +55,7 @@ def test_loading_draws_no_weights(position, tmp_path, monkeypatch):
 
 def test_a_folder_of_something_else_is_left_alone(flow, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds something else than a checkpoint; choose another folder"):
+    with pytest.raises(InputError, match="holds something other than a checkpoint; choose another folder"):
         flow.save_pretrained(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

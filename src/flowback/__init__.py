@@ -1,6 +1,26 @@
 """Normalizing flows that generate images and understand them.
 
-Names are loaded when they are first used, so that ``import flowback`` costs nothing.
+TARFlow (arXiv 2412.06329), trained on likelihood alone, or with its features aligned to those of a frozen
+vision encoder (arXiv 2511.22345). Images are tensors (B, C, H, W) on [-1, 1].
+
+Create a flow, or load a trained one (a run, a checkpoint, or ``owner/name`` on the Hugging Face Hub)::
+
+    flow = flowback.create_flow("digits", num_classes=10)
+    flow = flowback.load("runs/digits")
+
+Train a preset, or add alignment to a training loop of your own::
+
+    flow = flowback.train(flowback.get_preset("digits-reverse").config, out="runs/digits").flow
+    align = flowback.Alignment(flow.config, flowback.create_encoder())
+    align(flow, flow.add_noise(images, seeds), labels, clean=images).loss.backward()
+
+Sample, classify, evaluate::
+
+    images = flow.sample(labels=[3, 7], seeds=[0, 1], guidance=1.5)
+    classes = flowback.classify(flow, images).argmax(1)
+    report = flowback.evaluate(flow, samples=1000)
+
+Names are loaded when they are first used, so ``import flowback`` costs nothing.
 """
 
 from __future__ import annotations

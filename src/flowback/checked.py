@@ -1,8 +1,8 @@
-"""Dataclasses whose values are checked when they are made, and their way to JSON and back.
+"""Dataclasses whose values are checked when they are created, and their conversion to JSON and back.
 
-Values are brought to the type of their field where that changes nothing (a list to a tuple, text to a path,
-the text ``1e-3``, as YAML reads it, to a number); pydantic decides. Everything else, and every unknown key,
-is one sentence that names the option.
+Values are converted to the type of their field if that loses nothing (a list to a tuple, text to a path, the
+text ``1e-3``, as YAML reads it, to a number); pydantic decides. Anything else, and any unknown key, raises
+InputError with one sentence that names the option.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Checked:
     """Base of frozen dataclasses: types are checked first, then :meth:`check` looks at the values."""
 
     section: ClassVar[str] = ""
-    """What stands before the dot in the names of its options."""
+    """Prefix of its options' names, before the dot."""
 
     def __post_init__(self) -> None:
         prefix = f"{self.section}." if self.section else ""
@@ -51,7 +51,7 @@ _cache: dict[Any, dict[str, Any]] = {}
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    """Type of each field; kept, since every config asks for it when it is made."""
+    """Type of each field; cached, since every new config needs it."""
     if kind not in _cache:
         hints = typing.get_type_hints(kind)
         _cache[kind] = {field.name: hints[field.name] for field in fields(kind)}
@@ -95,23 +95,23 @@ def to_dict(config: Any) -> Any:
 
 
 def replaced(configs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
-    """The configs, with each option in the one that has a field of its name.
+    """The configs with new values; each option goes to the config that has a field of that name.
 
     Raises:
-        InputError: an option that none of them has, or a value that does not fit.
+        InputError: no config has such an option, or a value does not fit.
     """
     names = [{field.name for field in fields(config)} for config in configs]
     for option in options:
-        if not any(option in own for own in names):
+        if not any(option in known for known in names):
             raise InputError(f"There is no option {option}; {nearest(option, set().union(*names))}")
     return tuple(
-        replace(config, **{option: value for option, value in options.items() if option in own})
-        for config, own in zip(configs, names, strict=True)
+        replace(config, **{option: value for option, value in options.items() if option in known})
+        for config, known in zip(configs, names, strict=True)
     )
 
 
 def from_dict(kind: type[T], values: Any, default: T | None = None, where: str = "") -> T:
-    """The dataclass ``kind`` with ``values``, and ``default`` for what they leave out.
+    """The dataclass ``kind`` with ``values``; fields that they leave out come from ``default``.
 
     Raises:
         InputError: an unknown key, or a value that does not fit its field.
@@ -123,21 +123,21 @@ def from_dict(kind: type[T], values: Any, default: T | None = None, where: str =
     for key in values:
         if key not in hints:
             raise InputError(f"Unknown option {where}{key}; {nearest(str(key), hints)}")
-    made = {}
+    arguments = {}
     for name, hint in hints.items():
         if name not in values:
             if default is not None:
-                made[name] = getattr(default, name)
+                arguments[name] = getattr(default, name)
         elif is_dataclass(hint):
             base = getattr(default, name) if default is not None else None
-            made[name] = from_dict(typing.cast(type, hint), values[name], base, f"{where}{name}.")
+            arguments[name] = from_dict(typing.cast(type, hint), values[name], base, f"{where}{name}.")
         else:
-            made[name] = _value(values[name], hint, f"{where}{name}")
-    return kind(**made)
+            arguments[name] = _value(values[name], hint, f"{where}{name}")
+    return kind(**arguments)
 
 
 def _describe(hint: Any) -> str:
-    """An annotation in the words of an error message."""
+    """A type annotation in words, for an error message."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " or ".join(map(str, arguments))

@@ -1,15 +1,15 @@
-"""Checkpoints: one folder with the config, the weights people use, and apart from them the training state.
+"""Checkpoints: one folder with the config, the weights to use and, apart from them, the training state.
 
     config.json            format, model, data, alignment and training settings
     model.safetensors      the flow's weights; from training, their moving average
     ema-DECAY.safetensors  further averages, if the run keeps any
-    training.pt            raw weights, optimiser and position; only needed to go on training
+    training.pt            raw weights, optimiser and position; needed only to continue training
 
-A folder appears whole or not at all: it is written under a temporary name, flushed to disk and renamed.
-config.json holds the SHA-256 of the other files, which are compared whenever they are read, and of its own
-sections. It may be edited (when the data have moved, say); a warning then names the sections that changed.
-A run keeps its checkpoints in ``checkpoints/step-NNNNNNNN``, and every function here that takes a path
-takes the run's folder too, and then uses the newest.
+A folder appears complete or not at all: it is written under a temporary name, flushed to disk and renamed.
+config.json holds the SHA-256 of the other files, which is checked whenever they are read, and of its own
+sections. You may edit it (if the data have moved, say); a warning then names the sections that changed.
+A run keeps its checkpoints in ``checkpoints/step-NNNNNNNN``; functions that take a path also take the run's
+folder, and then use its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ __all__ = [
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 _SHOWN = 8
-"""Runs that a message names."""
+"""Most runs that a message names."""
 
 log = logging.getLogger("flowback")
 
@@ -85,9 +85,9 @@ def resolve(path: str | Path) -> Path:
     runs = [str(inner) for inner in sorted(path.iterdir()) if _is_checkpoint(inner) or step_folders(inner)]
     if runs:
         shown = ", ".join(runs[:_SHOWN]) + (", ..." if len(runs) > _SHOWN else "")
-        raise InputError(f"No checkpoint at {path}, but in it; give one of {shown}.")
+        raise InputError(f"No checkpoint at {path}, but there are some inside it; give one of {shown}.")
     raise InputError(
-        f"No checkpoint at {path}: give a folder with config.json and model.safetensors, or a run."
+        f"No checkpoint at {path}: give a folder with config.json and model.safetensors, or a run's folder."
     )
 
 
@@ -96,10 +96,10 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def fetch(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder that ``name`` means: itself, or the copy of a repository on the Hugging Face Hub.
+    """The local folder that ``name`` means: itself, or a copy of a repository on the Hugging Face Hub.
 
     Args:
-        name: a folder, or ``owner/name``, which is looked up on the Hub where no such folder exists.
+        name: a folder, or ``owner/name``, which is looked up on the Hub if no such folder exists.
         revision: branch, tag or commit of the repository.
 
     Raises:
@@ -116,7 +116,7 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # many kinds, from the hub, its client and the network
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"No checkpoint at {name}: there is no such folder, and the Hub does not give it ({reason})."
+            f"No checkpoint at {name}: there is no such folder, and the Hub cannot provide it ({reason})."
         ) from None
 
 
@@ -130,7 +130,7 @@ def save(
     """Write a checkpoint folder atomically; an existing one is replaced.
 
     Args:
-        folder: where it is to stand.
+        folder: where to write it.
         config: the complete settings.
         weights: the flow's state dict.
         training: state that only further training needs: tensors and plain values.
@@ -143,7 +143,7 @@ def save(
     known = _is_checkpoint(folder) or (folder / "config.json").is_file()  # damaged ones are replaced, too
     foreign = folder.exists() and not known
     if foreign and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder} holds something else than a checkpoint; choose another folder.")
+        raise InputError(f"{folder} holds something other than a checkpoint; choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -165,10 +165,10 @@ def save(
         _swap(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, (SafetensorError, RuntimeError)):  # so the two writers speak of a full disk
+        if isinstance(error, (SafetensorError, RuntimeError)):  # how the two writers report a full disk
             raise InputError(
-                f"{folder} cannot be written: the disk is full, or a quota is met; make room and go on from "
-                "the checkpoint before it."
+                f"{folder} cannot be written: the disk is full, or a quota is reached; make room, and "
+                "continue from the previous checkpoint."
             ) from error
         raise
     _flush(folder.parent)
@@ -179,7 +179,7 @@ def _average_file(decay: float) -> str:
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Put the folder ``new`` in the place of ``folder``, without a moment when neither stands there."""
+    """Replace ``folder`` by the folder ``new``; at every moment one of the two is there."""
     if not folder.exists():
         new.rename(folder)
     elif _exchange(new, folder):
@@ -196,7 +196,7 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, two: Path) -> bool:
-    """Let two paths change places in one step; False where the system or the file system cannot.
+    """Swap two paths in one step; False if the system or the file system cannot.
 
     Linux's renameat2 with RENAME_EXCHANGE, which Python does not offer.
     """
@@ -208,7 +208,7 @@ def _exchange(one: Path, two: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or a folder to the disk; Windows does that for files alone, and those open for writing."""
+    """Flush a file or a folder to disk; Windows does so only for files, and only if open for writing."""
     if path.is_dir() and sys.platform == "win32":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -224,12 +224,12 @@ def _sha256(file: Path) -> str:
 
 
 def _verify(file: Path) -> None:
-    """Compare a file of a checkpoint with the sum in its config.json."""
+    """Compare a file of a checkpoint with its SHA-256 in config.json."""
     expected = _read_config(file.parent)["sha256"].get(file.name)
     if not file.is_file():
-        raise InputError(f"{file} is missing; the checkpoint is incomplete, take another copy.")
+        raise InputError(f"{file} is missing: the checkpoint is incomplete; use another copy.")
     if expected is not None and _sha256(file) != expected:
-        raise InputError(f"{file} is damaged: its SHA-256 differs from config.json; take another copy.")
+        raise InputError(f"{file} is damaged: its SHA-256 is not the one in config.json; use another copy.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -238,19 +238,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
-        raise InputError(f"{file} is missing; the checkpoint is incomplete, take another copy.") from None
+        raise InputError(f"{file} is missing: the checkpoint is incomplete; use another copy.") from None
     except ValueError:
-        raise InputError(f"{file} is damaged: it is not JSON; take another copy of the checkpoint.") from None
-    found = values.pop("format", None) if isinstance(values, dict) else None
-    if not isinstance(found, int):
+        raise InputError(f"{file} is damaged: it is not JSON; use another copy of the checkpoint.") from None
+    version = values.pop("format", None) if isinstance(values, dict) else None
+    if not isinstance(version, int):
         raise InputError(f"{file} has no format number: this is not a flowback checkpoint.")
-    if found > FORMAT:
-        raise InputError(f"{file} has format {found}, this flowback reads up to {FORMAT}; update flowback.")
+    if version > FORMAT:
+        raise InputError(
+            f"{file} has format {version}, but this flowback reads only up to {FORMAT}; update it."
+        )
     return {"sha256": {}, **values}
 
 
 def _section_sums(settings: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of each section, in a form that spaces and the order of keys do not change."""
+    """SHA-256 of each section, independent of spaces and the order of keys."""
     return {
         name: hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
         for name, section in settings.items()
@@ -259,14 +261,14 @@ def _section_sums(settings: dict[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def _warn(message: str) -> None:
-    """Once for each message: a command reads its checkpoint several times."""
+    """Warn once per message, since a command reads its checkpoint several times."""
     log.warning(message)
 
 
 def read_config(folder: Path) -> RunConfig:
     """The settings in ``folder``/config.json, of a checkpoint or of a run that has none yet.
 
-    Where they were edited since the checkpoint was written, a warning names the sections.
+    If they were edited after the checkpoint was written, a warning names the sections.
 
     Raises:
         InputError: missing, not readable, or written by a newer flowback.
@@ -281,7 +283,7 @@ def read_config(folder: Path) -> RunConfig:
     changed = [name for name, checksum in written.items() if now.get(name) != checksum]
     if changed:
         edited = ", ".join(changed)
-        _warn(f"{folder / 'config.json'} was edited since it was written ({edited}); going on with it.")
+        _warn(f"{folder / 'config.json'} was edited after it was written ({edited}); it is used as it is.")
     return config
 
 
@@ -298,7 +300,7 @@ def load_weights(
     Args:
         path: a checkpoint folder, or a run's folder (its newest checkpoint).
         device: where the weights go.
-        ema: decay of the average, of those the run kept; None is the one it was trained for.
+        ema: decay of the average to load, if the run kept several; None is its main one.
 
     Raises:
         InputError: no such device, no checkpoint, damaged, or written by a newer flowback.
@@ -308,13 +310,13 @@ def load_weights(
     config = read_config(folder)
     decays = config.train.averages
     if ema is not None and ema not in decays:
-        raise InputError(f"{folder} keeps no average of decay {ema:g}; it has {', '.join(map(str, decays))}.")
+        raise InputError(f"{folder} has no average with decay {ema:g}; it has {', '.join(map(str, decays))}.")
     file = folder / ("model.safetensors" if ema in (None, decays[0]) else _average_file(ema))
     _verify(file)
     try:
         weights = load_file(file, device=str(device))
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is damaged ({error}); take another copy of the checkpoint.") from None
+        raise InputError(f"{file} is damaged ({error}); use another copy of the checkpoint.") from None
     return config, weights
 
 
@@ -326,9 +328,11 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     """
     file = folder / "training.pt"
     if not file.is_file():
-        raise InputError(f"{file} is missing: this checkpoint can be used, but not trained on.")
+        raise InputError(f"{file} is missing: this checkpoint can be used, but its training cannot continue.")
     _verify(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{file} is damaged ({type(error).__name__}); remove its folder to go on.") from None
+        raise InputError(
+            f"{file} is damaged ({type(error).__name__}); remove its folder to continue."
+        ) from None

@@ -1,14 +1,14 @@
 """Classification with the flow's own likelihood, without training (arXiv 2511.22345, Algorithm 1).
 
 Gradient rule: class logits λ = 0, weights p = softmax(λ), the same p in every block; the predicted class is
-the one along which log p(x | p) rises fastest. One forward and one backward pass, whatever the number of
-classes: their number enters in the product of the weights with the class tables only.
+the one along which log p(x | p) rises fastest. One forward and one backward pass for any number of classes,
+which enters only in the product of the weights with the class tables.
 Normalised rule (this project's): the same slopes, each divided by how far its class's embeddings lie from the
 unconditional ones. The scale of λ is arbitrary: a class with a long way rises fast at first, and curvature
 takes most of that back before the way is gone. The slope for each unit of the way does not reward length.
 Exhaustive rule: argmax over k of log p(x | k), one forward pass for every class.
 
-The flow is trained on noised images, so all rules noise the image first, with a seed of its own.
+The flow is trained on noised images, so all rules first add noise to each image, from its own seed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def classify(
 
     ``gradient`` scores are ∂ log p / ∂λ in nats per unit of logit (after several steps: the logits
     themselves); ``normalised`` divides them by :func:`embedding_distances`; ``exhaustive`` scores are
-    log p(x | k) in nats. No image's scores depend on the others'.
+    log p(x | k) in nats. Each image is scored by itself.
 
     Args:
         flow: a class-conditional flow.
@@ -79,7 +79,7 @@ def classify(
         )
     seeds = range(len(images)) if seeds is None else seeds
     if len(seeds) != len(images):
-        raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed an image.")
+        raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed per image.")
     images = images.to(flow.device, flow.data_dtype)
     noised = [add_noise(images, flow.config, seeds, draw) for draw in range(draws)] if noise else [images]
     if method in ("gradient", "normalised"):
@@ -130,7 +130,7 @@ def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) 
 
 
 def _fixed(tensor: Tensor) -> Tensor:
-    """A constant of the graph. What was made in inference mode may not stand in one; its copy may."""
+    """A constant for autograd, which refuses tensors made in inference mode but takes copies of them."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 

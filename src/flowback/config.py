@@ -1,7 +1,7 @@
-"""Every setting of a run: small frozen dataclasses, checked when made, stored as JSON in the checkpoint.
+"""All settings: small frozen dataclasses, checked when they are created, stored as JSON in the checkpoint.
 
 Blocks and layers are counted from 1, as in the paper: block 1 is next to the data, block T next to the
-noise. Unknown keys are errors, so that a misspelled option never passes for a default.
+noise. Unknown keys are errors, so a misspelled option is never ignored.
 """
 
 from __future__ import annotations
@@ -116,16 +116,16 @@ class DataConfig(Checked):
     """Data set: `digits` (scikit-learn's), `folder` (of images), `prepared` (by `flowback prepare`), `mnist`,
     `fashion-mnist`, `kmnist`, `emnist`, `cifar10`, `cifar100`, `fake`, or a name that you registered."""
     path: Path | None = None
-    """The folder of images (one sub-folder a class; none: unconditional), the prepared set, or where a named
-    set's files lie. A path given with the name left at `digits` means `folder`."""
+    """Folder of images (one sub-folder per class; none: unconditional), prepared set, or folder with the
+    files of a named set. A path with the name left at `digits` means `folder`."""
     download: bool = False
     """Download a named set if its files are not there."""
     flip: bool = False
-    """Mirror half of the training images (never those of evaluation)."""
+    """Mirror half of the training images; test images are never mirrored."""
     bad_images: Literal["refuse", "skip"] = "refuse"
     """What to do with files that cannot be read: stop with their names, or leave them out and say so."""
     holdout: float = 0.1
-    """Share of a folder's images kept for evaluation, where it has no `train` and `test` (or `val`)."""
+    """Share of a folder's images kept for evaluation, if it has no `train` and `test` (or `val`) inside."""
     workers: int = 0
     """Processes that decode images; 0 decodes in the training process."""
 
@@ -139,7 +139,7 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True)
 class CodecConfig(Checked):
-    """What stands between images and flow: nothing, or a VAE whose latents the flow models."""
+    """What comes between images and flow: nothing, or a VAE whose latents the flow models."""
 
     section: ClassVar[str] = "codec"
 
@@ -170,37 +170,37 @@ class AlignmentConfig(Checked):
     strategy: Literal["none", "forward", "detach", "reverse", "reverse-literal"] = "none"
     """Graph that carries the gradient; `reverse` is the generative pass."""
     order: int | Literal["exact"] = 0
-    """Terms kept of the reverse gradient's series beyond the identity (strategy `reverse`)."""
+    """Terms of the reverse gradient's series to keep beyond the identity (strategy `reverse`)."""
     tolerance: float = 1e-4
-    """`exact` stops where the next term is below this share of the gradient."""
+    """`exact` stops when the next term is below this share of the gradient."""
     weight: float = 0.1
-    """Weight of the alignment loss, at its highest."""
+    """Highest weight of the alignment loss."""
     stop_at: int | None = None
-    """Step from which on nothing is aligned any more (HASTE, arXiv 2505.16792); None aligns to the end."""
+    """Step at which alignment stops (HASTE, arXiv 2505.16792); None aligns to the end."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """How the weight falls to 0 at `stop_at`: at once, along a line, or along half a cosine."""
     stop_below: float | None = None
-    """Also stop when the two losses' gradients, compared every `--train.diagnose-every` steps, have a mean
-    cosine below this in the blocks that the alignment reaches (HASTE's trigger); None never looks."""
+    """Also stop when the mean cosine between the two losses' gradients is below this (HASTE's trigger). It is
+    measured every `--train.diagnose-every` steps, in the blocks that alignment reaches. None: never."""
     locations: tuple[tuple[int, int], ...] = ((7, 6), (8, 6))
     """(block, layer) pairs whose features are aligned, counted from 1."""
     encoder: str = "efficientnet_lite0"
     """Frozen encoder: `efficientnet_lite0`, or `timm:NAME`."""
     weights: Path | None = None
-    """Local file of the encoder's weights, in place of a download."""
+    """Local file of the encoder's weights, instead of a download."""
     grid: int | None = None
-    """Encoder patches along one side; None is the flow's own token grid."""
+    """Encoder patches along one side; None takes the flow's token grid."""
     originals: bool = False
     """Make the encoder's input from the original image files, not from the images at the flow's size."""
     originals_path: Path | None = None
-    """A prepared set of the same images at another size, which the encoder sees in place of the flow's."""
+    """Prepared set of the same images at another size, for the encoder to see instead of the flow's."""
     projector: Literal["mlp", "conv"] = "mlp"
-    """Flow features to the encoder's space: three linear layers, or one 3×3 convolution over the tokens'
-    grid without a non-linearity (iREPA, arXiv 2512.10794)."""
+    """Maps flow features to the encoder's space: three linear layers, or one 3×3 convolution over the token
+    grid, without a non-linearity (iREPA, arXiv 2512.10794)."""
     hidden: int = 1024
     """Hidden width of the projector `mlp`."""
     spatial_norm: float | None = None
-    """γ of iREPA's targets, (v − γ·mean over patches) / (std over patches); 0.6 to 0.8 there. None: v."""
+    """γ of iREPA's targets, (v − γ·mean over patches) / (std over patches); iREPA: 0.6 to 0.8. None: v."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
@@ -229,11 +229,11 @@ class AlignmentConfig(Checked):
         require(self.grid is None or self.grid > 0, "--alignment.grid must be at least 1.")
         require(
             len(set(self.locations)) == len(self.locations),
-            f"--alignment.locations names a location twice: {self.locations}; give each once.",
+            f"--alignment.locations repeats a location: {self.locations}; give each once.",
         )
         require(
             not (self.originals and self.originals_path),
-            "--alignment.originals takes image files, --alignment.originals-path a prepared set; give one.",
+            "--alignment.originals uses image files, --alignment.originals-path a prepared set; give one.",
         )
         require(
             self.strategy == "none" or len(self.locations) > 0,
@@ -248,7 +248,7 @@ class AlignmentConfig(Checked):
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):
-    """Optimisation, and how often to look."""
+    """Optimisation, and how often to log, evaluate and save."""
 
     section: ClassVar[str] = "train"
 
@@ -257,9 +257,9 @@ class TrainConfig(Checked):
     batch_size: int = 256
     """Images in a step, over all processes and accumulation steps."""
     micro_batch: int | None = None
-    """Images a process holds at once; smaller than its share of the batch accumulates gradients."""
+    """Images that a process holds at once; if fewer than its share of the batch, gradients accumulate."""
     lr: float = 1e-4
-    """Learning rate at its highest."""
+    """Highest learning rate."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine."""
     warmup_steps: int = 5000
@@ -269,17 +269,17 @@ class TrainConfig(Checked):
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
     ema_decay: float = 0.9999
-    """Decay of the averaged weights that people use."""
+    """Decay of the averaged weights, which sampling and evaluation use."""
     ema_more: tuple[float, ...] = ()
-    """Decays of further averages, kept beside it to choose from afterwards."""
+    """Decays of further averages, kept to choose from later."""
     label_drop: float = 0.1
     """Share of labels replaced by the unconditional embedding."""
     grad_clip: float | None = None
     """Largest gradient norm; None does not clip."""
     bad_steps: int | None = 0
-    """Steps with a bad gradient that are left out before the run stops; None never stops for them."""
+    """Steps with a bad gradient to skip before the run stops; None skips any number."""
     spike: float | None = None
-    """A gradient norm above so many times its running mean is bad too; None: only if it is not finite."""
+    """A gradient norm above this many times its running mean is bad too; None allows spikes."""
     seed: int = 0
     """Seed of everything random in the run."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -297,21 +297,21 @@ class TrainConfig(Checked):
     diagnose_every: int = 0
     """Steps between comparisons of the two losses' gradients, block by block; 0 for none."""
     eval_images: int = 1024
-    """Test images of an evaluation, spread evenly over the set."""
+    """Test images in each evaluation, spread evenly over the set."""
     keep_last: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 for none."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Also show the metrics there (extras of these names: `pip install flowback-nf[wandb]`)."""
+    """Trackers that also show the metrics; each is an extra, as in `pip install flowback-nf[wandb]`."""
     checkpoint_activations: bool = False
-    """Keep the input of each Transformer layer only, and compute the rest again for the gradient."""
+    """Keep only the input of each Transformer layer, and recompute the rest for the gradient."""
     compile: bool = False
     """Compile the Transformer of each block; the first steps take minutes."""
     shard: bool = False
-    """Each process holds a part of weights, gradients, optimiser and averages (FSDP2), not all of them."""
+    """Split weights, gradients, optimiser state and averages over the processes (FSDP2)."""
     timeout: float = 1800.0
-    """Seconds that a process waits for the others before it gives up; longer than an evaluation takes."""
+    """Seconds that a process waits for the others before it gives up; must exceed an evaluation's time."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
@@ -319,25 +319,29 @@ class TrainConfig(Checked):
         for name in counts:
             require(getattr(self, name) > 0, f"--train.{name.replace('_', '-')} must be at least 1.")
         require(self.sample_every >= 0, "--train.sample-every must not be negative; 0 draws none.")
-        require(self.diagnose_every >= 0, "--train.diagnose-every must not be negative; 0 is never.")
+        require(self.diagnose_every >= 0, "--train.diagnose-every must not be negative; 0 turns it off.")
         require(self.micro_batch is None or self.micro_batch > 0, "--train.micro-batch must be at least 1.")
         require(
             self.lr > 0 and self.min_lr >= 0, "--train.lr must be above 0 and --train.min-lr not negative."
         )
         require(self.warmup_steps >= 0, "--train.warmup-steps must not be negative.")
         require(all(0 <= decay < 1 for decay in self.averages), "--train.ema-decay must be in [0, 1).")
-        require(len(set(self.averages)) == len(self.averages), "--train.ema-more repeats a decay.")
-        require(self.keep_every >= 0, "--train.keep-every must not be negative; 0 keeps the newest alone.")
+        require(
+            len(set(self.averages)) == len(self.averages), "--train.ema-more repeats a decay; give each once."
+        )
+        require(self.keep_every >= 0, "--train.keep-every must not be negative; 0 keeps only the newest.")
         require(0 <= self.label_drop <= 1, "--train.label-drop must be in [0, 1].")
         require(self.bad_steps is None or self.bad_steps >= 0, "--train.bad-steps must not be negative.")
         require(self.spike is None or self.spike > 1, "--train.spike must be above 1.")
         require(self.grad_clip is None or self.grad_clip > 0, "--train.grad-clip must be above 0.")
         require(self.timeout > 0, "--train.timeout must be above 0.")
-        require(len(set(self.trackers)) == len(self.trackers), "--train.trackers repeats a name.")
+        require(
+            len(set(self.trackers)) == len(self.trackers), "--train.trackers repeats a name; give each once."
+        )
 
     @property
     def averages(self) -> tuple[float, ...]:
-        """Decays of all moving averages, the one that people use first."""
+        """Decays of all moving averages, the main one first."""
         return (self.ema_decay, *self.ema_more)
 
 
@@ -348,23 +352,23 @@ class SampleConfig(Checked):
     guidance: float = 0.0
     """Guidance scale w of c + w·(c − u); 0 is off."""
     ramp: bool = False
-    """Let w grow from 0 to its value over the tokens of each block."""
+    """Let w grow from 0 to its full value over the tokens of each block."""
     formula: Literal["tarflow", "starflow"] = "tarflow"
-    """How the predictions with and without label are joined."""
+    """Formula that combines the predictions with and without label."""
     attention_temperature: float = 1.0
-    """Of the stream without label; other than 1 it guides unconditional models too."""
+    """Attention temperature of the stream without label; other than 1, it guides unconditional models too."""
     guided_blocks: int | None = None
-    """Guide this many blocks only, those nearest the noise."""
+    """Guide only this many blocks, those nearest the noise; None guides all."""
     denoise: bool = True
     """End with one denoising step."""
     sampler: Literal["auto", "sequential", "jacobi"] = "sequential"
-    """`auto`: the plan of `flowback plan` where it fits, else sequential; `jacobi`: windows in all blocks."""
+    """`auto`: the plan of `flowback plan` if it fits, else sequential; `jacobi`: windows in all blocks."""
     tolerance: float = 1e-3
-    """Largest difference from the sequential images that `auto` may make; for `jacobi`, the last sweep's."""
+    """`auto`: largest difference from the sequential images; `jacobi`: largest change in a last sweep."""
     window: int = 16
     """Tokens in a window of `--sampler jacobi`."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and caches while decoding."""
+    """Precision of weights and caches while decoding."""
     batch_size: int = 64
     """Images drawn at once by a process."""
 
@@ -377,32 +381,32 @@ class SampleConfig(Checked):
 
 @dataclass(frozen=True)
 class EvaluateConfig(Checked):
-    """What is measured of a flow; how its samples are drawn is :class:`SampleConfig`'s."""
+    """What to measure; :class:`SampleConfig` says how samples are drawn."""
 
     samples: int = 1024
-    """Samples drawn, over all classes in turn; 0 for none."""
+    """Samples to draw, with the classes in turn; 0 for none."""
     search: tuple[float, ...] = ()
-    """Guidance scales to try in place of one: samples are drawn for each, from the same noise."""
+    """Guidance scales to try instead of one; samples are drawn for each, from the same noise."""
     protocol: Literal["none", "adm", "tarflow"] = "none"
     """Figures in Inception features: ADM's (FID, sFID, IS, precision, recall), TARFlow's FID, or none."""
     inception_weights: Path | None = None
-    """Local file of the Inception weights, in place of a download."""
+    """Local file of the Inception weights, instead of a download."""
     reference_limit: int | None = None
-    """Compare with only so many images of the reference, spread evenly."""
+    """Compare with only this many images of the reference, spread evenly."""
     likelihood: bool = True
     """Measure nll and bits/dim of the test images."""
     classification: bool = True
     """Measure the accuracy of training-free classification of the test images."""
     draws: int = 3
-    """Draws of the noise in likelihoods."""
+    """Noise draws per image for the likelihood."""
     limit: int | None = None
-    """Use only so many test images for likelihood and classification, spread evenly."""
+    """Use only this many test images for likelihood and classification, spread evenly."""
     seed: int = 0
     """Seed of the first sample and of the noise on the first test image."""
     vae: str | None = None
-    """Folder or hub name of the VAE, in place of the one that the checkpoint names; for latents only."""
+    """Folder or hub name of the VAE, instead of the one named in the checkpoint; for latents only."""
     force_vae: bool = False
-    """Decode with a VAE of other weights than those of training."""
+    """Decode even if the VAE's weights are not those of training."""
 
     def check(self) -> None:
         """Refuse values out of range."""
@@ -417,27 +421,29 @@ class EvaluateConfig(Checked):
         require(self.draws >= 1, "--draws must be at least 1.")
         require(self.limit is None or self.limit >= 1, "--limit must be at least 1.")
         require(self.seed >= 0, "--seed must not be negative.")
-        require(len(set(self.search)) == len(self.search), "--search names a guidance scale twice.")
+        require(
+            len(set(self.search)) == len(self.search), "--search repeats a guidance scale; give each once."
+        )
 
 
 @dataclass(frozen=True)
 class ProbeConfig(Checked):
-    """What `probe` looks at."""
+    """What `probe` measures."""
 
     locations: tuple[tuple[int, int], ...] = ()
     """(block, layer) pairs, counted from 1; none given: all."""
     train_limit: int | None = 5000
-    """Training images, at most, spread evenly."""
+    """Use at most this many training images, spread evenly."""
     test_limit: int | None = None
-    """Test images, at most, spread evenly."""
+    """Use at most this many test images, spread evenly."""
     encoder: str | None = "efficientnet_lite0"
     """Encoder of the CKNNA column: `efficientnet_lite0`, `timm:NAME`, or None for no such column."""
     encoder_weights: Path | None = None
-    """Local file of the encoder's weights, in place of a download."""
+    """Local file of the encoder's weights, instead of a download."""
     seed: int = 0
     """Seed of the noise on the images, and of the split that chooses the penalty."""
     batch_size: int = 64
-    """Images at once."""
+    """Images per batch."""
 
     def check(self) -> None:
         """Refuse values out of range."""
@@ -451,7 +457,7 @@ class ProbeConfig(Checked):
 
 @dataclass(frozen=True)
 class RunConfig(Checked):
-    """All that makes a run; `config.json` of a checkpoint."""
+    """All settings of a run, stored as `config.json` in its checkpoints."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -469,7 +475,7 @@ class RunConfig(Checked):
             return
         require(
             self.alignment.stop_below is None or self.train.diagnose_every > 0,
-            "--alignment.stop-below needs --train.diagnose-every, the steps between two looks.",
+            "--alignment.stop-below needs --train.diagnose-every, the steps between two measurements.",
         )
         for block, layer in self.alignment.locations:
             require(

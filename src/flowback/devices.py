@@ -1,4 +1,4 @@
-"""Where to compute: the names that options and functions take, and what is there."""
+"""Devices: the names that options and functions take, and what this machine has."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def pick_device(name: str | torch.device = "auto", option: str = "Device") -> torch.device:
-    """The device of that name.
+    """The device with that name.
 
     Args:
         name: ``cpu``, ``cuda``, ``mps`` or ``xpu``, with an index (``cuda:1``) where there are several;
-            ``auto`` is the first of CUDA, XPU and MPS that is there, else the CPU.
-        option: what the message calls it; the command line says ``--device``.
+            ``auto`` is the first of CUDA, XPU and MPS that is available, else the CPU.
+        option: its name in error messages; the command line says ``--device``.
 
     Raises:
-        InputError: no such device, or not on this machine.
+        InputError: the device is unknown, or this machine does not have it.
 
     Example:
         >>> pick_device("cpu")
@@ -44,7 +44,7 @@ def pick_device(name: str | torch.device = "auto", option: str = "Device") -> to
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use, where the system says so (Linux); else those of the machine."""
+    """Cores that this process may use, if the system tells (Linux); else those of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""What ends a command without being a defect of flowback, which keeps its traceback.
+"""Exceptions that end a command and are not bugs; a bug keeps its traceback.
 
-The command line prints an :class:`InputError` as a single sentence and exits with code 2, and says of a run
-that was stopped, or has lost a process, that the same command goes on.
+The command line prints an :class:`InputError` as one sentence and exits with code 2. If a run was stopped or
+lost a process, it says that the same command continues the run.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ class Interrupted(Exception):  # noqa: N818 - a request, not an error
 
 
 class ProcessLostError(Exception):
-    """Another process of the run is gone. Started again, the run goes on from its last checkpoint."""
+    """Another process of the run died. Started again, the run continues from its last checkpoint."""
 
 
 def nearest(name: str, known: Iterable[str], only_close: bool = False) -> str:
     """A hint that lists the known names closest to ``name``, for the end of an error message.
 
-    Where none is close it lists all of them, or nothing if ``only_close`` is set; then it begins with "; ".
+    If none is close, it lists all of them. With ``only_close`` the hint begins with "; ", and is empty if
+    none is close.
     """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

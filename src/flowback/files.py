@@ -1,4 +1,4 @@
-"""Files that are never half-written, JSON that any reader takes, and the folder of what can be made again."""
+"""Files that are never half-written, JSON that any reader accepts, and the cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["cache_folder", "plain", "replacing", "write_json"]
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a new file that takes the place of ``path`` when, and only when, it is complete and on disk."""
+    """Open a new file, which replaces ``path`` only once it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -38,14 +38,14 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write :func:`plain` data atomically; what else JSON does not know is written as text."""
+    """Write :func:`plain` data atomically; other types that JSON does not know are written as text."""
     with replacing(path) as file:
         json.dump(plain(data), file, indent=2, default=str, allow_nan=False)
         file.write("\n")
 
 
 def plain(data: Any) -> Any:
-    """Data that any reader of JSON takes: null for NaN and infinity, lists for arrays and tensors.
+    """Data that any JSON reader accepts: null for NaN and infinity, lists for arrays and tensors.
 
     Example:
         >>> plain({"nll": float("nan"), "z2": torch.ones(2)})

@@ -1,4 +1,4 @@
-"""The flow that people hold: TARFlow's density with its files, its class names and its samples."""
+"""The public flow: TARFlow's density, with class names, files and sampling."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = ["Flow", "create_flow", "load"]
 
 
 class Flow(TARFlow):
-    """A flow with its class names, its files and its samples; all mathematics is :class:`TARFlow`'s.
+    """A TARFlow with class names, files and sampling; the mathematics is in :class:`TARFlow`.
 
     Labels are class ids, class names, soft class weights (B, K), or None for unconditional.
 
     Args:
         config: the model.
-        classes: names of the classes, in the order of their ids; empty where they are not known.
+        classes: names of the classes, in the order of their ids; empty if unknown.
 
     Raises:
-        InputError: as many names as classes were not given.
+        InputError: the number of names is not the number of classes.
 
     Example:
         >>> import torch
@@ -53,11 +53,11 @@ class Flow(TARFlow):
     def __init__(self, config: ModelConfig, classes: Sequence[str] = ()) -> None:
         super().__init__(config)
         self.classes = tuple(classes)
-        """Names of the classes; empty for unconditional, or where they are not known."""
+        """Names of the classes; empty if unconditional or unknown."""
         self.run: RunConfig | None = None
-        """All settings of the run that it comes from; None for a new flow."""
+        """All settings of the run that trained it; None for a new flow."""
         self.folder: Path | None = None
-        """The checkpoint folder that its weights were read from; None for a new flow."""
+        """Checkpoint folder that its weights were read from; None for a new flow."""
         if self.classes and len(self.classes) != (config.num_classes or 0):
             raise InputError(
                 f"{len(self.classes)} class names for a model of {config.num_classes or 0} classes; "
@@ -65,7 +65,7 @@ class Flow(TARFlow):
             )
 
     def labels(self, labels: UserLabels, batch: int) -> Labels:
-        """Labels as a tensor on the flow's device: ids and weights as they are, names by their id.
+        """Labels as a tensor on the flow's device; names become ids, ids and weights stay as they are.
 
         Raises:
             InputError: an unknown name, ids out of range, a wrong count, or weights of another size.
@@ -84,20 +84,20 @@ class Flow(TARFlow):
         raise InputError(f"The model has no class {name!r}; {nearest(name, self.classes)}")
 
     def add_noise(self, images: Float[Tensor, "b c h w"], seeds: Sequence[int]) -> Float[Tensor, "b c h w"]:
-        """Images on [-1, 1] with the noise of training: the flow's densities are those of such images.
+        """Images on [-1, 1] with the training noise added; the flow's density is that of such images.
 
         Args:
             images: clean images.
-            seeds: one for each image, not negative; the noise depends on nothing else.
+            seeds: one per image, not negative; the noise depends only on them.
         """
         return add_noise(images, self.config, seeds)
 
     def sample(
         self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
     ) -> Float[Tensor, "b c h w"]:
-        """Draw images on [-1, 1], not clamped: :func:`flowback.sample`, which explains the options.
+        """Draw images on [-1, 1], not clamped; :func:`flowback.sample` explains the options.
 
-        For many batches, :class:`flowback.Sampler` prepares the weights once.
+        For many batches use :class:`flowback.Sampler`, which prepares the weights only once.
         """
         return sample(self, labels, seeds, **options)
 
@@ -109,17 +109,17 @@ class Flow(TARFlow):
         ema: float | None = None,
         revision: str | None = None,
     ) -> Flow:
-        """A stored flow with its averaged weights, in eval mode.
+        """Load a flow with its averaged weights, in eval mode.
 
         Args:
             name: a run's folder (its newest checkpoint), a checkpoint folder, or a repository on the Hugging
                 Face Hub, as ``owner/name``.
-            device: where the weights go; ``auto`` is a GPU where there is one.
-            ema: decay of the average, of those the run kept; None is the one it was trained for.
+            device: where the weights go; ``auto`` is a GPU if there is one.
+            ema: decay of the average to load, if the run kept several; None is its main one.
             revision: branch, tag or commit of the repository.
 
         Raises:
-            InputError: no such device, no checkpoint there, damaged, or written by a newer flowback.
+            InputError: there is no such device, or no checkpoint that this flowback can read.
         """
         device = pick_device(device)
         folder = checkpoint.resolve(checkpoint.fetch(name, revision))
@@ -137,10 +137,10 @@ class Flow(TARFlow):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder that :meth:`from_pretrained` reads: config.json and model.safetensors.
 
-        The folder appears whole or not at all; a checkpoint that stands there is replaced.
+        The folder appears complete or not at all; an existing checkpoint is replaced.
 
         Raises:
-            InputError: something else stands there, or it cannot be written.
+            InputError: the folder holds something else, or cannot be written.
         """
         run = self.run or RunConfig()
         config = RunConfig(self.config, run.data, run.alignment, run.train, run.codec, self.classes)
@@ -148,19 +148,19 @@ class Flow(TARFlow):
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Flow:
-    """What is stored under a name, whatever kind of model it is; see :meth:`Flow.from_pretrained`."""
+    """Load a model from a folder or the Hugging Face Hub; see :meth:`Flow.from_pretrained`."""
     return Flow.from_pretrained(name, device, ema)
 
 
 def create_flow(
     preset: str, num_classes: int | None = None, classes: Sequence[str] = (), **model: Any
 ) -> Flow:
-    """A preset's flow with new weights, drawn from PyTorch's generator of random numbers.
+    """A preset's flow with new weights, drawn from PyTorch's global random generator.
 
     Args:
         preset: its name; :func:`flowback.list_presets` lists them.
-        num_classes: number of classes; None is the preset's, or the number of ``classes``.
-        classes: their names.
+        num_classes: number of classes; None takes the number of ``classes``, or else the preset's.
+        classes: names of the classes.
         **model: fields of :class:`flowback.ModelConfig` that replace the preset's.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Several processes, started by ``torchrun`` or ``accelerate launch``, that share a job and join its results.
+"""Processes started by ``torchrun`` or ``accelerate launch`` that share a job and merge their results.
 
-Training has its own start-up (:mod:`flowback.training.distributed`): there the processes work in step.
+Training has its own start-up (:mod:`flowback.training.distributed`), since its processes work in step.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Part = TypeVar("Part", bound=_Mergeable)
 
 
 class Processes:
-    """All processes of a job; a single one without a launcher.
+    """All processes of a job; without a launcher, a single one.
 
     Args:
-        device: as the option ``--device``; ``auto`` gives each process its own GPU, if there are any.
-        alone: take no notice of other processes: this one does the whole job.
+        device: as for the option ``--device``; ``auto`` gives each process its own GPU, if there are any.
+        alone: ignore other processes; this one does the whole job.
 
     Raises:
-        InputError: no such device here, or one for several processes.
+        InputError: there is no such device, or several processes would share one.
 
     Example:
         >>> processes = Processes("cpu")
@@ -47,7 +47,7 @@ class Processes:
     def __init__(self, device: str = "auto", alone: bool = False) -> None:
         picked = pick_device(device, "--device")
         self.device: torch.device = picked
-        """Of this process."""
+        """Device of this process."""
         self._index, self._count = 0, 1
         if alone:
             return
@@ -63,27 +63,27 @@ class Processes:
 
     @property
     def share(self) -> tuple[int, int]:
-        """Number of this process, from 0, and of all of them."""
+        """Index of this process, from 0, and number of processes."""
         return self._index, self._count
 
     @property
     def is_main(self) -> bool:
-        """Whether this process talks to the user and writes."""
+        """Whether this process writes files and talks to the user."""
         return self._index == 0
 
     def merged(self, part: Part) -> Part:
-        """The parts of all processes together, in their order; every process gets it."""
+        """The parts of all processes, merged in their order; every process gets the result."""
         if self._count == 1:
             return part
         parts: list[Part] = gather_object([part])
         return functools.reduce(lambda a, b: a.merge(b), parts)
 
     def main_first(self) -> AbstractContextManager[None]:
-        """What stands inside is done by the main process first, then by the others."""
+        """A context whose body runs in the main process first, then in the others."""
         return nullcontext() if self._count == 1 else self.state.main_process_first()
 
     def close(self) -> None:
-        """Wait for all, then end the group: a process that exits under its threads is aborted."""
+        """Wait for all, then end the group; a process that exits while its threads run is aborted."""
         if self._count > 1:
             self.state.wait_for_everyone()
             self.state.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Progress bars with rate and time left, shown on a terminal and by the first process alone."""
+"""Progress bars with rate and time left, shown only on a terminal and only by the first process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Rate(ProgressColumn):
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches: bars show on a terminal alone, and what is written to a file needs lines."""
+    """Whether stderr is a terminal: bars are shown only there, and a log file gets lines instead."""
     return sys.stderr.isatty()
 
 

@@ -1,4 +1,4 @@
-"""What it takes to repeat a figure: versions, commit, command, date and device."""
+"""What is needed to repeat a result: versions, commit, command, date and device."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree that runs, with a mark if it was changed; None for an installed package."""
+    """Commit of the running source tree, marked if it was changed; None for an installed package."""
     try:
         commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):

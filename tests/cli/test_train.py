@@ -114,7 +114,7 @@ BAD = {
         "(9, 1) is outside the model; blocks go from 1 to 4",
     ),
     "weight": (["digits", "--alignment.weight", "-1"], "must not be negative"),
-    "twice": (["digits-reverse", "--alignment.locations", "1", "1", "1", "1"], "names a location twice"),
+    "twice": (["digits-reverse", "--alignment.locations", "1", "1", "1", "1"], "repeats a location"),
     "yaml key": (["digits", "--config", "bad.yaml"], "Unknown option train.stepz; did you mean steps"),
     "yaml missing": (["digits", "--config", "none.yaml"], "none.yaml cannot be read"),
     "folder": (["folder-32", "--data.path", "nowhere"], "nowhere"),

@@ -221,7 +221,7 @@ def test_labels_may_be_a_list_an_id_for_all_or_a_tensor():
     [
         ([0, 5], r"Label 5 is out of range: the model's classes go from 0 to 4"),
         ([-1, 0], r"Label -1 is out of range: the model's classes go from 0 to 4"),
-        ([0], r"1 labels for 2 images; give one label an image"),
+        ([0], r"1 labels for 2 images; give one label per image"),
         (torch.ones(2, 3), r"Class weights have shape \(2, 3\); the model has 5 classes"),
         (torch.zeros(2, 5, dtype=torch.int64), r"Labels have shape \(2, 5\)"),
     ],

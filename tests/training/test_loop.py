@@ -232,7 +232,7 @@ def test_several_averages_and_kept_checkpoints(config, digits, tmp_path):
     distance = {decay: float((state[name] - raw[f"flow.{name}"]).norm()) for decay, state in flows.items()}
     assert distance[0.5] < distance[0.9]
     assert torch.equal(flows[0.9][name], Flow.from_pretrained(tmp_path / "whole").state_dict()[name])
-    with pytest.raises(InputError, match=r"no average of decay 0\.7; it has 0\.9, 0\.5, 0\.99"):
+    with pytest.raises(InputError, match=r"no average with decay 0\.7; it has 0\.9, 0\.5, 0\.99"):
         Flow.from_pretrained(tmp_path / "whole", ema=0.7)
     with pytest.raises(Kill):
         train_loop(config, digits, tmp_path / "killed", evaluators=[killer(9)])

@@ -3,9 +3,9 @@
 Images live on [-1, 1]. Log-probabilities are nats per image, summed over dimensions; "nll" is nats per
 dimension; "bits per dim" refers to 8-bit pixel values 0 ... 255.
 
-A flow models noised images, p(x + σ·ε): on clean ones, which lie off the training distribution in every
-direction that the noise filled, its densities are not those that it learned (TARFlow, arXiv 2412.06329,
-Sec. 2.3). So whatever reads a likelihood noises first, and an image's noise depends on its own seed only.
+A flow models noised images, p(x + σ·ε). Clean images lie off the training distribution, in every direction
+that the noise filled, and the flow has not learned their density (TARFlow, arXiv 2412.06329, Sec. 2.3). So
+whatever reads a likelihood adds noise first, and an image's noise depends only on its own seed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def add_noise(
 ) -> Float[Tensor, "b c h w"]:
     """Images on [-1, 1] with the model's training noise: x + σ·N(0, 1), or uniform dequantisation.
 
-    The noise is drawn on the CPU, so that the device changes nothing.
+    The noise is drawn on the CPU, so it is the same on every device.
 
     Args:
         images: clean images.

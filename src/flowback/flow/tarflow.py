@@ -22,7 +22,7 @@ Location = tuple[int, int]
 """(block, layer), counted from 1; block 1 is next to the data."""
 
 UserLabels = Tensor | Sequence[int] | Sequence[str] | int | str | None
-"""Labels as people give them, before they are checked: one for all images is allowed too."""
+"""Labels as users give them, not yet checked; a single one stands for all images."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TARFlow(nn.Module):
     """A class-conditional or unconditional TARFlow.
 
     Images are (B, C, H, W) on [-1, 1]. Labels are class ids (B,), soft class weights (B, K), or None for
-    unconditional; they mean the same in both directions. Nothing is kept between calls.
+    unconditional; they mean the same in both directions. Calls keep no state.
 
     Example:
         >>> import torch
@@ -104,7 +104,7 @@ class TARFlow(nn.Module):
         return unpatchify(tokens, self.config.patch_size)
 
     def labels(self, labels: UserLabels, batch: int) -> Labels:
-        """Labels as a tensor on the flow's device, checked on the way in from a user.
+        """Labels from a user, checked, as a tensor on the flow's device.
 
         Raises:
             InputError: ids out of range, a wrong count, or weights of another number of classes.
@@ -114,25 +114,25 @@ class TARFlow(nn.Module):
         classes = self.config.num_classes or 0
         if not classes:
             raise InputError("This model is unconditional: it has no classes. Leave the labels out.")
-        made = torch.as_tensor(labels, device=self.device)
-        if made.ndim == 0:
-            made = made.expand(batch)
-        if made.shape[0] != batch:
-            raise InputError(f"{made.shape[0]} labels for {batch} images; give one label an image.")
-        if made.is_floating_point():
-            if made.shape[1:] != (classes,):
+        values = torch.as_tensor(labels, device=self.device)
+        if values.ndim == 0:
+            values = values.expand(batch)
+        if values.shape[0] != batch:
+            raise InputError(f"{values.shape[0]} labels for {batch} images; give one label per image.")
+        if values.is_floating_point():
+            if values.shape[1:] != (classes,):
                 raise InputError(
-                    f"Class weights have shape {tuple(made.shape)}; the model has {classes} classes."
+                    f"Class weights have shape {tuple(values.shape)}; the model has {classes} classes."
                 )
-            return made.to(self.dtype)
-        if made.ndim != 1:
-            raise InputError(f"Labels have shape {tuple(made.shape)}; give one id an image.")
-        if made.numel() and not 0 <= int(made.min()) <= int(made.max()) < classes:
+            return values.to(self.dtype)
+        if values.ndim != 1:
+            raise InputError(f"Labels have shape {tuple(values.shape)}; give one id per image.")
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < classes:
             raise InputError(
-                f"Label {int(made.max() if int(made.max()) >= classes else made.min())} is out of range: "
+                f"Label {int(values.max() if int(values.max()) >= classes else values.min())} is out of range: "
                 f"the model's classes go from 0 to {classes - 1} (None is unconditional)."
             )
-        return made.long()
+        return values.long()
 
     def forward(
         self,
@@ -144,7 +144,7 @@ class TARFlow(nn.Module):
         """Encode: images to noise, with the log-determinant.
 
         Args:
-            images: on [-1, 1], with noise added where the model was trained so.
+            images: on [-1, 1], with the training noise added.
             labels: class ids, soft class weights, or None. Tensors are taken as they are, so that a training
                 step does not wait for the device; lists are checked.
             drop: True where an image's label is replaced by the unconditional embedding.
