@@ -191,7 +191,7 @@ def test_other_sizes_are_refused():
 
 def test_other_models_are_refused():
     state = original()
-    assert "this is no state dict of TARFlow" in refusal({"weight": torch.ones(2)})
+    assert "this is not a state dict of TARFlow" in refusal({"weight": torch.ones(2)})
     assert "lacks blocks.1.proj_in.bias;" in refusal(
         {k: v for k, v in state.items() if k != "blocks.1.proj_in.bias"}
     )
@@ -207,12 +207,12 @@ def test_other_models_are_refused():
     assert "nvp=False" in refusal(volume_preserving)
     assert "not the causal mask" in refusal({**state, "blocks.1.attn_mask": torch.ones(TOKENS, TOKENS)})
     assert "mixes torch.float16 and torch.float32" in refusal({**state, "var": state["var"].half()})
-    assert "(3, 128), the other tensors ask for (5, 1, 128)" in refusal(
+    assert "(3, 128), but the other tensors need (5, 1, 128)" in refusal(
         {**state, "blocks.1.class_embed": torch.ones(3, WIDTH)}
     )
-    assert "proj_in.weight is no matrix" in refusal({**state, "blocks.0.proj_in.weight": torch.ones(())})
+    assert "proj_in.weight is not a matrix" in refusal({**state, "blocks.0.proj_in.weight": torch.ones(())})
     narrow = {k: v[..., :32] if "pos_embed" in k else v for k, v in state.items()}
-    assert "its width 32 is no multiple of 64" in refusal(narrow)
+    assert "its width 32 is not a multiple of 64" in refusal(narrow)
 
 
 def test_bad_files(tmp_path):
@@ -230,10 +230,10 @@ def test_bad_files(tmp_path):
     assert "does not exist" in refused(None)
     assert "damaged" in refused(b"")
     assert "damaged" in refused(b"text")
-    assert "not a file of tensors alone" in refused(ModelConfig())
+    assert "does not hold only tensors" in refused(ModelConfig())
     assert "holds no state dict" in refused({"model": original()})
     assert "holds no state dict" in refused([1, 2])
-    assert "no state dict of TARFlow" in refused({})
+    assert "not a state dict of TARFlow" in refused({})
     torch.save(original(), tmp_path / "whole.pth")
     assert "damaged" in refused((tmp_path / "whole.pth").read_bytes()[:-1000])
 

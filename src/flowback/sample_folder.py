@@ -1,4 +1,4 @@
-"""A folder of samples, drawn by any number of processes, which can be stopped and gone on with.
+"""A folder of samples, drawn by any number of processes, which can be stopped and continued.
 
 Images are drawn in fixed batches: batch k holds images k·B ... (k+1)·B − 1 whoever draws it, so that an image
 is the same to the byte whether or not the run was interrupted, and for every number of processes that compute
@@ -57,8 +57,8 @@ class FolderConfig(Checked):
     count: int = 16
     """Number of images, over all labels."""
     labels: tuple[str | int, ...] = ()
-    """Classes to draw, in turn, by name or id; none given: all classes in turn. A number is an id, unless a
-    class has it for a name."""
+    """Classes to draw, in turn, by name or id; none given: all classes in turn. A number is an id, unless
+    it is the name of a class."""
     unconditional: bool = False
     """Draw without labels from a model with classes."""
     seed: int = 0
@@ -100,7 +100,7 @@ class Failed:
     image: int
     """Its number."""
     overflow: Overflow | None
-    """Where its last draw broke; None: in the decoder of latents, or not when it was drawn once more."""
+    """Where its last draw broke; None: in the decoder of latents, or it was finite when drawn again."""
 
     def to_dict(self) -> dict[str, int | None]:
         """Number, block and token, ready for JSON."""
@@ -139,7 +139,7 @@ class SampleReport:
         return (
             f"{len(self.failed)} of {count} images are missing in {self.out}, since they stayed non-finite: "
             f"{shown}{', ...' if len(self.failed) > 8 else ''}{where}; "
-            "lower --guidance, take --precision fp32, or train the model further."
+            "lower --guidance, use --precision fp32, or train the model further."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def draw_folder(
     codec: Codec | None = None,
     **options: Any,
 ) -> SampleReport:
-    """Draw a folder of PNG images, or those that it lacks: what ``flowback sample`` does.
+    """Draw a folder of PNG images, or only the missing ones: what ``flowback sample`` does.
 
     Image i has seed ``config.seed`` + i, and the labels take turns. Nothing is written before everything is
     checked. Processes that a launcher started share the work, and all get the same report; the first one
@@ -176,7 +176,7 @@ def draw_folder(
 
     Args:
         flow: the model.
-        out: the folder. What stands there must have been drawn with the same settings and weights.
+        out: the folder. Images in it must have been drawn with the same settings and weights.
         config: what to draw.
         sampling: how.
         plans: how each block is inverted, from block 1; None is what ``sampling.sampler`` says, where
@@ -249,11 +249,11 @@ def class_ids(flow: Flow, labels: Sequence[str | int]) -> list[int]:
     Raises:
         InputError: an unknown name, or an id out of range.
     """
-    made: list[Any] = [
+    names_or_ids: list[Any] = [
         int(label) if isinstance(label, str) and label not in flow.classes and label.isdecimal() else label
         for label in labels
     ]
-    ids = flow.labels(made, len(made)) if made else None
+    ids = flow.labels(names_or_ids, len(names_or_ids)) if names_or_ids else None
     return [] if ids is None else ids.tolist()
 
 
@@ -362,21 +362,21 @@ class SampleFolder:
             raise InputError(f"{self.path} is a file; choose a folder with --out.")
         if note.is_file():
             try:
-                found = json.loads(note.read_text())
+                stored = json.loads(note.read_text())
             except ValueError:
                 raise InputError(f"{note} is damaged; choose another --out, or empty the folder.") from None
-            for key in sorted({*found, *self.settings}):
-                if found.get(key) != self.settings.get(key):
-                    was, now = found.get(key), self.settings.get(key)
+            for key in sorted({*stored, *self.settings}):
+                if stored.get(key) != self.settings.get(key):
+                    was, now = stored.get(key), self.settings.get(key)
                     raise InputError(
                         f"{self.path} holds images drawn with {key} = {was}, not {now}; "
-                        "choose another --out, or the same settings to go on."
+                        "choose another --out, or continue with the same settings."
                     )
         elif self.path.is_dir() and any(self.path.glob("*.png")):
             raise InputError(f"{self.path} holds other images; choose an empty folder with --out.")
 
     def file(self, index: int) -> Path:
-        """Where an image stands."""
+        """Path of an image."""
         return self.path / f"{index:06d}.png"
 
     def begin(self) -> None:

@@ -59,12 +59,10 @@ def read_tarflow(
         raise InputError(f"{file} does not exist; give the .pth file of TARFlow's training.") from None
     except Exception:  # many kinds: not a file of torch, cut short, or pickled objects
         raise InputError(
-            f"{file} is not a file of tensors alone, or is damaged; save the model's state dict and use that."
+            f"{file} does not hold only tensors, or is damaged; save the model's state dict and use that."
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(
-            f"{file} holds no state dict (tensors by name); save model.state_dict() and use that."
-        )
+        raise InputError(f"{file} holds no state dict (named tensors); save model.state_dict() and use that.")
     try:
         return from_tarflow(state, image_size, patch_size, noise, noise_std)
     except InputError as error:
@@ -101,7 +99,7 @@ def from_tarflow(
     blocks, layers = _count(_BLOCK, state), _count(_LAYER, state)
     if not blocks or not layers:
         raise InputError(
-            "this is no state dict of TARFlow (it has no blocks.0.attn_blocks.0...); give its model file."
+            "this is not a state dict of TARFlow (it has no blocks.0.attn_blocks.0...); give its model file."
         )
     names = _names(blocks, layers, conditional=any(name.endswith("class_embed") for name in state))
     _check_names(state, names)
@@ -149,15 +147,15 @@ def to_tarflow(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Te
                 "this model cannot be exported."
             )
     like = state["blocks.0.position"]
-    made = {}
+    converted = {}
     for theirs, ours in _names(config.blocks, config.layers, conditional=bool(config.num_classes)).items():
         if theirs == "var":
-            made[theirs] = like.new_ones(config.tokens, config.token_dim)
+            converted[theirs] = like.new_ones(config.tokens, config.token_dim)
         elif ours is None:
-            made[theirs] = like.new_ones(config.tokens, config.tokens).tril()
+            converted[theirs] = like.new_ones(config.tokens, config.tokens).tril()
         else:
-            made[theirs] = state[ours].unsqueeze(1) if ours.endswith("class_table") else state[ours]
-    return made
+            converted[theirs] = state[ours].unsqueeze(1) if ours.endswith("class_table") else state[ours]
+    return converted
 
 
 def _names(blocks: int, layers: int, conditional: bool) -> dict[str, str | None]:
@@ -192,13 +190,13 @@ def _count(pattern: re.Pattern[str], state: Mapping[str, Tensor]) -> int:
 
 
 def _check_names(state: Mapping[str, Tensor], names: Mapping[str, str | None]) -> None:
-    for what, found in (
+    for what, names_of_kind in (
         ("lacks", [name for name in names if name not in state]),
         ("has the unknown", [name for name in state if name not in names]),
     ):
-        if found:
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise InputError(f"it {what} {found[0]}{more}; give a complete model file of TARFlow.")
+        if names_of_kind:
+            more = f" and {len(names_of_kind) - 1} more" if len(names_of_kind) > 1 else ""
+            raise InputError(f"it {what} {names_of_kind[0]}{more}; give a complete model file of TARFlow.")
 
 
 def _config(
@@ -212,7 +210,7 @@ def _config(
 ) -> ModelConfig:
     for name in ("pos_embed", "proj_in.weight", "proj_out.weight"):
         if state[f"blocks.0.{name}"].ndim != 2:
-            raise InputError(f"blocks.0.{name} is no matrix; give an unchanged model file of TARFlow.")
+            raise InputError(f"blocks.0.{name} is not a matrix; give an unchanged model file of TARFlow.")
     tokens, width = state["blocks.0.pos_embed"].shape
     token_dim = state["blocks.0.proj_in.weight"].shape[-1]
     if state["blocks.0.proj_out.weight"].shape[0] == token_dim:
@@ -226,7 +224,7 @@ def _config(
             f"{token_dim} values; give the sizes that the model was trained with."
         )
     if width % _HEAD_DIM:
-        raise InputError(f"its width {width} is no multiple of {_HEAD_DIM}, TARFlow's width of a head.")
+        raise InputError(f"its width {width} is not a multiple of {_HEAD_DIM}, TARFlow's head width.")
     table = state.get("blocks.0.class_embed")
     return ModelConfig(
         image_size=image_size,
@@ -252,6 +250,6 @@ def _check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     for name, value in state.items():
         if value.shape != expected[name].shape:
             raise InputError(
-                f"{name} is {tuple(value.shape)}, the other tensors ask for {tuple(expected[name].shape)}; "
+                f"{name} is {tuple(value.shape)}, but the other tensors need {tuple(expected[name].shape)}; "
                 "give an unchanged model file of TARFlow."
             )

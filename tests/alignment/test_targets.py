@@ -161,7 +161,7 @@ def test_another_encoder_than_the_prepared_one_runs(config, tmp_path, monkeypatc
         targets = make_targets(config, images, tmp_path / "cache")
     said, encodes = caplog.messages
     assert said == (
-        "set-train was prepared with features of efficientnet_lite0 on a 2x2 grid, not what is asked for: "
+        "set-train was prepared with features of efficientnet_lite0 on a 2x2 grid, not those asked for: "
         "the encoder runs."
     )
     assert encodes.startswith("Encoding 6 images and their mirror images of set-train with ")

@@ -86,8 +86,12 @@ def test_presets_lists_all_with_published_numbers(flowback, tmp_path):
 @pytest.mark.parametrize(
     ("stop", "code", "said"),
     [
-        (Interrupted("Stopped by signal 15"), 75, "Stopped by signal 15. The same command goes on."),
-        (ProcessLostError("A process is gone"), 74, "the same command goes on from the last checkpoint."),
+        (
+            Interrupted("Stopped by signal 15"),
+            75,
+            "Stopped by signal 15. Run the same command again to continue.",
+        ),
+        (ProcessLostError("A process is gone"), 74, "run the same command again to continue."),
     ],
 )
 def test_a_run_that_was_stopped_says_how_it_goes_on(flowback, monkeypatch, stop, code, said):

@@ -63,7 +63,7 @@ def test_hugging_face_datasets(flowback, tmp_path):
 
 
 BAD = {
-    "nothing": (["nowhere"], "nowhere is no folder, no tar file, no set known by name"),
+    "nothing": (["nowhere"], "nowhere is not a folder, a tar file, the name of a known set"),
     "size": (["digits", "--image-size", "0"], "--image-size must be at least 1"),
     "holdout": (["digits", "--holdout", "1"], "--holdout must be in [0, 1)"),
     "grid": (["digits", "--encoder", "efficientnet_lite0"], "--encoder and --encoder-grid go together"),
@@ -71,7 +71,7 @@ BAD = {
     "no grid": (["digits", "--encoder", "x", "--encoder-grid", "0"], "--encoder-grid must be at least 1"),
     "weights": (["digits", "--encoder-weights", "x"], "--encoder-weights needs --encoder"),
     "no encoder": (["digits", "--encoder", "x", "--encoder-grid", "4"], "Unknown --alignment.encoder x"),
-    "labels": (["digits", "--labels", "x.csv"], "--labels x.csv goes with a folder of images"),
+    "labels": (["digits", "--labels", "x.csv"], "--labels x.csv needs a folder of images"),
     "torchvision": (["cifar10", "--path", "."], "cifar10 is not in"),
 }
 

@@ -160,7 +160,7 @@ BAD_SETS = {
     "channels": (lambda: (GREY.transpose(0, 2, 3, 1), None, ()), r"the shape \(3, 8, 8, 1\)"),
     "labels": (lambda: (GREY, [0, 1], ()), "give 3 class ids"),
     "none": (lambda: (GREY[:0], None, ()), r"the shape \(0, 1, 8, 8\)"),
-    "size": (lambda: image_set(GREY), r"gives images of the shape \(1, 8, 8\), \(3, 8, 8\) is asked for"),
+    "size": (lambda: image_set(GREY), r"gives images of the shape \(1, 8, 8\), but \(3, 8, 8\) is needed"),
 }
 
 

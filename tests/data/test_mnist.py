@@ -135,13 +135,13 @@ def test_download_is_torchvisions(tmp_path, monkeypatch, name, options):
 
 WHOLE = idx(PIXELS["train"])
 DAMAGED = {
-    "other dimensions": (idx(np.zeros(5, np.uint8)), "is no idx file of bytes in 3 dimensions"),
-    "floats": (bytes((0, 0, 13, 3)) + WHOLE[4:], "is no idx file of bytes in 3 dimensions"),
-    "text": (b"<html>not found</html>", "is no idx file of bytes in 3 dimensions"),
-    "empty": (b"", "is no idx file of bytes in 3 dimensions"),
-    "header": (WHOLE[:9], "is no idx file of bytes in 3 dimensions"),
-    "cut short": (WHOLE[:-1], "holds 3919 values, its header says 3920"),
-    "too long": (WHOLE + b"\0", "holds 3921 values, its header says 3920"),
+    "other dimensions": (idx(np.zeros(5, np.uint8)), "is not an idx file of bytes in 3 dimensions"),
+    "floats": (bytes((0, 0, 13, 3)) + WHOLE[4:], "is not an idx file of bytes in 3 dimensions"),
+    "text": (b"<html>not found</html>", "is not an idx file of bytes in 3 dimensions"),
+    "empty": (b"", "is not an idx file of bytes in 3 dimensions"),
+    "header": (WHOLE[:9], "is not an idx file of bytes in 3 dimensions"),
+    "cut short": (WHOLE[:-1], "holds 3919 values, but its header says 3920"),
+    "too long": (WHOLE + b"\0", "holds 3921 values, but its header says 3920"),
     "gzip cut short": (gzip.compress(WHOLE)[:-40], "cannot be read"),
     "gzip damaged": (gzip.compress(WHOLE)[:200] + bytes(50) + gzip.compress(WHOLE)[250:], "cannot be read"),
 }
@@ -152,7 +152,7 @@ def test_damaged_files_are_named(tmp_path, content, sentence):
     write(tmp_path)
     file = tmp_path / "train-images-idx3-ubyte"
     file.write_bytes(content)
-    with pytest.raises(InputError, match=f"{file} {sentence}.*; take another copy"):
+    with pytest.raises(InputError, match=f"{file} {sentence}.*; use another copy"):
         load_images(DataConfig("mnist", path=tmp_path), 28, 1, "train")
     assert len(load_images(DataConfig("mnist", path=tmp_path), 28, 1, "test")) == 3
 

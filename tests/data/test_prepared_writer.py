@@ -478,7 +478,9 @@ def test_a_damaged_set_is_refused(tmp_path, spoil, sentence):
 
 def test_a_set_of_another_size_than_the_models(tmp_path):
     make(write_images(tmp_path / "data"), tmp_path / "out")
-    with pytest.raises(InputError, match="prepared with --image-size 16 --channels 3, the model takes 32x32"):
+    with pytest.raises(
+        InputError, match="prepared with --image-size 16 --channels 3, but the model takes 32x32"
+    ):
         load_images(DataConfig("prepared", tmp_path / "out"), 32, 3, "train")
 
 

@@ -62,7 +62,7 @@ def test_files_that_are_no_reports(tmp_path):
     with pytest.raises(InputError, match="is not JSON"):
         Report.load(tmp_path / "text.json")
     (tmp_path / "other.json").write_text('{"figures": 1}')
-    with pytest.raises(InputError, match="is no report"):
+    with pytest.raises(InputError, match="is not a report"):
         Report.load(tmp_path / "other.json")
 
 

@@ -51,7 +51,7 @@ def test_a_damaged_newest_checkpoint(whole, digits, tmp_path, caplog, name, dama
     damage(file)
     train_loop(config, digits, tmp_path / "run")
     assert f"{file} is" in caplog.text
-    assert "Going back to the checkpoint before it." in caplog.text
+    assert "Using the checkpoint before it." in caplog.text
     runs.assert_same_run(out, tmp_path / "run")
 
 

@@ -211,7 +211,7 @@ def test_rows_and_baseline_can_be_chosen(runs, tmp_path):
     assert "- On 8×8 digits.\n" in table.to_markdown()
     with pytest.raises(InputError, match="--rows nothing matches no row"):
         reproduce("tiny", "mini", 1, tmp_path, rows=("nothing",))
-    with pytest.raises(InputError, match="--baseline nothing is none of the rows"):
+    with pytest.raises(InputError, match="--baseline nothing is not one of the rows"):
         reproduce("tiny", "mini", 1, tmp_path, baseline="nothing")
 
 

@@ -47,7 +47,9 @@ def test_a_process_dies_the_other_ends_and_one_goes_on(config, digits, tmp_path,
     started[rank].join(60)
     started[1 - rank].join(30)
     assert [process.exitcode for process in started] == ([-9, 74] if rank == 0 else [74, -9])
-    assert f"lost: Process {1 - rank} of 2 has lost another one (" in runs.printed(tmp_path / "log", 1 - rank)
+    assert f"lost: Process {1 - rank} of 2 has lost another process (" in runs.printed(
+        tmp_path / "log", 1 - rank
+    )
     assert checkpoint.resolve(tmp_path / "run") == saved
     train_loop(config, digits, tmp_path / "run")
     train_loop(config, digits, tmp_path / "whole")
@@ -63,7 +65,7 @@ def test_a_process_that_hangs_is_given_up_after_the_stated_time(config, tmp_path
     started[1].kill()
     started[1].join()
     assert started[0].exitcode == 74
-    assert "lost: Process 0 of 2 has lost another one (" in runs.printed(tmp_path / "log")
+    assert "lost: Process 0 of 2 has lost another process (" in runs.printed(tmp_path / "log")
 
 
 def test_the_command_prints_once(tmp_path):

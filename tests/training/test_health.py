@@ -125,7 +125,7 @@ def test_steps_without_a_gradient_are_counted_and_leave_the_weights_alone(
     row = train_loop(few, digits, tmp_path)
     assert row["bad_steps"] == 12
     assert row["grad_norm"] == 0
-    assert "Step 12 was left out: its gradient is exactly 0 (NaN replaced by 0?) (12 bad steps" in caplog.text
+    assert "Step 12 was skipped: its gradient is exactly 0 (NaN replaced by 0?) (12 bad steps" in caplog.text
     state = checkpoint.load_training_state(checkpoint.resolve(tmp_path))["objective"]
     torch.manual_seed(0)
     fresh = Flow(config.model).state_dict()

@@ -113,7 +113,7 @@ def test_held_out_images_are_matched_by_the_names_of_their_classes(open_config, 
 def test_images_that_do_not_fit_the_model(open_config, pets, tmp_path):
     larger = dataclasses.replace(pets, pixels=pets.pixels.repeat(1, 3, 2, 2))
     with pytest.raises(
-        InputError, match=r"pets has images of shape \(3, 16, 16\), the model takes \(1, 8, 8\)"
+        InputError, match=r"pets has images of shape \(3, 16, 16\), but the model takes \(1, 8, 8\)"
     ):
         flowback.train(open_config, larger, tmp_path / "run")
     with pytest.raises(InputError, match="pets has no images"):
@@ -223,7 +223,9 @@ def test_a_signal_is_answered_at_once(config, digits, tmp_path, caplog, number):
     with pytest.raises(Interrupted):
         train_loop(config, digits, tmp_path, evaluators=[hit(number, [5]), after])
     assert said[3] == []
-    assert said[4] == [f"{number.name}: the run stops after this step and saves. Ctrl-C again stops it now."]
+    assert said[4] == [
+        f"{number.name}: the run stops after this step and saves. Press Ctrl-C again to stop now."
+    ]
     assert len(said) == 5
     assert checkpoint.resolve(tmp_path).name == "step-00000005"
 

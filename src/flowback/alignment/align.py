@@ -71,7 +71,7 @@ def losses(
     targets: Float[Tensor, "b m f"] | None = None,
     weight: float | None = None,
 ) -> Losses:
-    """Losses of images with their noise added; of the likelihood alone where nothing is to be aligned.
+    """Losses of noised images; only that of the likelihood if nothing is aligned.
 
     Args:
         flow: the model.
@@ -102,10 +102,10 @@ class Alignment(nn.Module):
 
     Args:
         config: the flow's settings.
-        encoder: what the clean images are shown to; None where features are given as ``targets``.
-        target_dim: width of such features; an encoder knows its own.
-        settings: all options of the alignment; None is the defaults of :class:`flowback.AlignmentConfig`
-            with strategy ``reverse``.
+        encoder: sees the clean images; None if you give features as ``targets``.
+        target_dim: width of such features; not needed with an encoder.
+        settings: all options of the alignment; None takes the defaults of :class:`flowback.AlignmentConfig`
+            with strategy ``reverse`` at the last layer of the last block.
         **options: fields of :class:`flowback.AlignmentConfig` that replace those of ``settings``.
 
     Raises:
@@ -140,7 +140,7 @@ class Alignment(nn.Module):
         self.projector = make_projector(self.settings, config.width, dim)
         self.grid = self.settings.grid or config.grid
         """Encoder patches along one side."""
-        self._encoder = [encoder]  # in a list: frozen, so no part of parameters() and state_dict()
+        self._encoder = [encoder]  # in a list, which keeps it out of parameters() and state_dict()
 
     @property
     def encoder(self) -> Encoder | None:
@@ -181,6 +181,6 @@ class Alignment(nn.Module):
         return losses(flow, self.projector, self.settings, images, labels, drop, targets)
 
     def extra_repr(self) -> str:
-        """Strategy and places, for ``print``."""
-        own = self.settings
-        return f"strategy={own.strategy}, order={own.order}, locations={own.locations}"
+        """Strategy, order and locations, for ``print``."""
+        settings = self.settings
+        return f"strategy={settings.strategy}, order={settings.order}, locations={settings.locations}"

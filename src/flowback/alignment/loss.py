@@ -78,7 +78,7 @@ def make_projector(config: AlignmentConfig, width: int, dim: int) -> Projector |
 def spatially_normalised(features: Float[Tensor, "b m f"], gamma: float) -> Float[Tensor, "b m f"]:
     """(v − γ·mean) / (std + 1e-6), over the patches of each image (iREPA, arXiv 2512.10794).
 
-    What is left is how patches differ: less of what all of them share, every feature of the same size.
+    Patches then differ more: what all of them share is reduced, and every feature has the same scale.
     """
     mean, std = features.mean(1, keepdim=True), features.std(1, keepdim=True)
     return (features - gamma * mean) / (std + 1e-6)
@@ -99,7 +99,7 @@ def resample(features: Float[Tensor, "b m f"], grid: int) -> Float[Tensor, "b n 
 
     Rule: a feature belongs to the centre of its patch. Between centres, features are interpolated
     linearly in each axis; outside the outermost centres they stay constant. Towards a coarser grid the
-    linear kernel widens by the ratio of the grids, so that every patch keeps its say. A linear ramp stays
+    linear kernel widens by the ratio of the grids, so that every patch counts. A linear ramp stays
     that ramp, except at the border and for coarser grids whose ratio is no whole number.
 
     Raises:
@@ -108,8 +108,8 @@ def resample(features: Float[Tensor, "b m f"], grid: int) -> Float[Tensor, "b n 
     side = math.isqrt(features.shape[1])
     if side**2 != features.shape[1]:
         raise InputError(
-            f"The encoder gives {features.shape[1]} patches, no square grid that could be resampled to "
-            f"the flow's {grid} x {grid} tokens; feed it square images and drop its prefix tokens."
+            f"The encoder gives {features.shape[1]} patches, which form no square grid to resample to the "
+            f"flow's {grid} x {grid} tokens; give it square images and drop its prefix tokens."
         )
     if side == grid:
         return features

@@ -208,10 +208,10 @@ class _Graph:
 
 def _vjp(pairs: Pairs, inputs: Sequence[Tensor], keep: bool) -> list[Tensor | None]:
     """Gradients of ``inputs``, from all outputs at once."""
-    given = [(output, gradient) for output, gradient in pairs if gradient is not None]
-    if not given or not inputs:
+    known = [(output, gradient) for output, gradient in pairs if gradient is not None]
+    if not known or not inputs:
         return [None] * len(inputs)
-    outputs, gradients = zip(*given, strict=True)
+    outputs, gradients = zip(*known, strict=True)
     return list(torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep, allow_unused=True))
 
 
@@ -257,18 +257,18 @@ class _Blocks(torch.autograd.Function):
                     below, more = graph.reverse(gradient, span.order, span.tolerance)
                     pairs.extend(more)
 
-        found: list[Tensor | None] = []
+        parameter_gradients: list[Tensor | None] = []
         for parameters in reversed(span.parameters()):  # B: downwards; each graph goes when its block is done
             graph, pairs = graphs.pop(), alignment.pop()
             likelihood: Pairs = [(graph.z, grad_z), (graph.log_det, grad_log_det)]
             wanted = bool(graphs) or ctx.needs_input_grad[1]
             if all(gradient is None for _, gradient in pairs):  # both at once, as in plain training
-                grad_z, *own = _vjp(likelihood, [graph.x, *parameters], keep=False)
+                grad_z, *block_gradients = _vjp(likelihood, [graph.x, *parameters], keep=False)
             else:
                 grad_z = graph.input_gradient(likelihood) if wanted else None
-                own = _vjp(likelihood + pairs, parameters, keep=False)
-            found = own + found
-        return None, grad_z, grad_log_det, *found
+                block_gradients = _vjp(likelihood + pairs, parameters, keep=False)
+            parameter_gradients = block_gradients + parameter_gradients
+        return None, grad_z, grad_log_det, *parameter_gradients
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

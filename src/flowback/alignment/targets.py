@@ -1,9 +1,9 @@
 """What the flow's features are aligned with: an encoder's features, computed at every step or kept on disk.
 
-A table of a whole data set is a :class:`~flowback.data.image_set.FeatureTable` in fp32; beside it a .json
-says what it holds. The file's name carries the hash of everything the features depend on: the encoder's
-weights and way of feeding, the images, the grid and whether mirror images are in it. Other weights, another
-size or another data set hence look for another file, and never find this one.
+A table of a whole data set is a :class:`~flowback.data.image_set.FeatureTable` in fp32; a .json beside it
+says what it holds. The file's name has the hash of everything that the features depend on: the encoder's
+weights and preprocessing, the images, the grid and whether it holds mirror images. So other weights, another
+size or another data set never use this file.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ CACHE_LIMIT = 4 * 2**30
 def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, folder: Path) -> FeatureTable:
     """The features of ``images``, read from ``folder``, or computed and written there first.
 
-    A file that is damaged is made anew.
+    A damaged file is computed again.
 
     Args:
-        encoder: on the device that is to compute.
+        encoder: on the device that computes.
         images: the data set.
         grid: patches along one side.
-        flip: mirror images, too.
+        flip: also those of the mirror images.
         folder: of all tables.
 
     Raises:
@@ -87,8 +87,8 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise InputError(
-            f"The features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f}: "
-            "make room, or choose a smaller --alignment.grid."
+            f"The features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has only "
+            f"{free / 1e9:.1f}: make room, or choose a smaller --alignment.grid."
         )
     logger.info(
         "Encoding %s images%s of %s with %s on %s, once: %.3g GB in %s.",
@@ -115,12 +115,12 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
 
 
 def _prefix() -> str:
-    """How temporary files of this machine begin; the process follows, so that a killed one's are known."""
+    """Start of this machine's temporary file names; the process id follows, to find those of killed ones."""
     return f".{socket.gethostname()}."
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes of this machine left: their numbers are free, or this process's own."""
+    """Remove the files of killed processes of this machine: their ids are free, or this process's own."""
     for file in folder.glob(f"{_prefix()}*.npy"):
         number = file.name.removeprefix(_prefix()).split(".")[0]
         if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
@@ -194,16 +194,16 @@ def _prepared(seen: ImageSet, wanted: AlignmentConfig, grid: int) -> FeatureTabl
     table = seen.feature_table
     if table is None or table.settings is None:
         return None
-    found = table.settings
-    own = (found.encoder, found.grid, found.file)
-    if own != (wanted.encoder, grid, weights_hash(wanted.weights)):
+    stored = table.settings
+    key = (stored.encoder, stored.grid, stored.file)
+    if key != (wanted.encoder, grid, weights_hash(wanted.weights)):
         logger.info(
-            "%s was prepared with features of %s on a %dx%d grid%s, not what is asked for: the encoder runs.",
-            *(seen.name, found.encoder, found.grid, found.grid),
-            f" (weights with SHA-256 {found.file[:12]}...)" if found.file else "",
+            "%s was prepared with features of %s on a %dx%d grid%s, not those asked for: the encoder runs.",
+            *(seen.name, stored.encoder, stored.grid, stored.grid),
+            f" (weights with SHA-256 {stored.file[:12]}...)" if stored.file else "",
         )
         return None
-    logger.info("Features of %s are read from %s; the encoder is not loaded.", found.encoder, table.path)
+    logger.info("Features of %s are read from %s; the encoder is not loaded.", stored.encoder, table.path)
     return table
 
 
@@ -220,7 +220,7 @@ def _same_images(path: Path, images: ImageSet) -> ImageSet:
     ):
         raise InputError(
             f"--alignment.originals-path {path} does not hold the images of {images.name} in the same order; "
-            "prepare both from the same files with the same options but --image-size."
+            "prepare both from the same files with the same options except --image-size."
         )
     return other
 

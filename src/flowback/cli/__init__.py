@@ -31,15 +31,15 @@ VERBS = {
 """Each verb's function, as module:function of this package, and what it does."""
 
 BAD_INPUT = 2
-"""Exit code for options, files or data that the user can mend."""
+"""Exit code for options, files or data that the user can fix."""
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 )
-"""What the system says of a full disk, a limit on files, a folder of others, a file in the way."""
+"""Errors of a full disk, a limit on file size, a missing permission, or a file in the way."""
 INTERRUPTED, PROCESS_LOST = 75, 74
-"""Exit codes of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to go on), and of
-one that has lost another of its processes (EX_IOERR)."""
+"""Exit codes of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to continue), and
+of one that lost a process (EX_IOERR)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":  # once, whatever the number of processes
-            sys.stderr.write(f"flowback: {stop}. The same command goes on.\n")
+            sys.stderr.write(f"flowback: {stop}. Run the same command again to continue.\n")
         return INTERRUPTED
     except ProcessLostError as lost:
-        sys.stderr.write(f"flowback: {lost}; the same command goes on from the last checkpoint.\n")
+        sys.stderr.write(f"flowback: {lost}; run the same command again to continue.\n")
         return PROCESS_LOST
     except OSError as error:
         if error.errno not in UNWRITABLE:

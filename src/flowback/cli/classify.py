@@ -25,12 +25,12 @@ from flowback.provenance import environment
 __all__ = ["Options", "run"]
 
 MANY_CLASSES = 20
-"""Of more classes than these, only the hardest are shown."""
+"""With more classes than this, only the hardest are shown."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Classify labelled images and count: top-1, top-5, each class, confusion matrix.
+    """Classify labelled images, and show top-1, top-5, accuracy per class and the confusion matrix.
 
     Under `torchrun` or `accelerate launch` the processes share the images.
     """
@@ -38,27 +38,27 @@ class Options:
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, or a run's folder (its newest checkpoint)."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The images; those of the checkpoint unless given. `--data NAME` or `--data FOLDER` for short."""
+    """The images; by default those of the checkpoint. Short forms: `--data NAME`, `--data FOLDER`."""
     split: Literal["test", "train"] = "test"
-    """Part of the data."""
+    """Which images of the data set."""
     method: Literal["auto", "gradient", "normalised", "exhaustive", "both"] = "auto"
     """The rule. `gradient` (the paper's) and `normalised` take one forward and one backward pass,
     `exhaustive` takes a pass for every class. `both`: gradient and exhaustive. `auto`: all of them,
     exhaustive up to 20 classes."""
     noise: bool = True
-    """Add the noise of training to the images; the flow never saw images without."""
+    """Add the training noise to the images; the flow never saw clean ones."""
     draws: int = 1
     """Draws of the noise to average over."""
     steps: int = 1
     """Steps of gradient ascent on the class logits; 1 is Algorithm 1 of the paper."""
     step_size: float = 1.0
-    """Of each step, in logits per nat."""
+    """Size of each step, in logits per nat."""
     seed: int = 0
     """Seed of the noise."""
     limit: int | None = None
-    """Classify only so many images, spread evenly over the set."""
+    """Classify only this many images, spread evenly over the set."""
     batch_size: int = 64
-    """Images at once."""
+    """Images per batch."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     out: Path | None = None
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> None:
     if not flow.config.num_classes:
         raise InputError(f"{options.checkpoint} is an unconditional model: it has no classes to tell apart.")
     images = matched(flow, run_images(flow, options.split, options.data))
-    found = [
+    results = [
         processes.merged(
             accuracy(
                 flow, images, method, noise=options.noise, draws=options.draws, steps=options.steps,
@@ -92,11 +92,11 @@ def run(argv: list[str]) -> None:
         for method in _methods(options, flow)
     ]  # fmt: skip
     if processes.is_main:
-        _write(found, images, options, flow)
+        _write(results, images, options, flow)
     processes.close()
 
 
-def _write(found: list[Accuracy], images: ImageSet, options: Options, flow: Flow) -> None:
+def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Flow) -> None:
     """Files, pictures, tables, warnings."""
     names = ("noise", "draws", "steps", "step_size", "seed", "batch_size")
     settings = {
@@ -104,24 +104,24 @@ def _write(found: list[Accuracy], images: ImageSet, options: Options, flow: Flow
         "data": to_dict(options.data),
         "images": images.name,
         "images_hash": images.fingerprint,
-        "count": found[0].images,
+        "count": results[0].images,
         **{name: getattr(options, name) for name in names},
     }
     warnings = [
         f"{result.nonfinite} images have {result.method} scores that are not finite; they count as wrong."
-        for result in found
+        for result in results
         if result.nonfinite
     ]
-    figures: dict[str, Any] = {result.method: _figures(result, images.classes) for result in found}
+    figures: dict[str, Any] = {result.method: _figures(result, images.classes) for result in results}
     report = Report("classify", figures, settings, tuple(warnings), environment(flow.device))
     folder = out_folder(options.out, options.checkpoint)
-    for result in found:
+    for result in results:
         title = f"{images.name}, {result.method} rule: {result.top1:.1%} of {result.images}"
         plot_confusion(result.confusion, images.classes, title, folder / f"confusion-{result.method}.png")
     for path in (folder / "classify.json", options.json):
         if path is not None:
             report.save(path)
-    _show(found, images.name, images.classes)
+    _show(results, images.name, images.classes)
     for warning in warnings:
         say(f"Warning: {warning}")
     say(f"Report and confusion matrices: {folder}")
@@ -142,20 +142,20 @@ def _figures(result: Accuracy, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _show(found: list[Accuracy], name: str, classes: tuple[str, ...]) -> None:
+def _show(results: list[Accuracy], name: str, classes: tuple[str, ...]) -> None:
     summary = [
         [result.method, result.images, 100 * result.top1, 100 * result.top5, result.images_per_second]
-        for result in found
+        for result in results
     ]
     show_table(name, ["rule", "images", "top-1 (%)", "top-5 (%)", "images/s"], summary)
-    shares, counts = [result.per_class for result in found], found[0].confusion.sum(dim=1).tolist()
+    shares, counts = [result.per_class for result in results], results[0].confusion.sum(dim=1).tolist()
     order, title = list(range(len(classes))), "By class"
     if len(classes) > MANY_CLASSES:
         tried = [k for k in order if shares[0][k] is not None]
         order = sorted(tried, key=lambda k: shares[0][k] or 0.0)[:MANY_CLASSES]
         title = f"The {len(order)} hardest of {len(classes)} classes"
-    rows = [[classes[k], counts[k], *(_percent(own[k]) for own in shares)] for k in order]
-    show_table(title, ["class", "images", *(f"{result.method} (%)" for result in found)], rows)
+    rows = [[classes[k], counts[k], *(_percent(per_class[k]) for per_class in shares)] for k in order]
+    show_table(title, ["class", "images", *(f"{result.method} (%)" for result in results)], rows)
 
 
 def _percent(share: float | None) -> float | None:

@@ -21,12 +21,12 @@ MANY = 60
 
 @dataclass(frozen=True)
 class Options:
-    """Show the figures of two reports, and in which settings, versions and device they differ."""
+    """Show the figures of two reports, and the settings, versions and devices in which they differ."""
 
     a: tyro.conf.Positional[Path]
     """A report written by `flowback evaluate`, `classify` or `probe`."""
     b: tyro.conf.Positional[Path]
-    """Another one."""
+    """Another report."""
     json: Path | None = None
     """Write the comparison to this file."""
 
@@ -35,22 +35,25 @@ def run(argv: list[str]) -> None:
     """Read both, compare, show."""
     options = parse(Options, argv, "compare")
     reports = [Report.load(path) for path in (options.a, options.b)]
-    found = compare(*reports)
+    comparison = compare(*reports)
     names = [str(options.a), str(options.b)]
-    rows = [[name, a, b, _difference(a, b)] for name, a, b in found.figures]
+    rows = [[name, a, b, _difference(a, b)] for name, a, b in comparison.figures]
     show_table("Figures", ["figure", *names, "B − A"], rows[:MANY])
     if len(rows) > MANY:
-        say(f"{len(rows) - MANY} more figures: --json FILE has all.")
-    for title, differing in (("Settings that differ", found.settings), ("Environment", found.environment)):
+        say(f"{len(rows) - MANY} more figures; --json FILE writes them all.")
+    for title, differing in (
+        ("Settings that differ", comparison.settings),
+        ("Environment", comparison.environment),
+    ):
         if differing:
             show_table(title, ["", *names], [[name, _text(a), _text(b)] for name, a, b in differing])
-    if not found.settings:
+    if not comparison.settings:
         say("The settings are the same.")
     for name, report in zip(names, reports, strict=True):
         for warning in report.warnings:
             say(f"Warning ({name}): {warning}")
     if options.json is not None:
-        write_json(options.json, {"reports": names, **found._asdict()})
+        write_json(options.json, {"reports": names, **comparison._asdict()})
 
 
 def _difference(a: Any, b: Any) -> float | None:

@@ -25,14 +25,14 @@ def show_table(
     """Print a table; floats are shortened to four digits.
 
     On a terminal, numbers are right-aligned, the first column stays whole and the others wrap between
-    words; a table that is too wide even so is printed row by row. In a pipe there is one line for each row,
+    words; a table that is still too wide is printed row by row. In a pipe there is one line for each row,
     with tabs between the columns; all other lines begin with ``#``.
 
     Args:
         title: printed above.
         columns: their names.
         rows: a value for each column; None is shown as a dash.
-        optional: so many columns, from the right, may be left out where the terminal is too narrow.
+        optional: how many columns, from the right, may be left out if the terminal is too narrow.
         note: printed below.
     """
     texts = [[_text(value) for value in row] for row in rows]
@@ -61,7 +61,7 @@ def show_table(
     else:
         body = _row_by_row(columns, texts)
     missing = columns[shown:]
-    hidden = f"Not shown, for want of width: {', '.join(missing)}.\n" if missing else ""
+    hidden = f"Not shown, the terminal is too narrow: {', '.join(missing)}.\n" if missing else ""
     _write(f"{title}\n{body}{hidden}" + (f"{note}\n" if note else ""))
 
 
@@ -76,7 +76,7 @@ def _spare(widths: Sequence[int], width: int) -> int:
 
 
 def _widths(cells: Sequence[Sequence[str]], needed: Sequence[int], width: int) -> list[int]:
-    """What each column needs, and of the rest what it lacks, those first that lack least."""
+    """What each column needs; then the spare width goes to the columns that lack least, first."""
     widths, spare = list(needed), _spare(needed, width)
     lacking = [max(map(len, column)) - least for column, least in zip(cells, needed, strict=True)]
     for index in sorted(range(len(widths)), key=lacking.__getitem__):
@@ -104,5 +104,5 @@ def _write(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, `head` say, has seen enough; the work goes on
+    except BrokenPipeError:  # the reader, `head` say, has closed the pipe; the work continues
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

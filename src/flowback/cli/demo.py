@@ -47,7 +47,7 @@ COLUMNS = (
 class Options:
     """Train on scikit-learn's digits twice from the same seed, without and with reverse alignment.
 
-    About five minutes on two CPU cores. Running it again goes on where it stopped.
+    Takes about five minutes on two CPU cores. Run it again to continue where it stopped.
     """
 
     out: Path = Path("runs/demo")
@@ -61,7 +61,7 @@ class Options:
     guidance: float = 0.3
     """Guidance of the samples; 0 is off."""
     json: Path | None = None
-    """Write the report to this file too."""
+    """Also write the report to this file."""
 
 
 def run(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""``flowback evaluate``: quality and likelihood of a checkpoint, or quality of images that exist already."""
+"""``flowback evaluate``: quality and likelihood of a checkpoint, or quality of existing images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Measure(EvaluateConfig):
     """What is measured, with the search as it is typed."""
 
     search: Annotated[tuple[float, ...], _SCALES] = ()
-    """Guidance scales to try in place of one: samples are drawn for each, from the same noise."""
+    """Guidance scales to try instead of one; samples are drawn for each, from the same noise."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class Options:
     """Evaluate a checkpoint: likelihood and classification of held-out images, and quality of samples.
 
     Under `torchrun` or `accelerate launch` the processes share the work.
-    In place of a checkpoint, a folder of images or an .npz of ADM's form: quality alone, against --reference.
+    Instead of a checkpoint, give a folder of images or an .npz in ADM's format, to compare with --reference.
     """
 
     subject: tyro.conf.Positional[Path]
     """A checkpoint folder, a run's folder (its newest checkpoint), or images."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data; those of the checkpoint unless given. `--data NAME` or `--data FOLDER` for short."""
+    """The data; by default those of the checkpoint. Short forms: `--data NAME`, `--data FOLDER`."""
     measure: Annotated[Measure, tyro.conf.arg(name="")] = field(default_factory=Measure)
     sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     reference: Path | None = None
-    """What samples are compared with: ADM's .npz or a folder; by default the data's training images."""
+    """Images to compare samples with: ADM's .npz or a folder; by default the data's training images."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     out: Path | None = None
@@ -97,7 +97,9 @@ def _report(options: Options, processes: Processes) -> Report:
         )
     images = open_images(options.subject)
     if options.reference is None:
-        raise InputError(f"{options.subject} holds images; give what to compare them with as --reference.")
+        raise InputError(
+            f"{options.subject} holds images; give the images to compare them with as --reference."
+        )
     return evaluate_images(
         images,
         options.reference,
@@ -120,10 +122,10 @@ def _show(report: Report, title: str) -> None:
 
 
 def _show_search(report: Report, folder: Path) -> None:
-    found, best = report.figures["guidance"], report.figures["best_guidance"]
-    names = [name for name in found[0] if name != "guidance"]
-    rows = [[row["guidance"], *(row[name] for name in names)] for row in found]
+    searched, best = report.figures["guidance"], report.figures["best_guidance"]
+    names = [name for name in searched[0] if name != "guidance"]
+    rows = [[row["guidance"], *(row[name] for name in names)] for row in searched]
     show_table("Guidance", ["guidance", *names], rows)
-    values: dict[str, Sequence[float]] = {name: [row[name] for row in found] for name in names}
-    plot_guidance([row["guidance"] for row in found], values, best, folder / "guidance.png")
-    say(f"Best guidance by {deciding_figure(found[0])}: {best:g}   (plot: {folder / 'guidance.png'})")
+    values: dict[str, Sequence[float]] = {name: [row[name] for row in searched] for name in names}
+    plot_guidance([row["guidance"] for row in searched], values, best, folder / "guidance.png")
+    say(f"Best guidance by {deciding_figure(searched[0])}: {best:g}   (plot: {folder / 'guidance.png'})")

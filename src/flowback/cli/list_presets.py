@@ -30,7 +30,7 @@ AT_ONCE = 64
 class Options:
     """List the presets, with what the papers published and what flowback measured.
 
-    On a terminal too narrow for all columns the last ones are left out; a pipe gets all, one line a preset.
+    A narrow terminal shows fewer columns; a pipe gets all of them, one line per preset.
     """
 
     pattern: tyro.conf.Positional[str] = "*"
@@ -86,5 +86,5 @@ def run(argv: list[str]) -> None:
         write_json(options.json, {**record, "presets": rows})
 
 
-def _figures(found: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in found.items())
+def _figures(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())

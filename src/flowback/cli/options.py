@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what they come to: data and where results go."""
+"""Reading the options of a verb, and where results go."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ def parse(
 ) -> Options:
     """Options of ``kind`` from the command line, in any order.
 
-    What is left out may depend on what is given (a preset, a checkpoint, a file of settings), so the words
-    are read twice: first without checks, to see what is given, then on top of the defaults that follow from
-    it. An option of many values takes all words up to the next option, and the positional if that stands
-    right behind it (``--labels 1 2 RUN --out x``); the positional is then missing, which is refused, unless
-    it is the last word of all. ``--data NAME`` and ``--data FOLDER`` are short for ``--data.name`` and
-    ``--data.path``.
+    Defaults may depend on what is given (a preset, a checkpoint, a file of settings), so the words are read
+    twice: first without checks, to see what is given, then with the defaults that follow from it. An option
+    with many values takes all words up to the next option, even the positional right after it (``--labels 1
+    2 RUN --out x``); the positional is then missing, which is refused, unless it is the last word of all.
+    ``--data NAME`` and ``--data FOLDER`` are short for ``--data.name`` and ``--data.path``.
 
     Args:
         kind: dataclass of the options; a default for each but the required ones.
@@ -56,18 +55,18 @@ def parse(
     has_data = "data" in _groups(kind)
     words = _without_shorthand(argv) if has_data else list(argv)
     helps = bool({"-h", "--help"} & set(itertools.takewhile(lambda word: word != "--", words)))
-    given: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     if defaults or has_data:
         read = [word for word in words if word not in ("-h", "--help")]
         try:
             seen = tyro.cli(_unchecked(kind), args=read, prog=f"flowback {verb}", console_outputs=not helps)
-            given = (defaults or _data_of_checkpoint)(seen)
-        except SystemExit:  # something is missing or misspelled, and tyro has said it
+            overrides = (defaults or _data_of_checkpoint)(seen)
+        except SystemExit:  # something is missing or misspelled, as tyro has said
             if not helps:
                 raise
     if helps:
         words = ["--help"]  # alone: tyro's help leaves out the positionals before it
-    options = tyro.cli(kind, args=words, default=_start(kind, given), prog=f"flowback {verb}")
+    options = tyro.cli(kind, args=words, default=_start(kind, overrides), prog=f"flowback {verb}")
     record = getattr(options, "json", None)  # known now, not when the work is done
     if record is not None and record.is_dir():
         raise InputError(f"--json {record} is a folder; give the name of a file.")
@@ -81,7 +80,7 @@ def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
 
 
 def _unchecked(kind: type[Any]) -> type[Any]:
-    """The same options with values that nobody looks at: the defaults may not fit them yet."""
+    """The same options without checks of their values: the defaults may not fit yet."""
     groups = {name: _unchecked(group) for name, group in _groups(kind).items()}
     written = get_type_hints(kind, include_extras=True)
     marks = {name: getattr(written[name], "__metadata__", ()) for name in groups}  # tyro's
@@ -92,7 +91,7 @@ def _unchecked(kind: type[Any]) -> type[Any]:
 
 
 def _start(kind: type[Options], given: dict[str, Any]) -> Options:
-    """What tyro starts from; not constructed, which would check the marks of what is still missing."""
+    """The defaults that tyro starts from; not constructed, which would check the marks of missing values."""
     start = object.__new__(kind)
     for one in fields(kind):  # type: ignore[arg-type]
         if one.name in given:
@@ -131,5 +130,5 @@ def _shorthand(value: str, path_given: bool) -> list[str]:
 
 
 def out_folder(out: Path | None, subject: Path) -> Path:
-    """Where records and pictures go: as asked, or beside the checkpoint."""
+    """The folder of records and pictures: the one that was asked for, or one beside the checkpoint."""
     return out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))

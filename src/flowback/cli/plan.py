@@ -24,8 +24,8 @@ __all__ = ["Options", "run"]
 class Options:
     """Measure each block sequentially and by Jacobi sweeps; store the fastest way beside the checkpoint.
 
-    `flowback sample --sampler auto` uses the plan where checkpoint, device, batch size, precision and
-    guidance are those it was made for; `--sampler` and `--window` play no part here.
+    `flowback sample --sampler auto` uses the plan if checkpoint, device, batch size, precision and guidance
+    are the same as here; `--sampler` and `--window` are ignored here.
     """
 
     checkpoint: tyro.conf.Positional[Path]
@@ -34,7 +34,7 @@ class Options:
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     json: Path | None = None
-    """Also write the plan and what was measured to this file."""
+    """Also write the plan and the measurements to this file."""
 
 
 def run(argv: list[str]) -> None:
@@ -54,9 +54,9 @@ def run(argv: list[str]) -> None:
 def _show(plan: Plan) -> None:
     rows = []
     for index, block in enumerate(plan.blocks, start=1):
-        own = [m for m in plan.measured if m.block == index]
-        base = next(m.seconds for m in own if m.window == 1)
-        best = min((m for m in own if m.window > 1), key=lambda m: m.seconds)
+        measured = [m for m in plan.measured if m.block == index]
+        base = next(m.seconds for m in measured if m.window == 1)
+        best = min((m for m in measured if m.window > 1), key=lambda m: m.seconds)
         way = "sequential" if block.window == 1 else f"window {block.window} from {block.init}"
         rows.append([index, way, base, best.seconds, best.window, best.sweeps])
     columns = ["block", "plan", "sequential s", "best Jacobi s", "its window", "its sweeps"]

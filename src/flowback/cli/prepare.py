@@ -1,4 +1,4 @@
-"""``flowback prepare``: bring a data set to the training size, once; the same command resumes and checks."""
+"""``flowback prepare``: convert a data set to the training size, once; run again, it resumes or checks."""
 
 from __future__ import annotations
 
@@ -33,30 +33,31 @@ __all__ = ["Options", "run"]
 class Options:
     """Write images of one size, labels and names into a few files that training maps into memory.
 
-    Run again, the same command goes on where it was stopped; on a complete set it compares the source and all
-    written bytes with what they were. Train with `--data.path OUT`.
+    Run the same command again to continue where it stopped; for a complete set it checks that the source and
+    all written bytes are unchanged. Train with `--data.path OUT`.
     """
 
     data: tyro.conf.Positional[str]
-    """A folder of images (one sub-folder a class), a folder of tar shards (webdataset) or one shard,
+    """A folder of images (one sub-folder per class), a folder of tar shards (webdataset) or one shard,
     `hf:NAME` or a folder saved by Hugging Face `datasets`, or digits, mnist, fashion-mnist, kmnist,
     emnist, cifar10, cifar100, fake."""
     out: Annotated[Path, tyro.conf.arg(help_behavior_hint="")]
     """The prepared set's folder."""
     image_size: int = 64
-    """Height and width that the images are brought to."""
+    """Height and width of the prepared images."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for RGB."""
     crop: Crop = "adm"
-    """`adm`: ADM's, as published references; `tarflow`: TARFlow's bilinear; `bicubic`: as from a folder."""
+    """`adm`: ADM's, as in published references; `tarflow`: TARFlow's, bilinear; `bicubic`: as when training
+    from a folder."""
     holdout: float = 0.1
-    """Share kept for evaluation where the source has no `train` and `test` (or `val`); 0 keeps none."""
+    """Share kept for evaluation if the source has no `train` and `test` (or `val`); 0 keeps none."""
     labels: Path | None = None
-    """CSV file, `image,class`, for images that do not lie in class folders."""
+    """CSV file of lines `image,class`, for images that are not in class folders."""
     bad_images: Literal["refuse", "skip"] = "refuse"
     """What to do with images that cannot be read: stop with their names, or leave them out and say so."""
     path: Path | None = None
-    """Where the files of a named set lie."""
+    """Folder with the files of a named set."""
     download: bool = False
     """Download a named set if its files are not there."""
     vae: str | None = None
@@ -68,15 +69,15 @@ class Options:
     vae_shift: float | None = None
     """Subtracted from the latents before they are scaled; None: the VAE's own `shift_factor`."""
     encoder: str | None = None
-    """Also write the patch features of this encoder, for alignment: as in `--alignment.encoder`."""
+    """Also write this encoder's patch features, for alignment; names as in `--alignment.encoder`."""
     encoder_grid: int | None = None
     """Patches along one side: the model's tokens (size over patch size), or its `--alignment.grid`."""
     encoder_weights: Path | None = None
-    """Local file of the encoder's weights, in place of a download; training then needs it, too."""
+    """Local file of the encoder's weights, instead of a download; training then needs it too."""
     device: str = "auto"
     """Where VAE and encoder compute: `auto`, `cpu`, `cuda`, ..."""
     workers: int | None = None
-    """Processes that decode; None: one for each core, 0: none but this one."""
+    """Processes that decode; None: one per core, 0: only this one."""
     json: Path | None = None
     """Write counts, hashes and images/s to this file."""
 
@@ -92,7 +93,7 @@ class Options:
                 "its image size over its patch size."
             )
         if self.encoder_weights is not None and self.encoder is None:
-            raise InputError("--encoder-weights needs --encoder, which says whose they are.")
+            raise InputError("--encoder-weights needs --encoder, the encoder's name.")
         if self.encoder_grid is not None and self.encoder_grid < 1:
             raise InputError("--encoder-grid must be at least 1.")
         if self.workers is not None and self.workers < 0:
@@ -121,23 +122,23 @@ def run(argv: list[str]) -> None:
     )
     seconds = time.perf_counter() - started
     rows = [
-        [split, found["images"], len(summary["classes"]), len(found["skipped"]), found["fingerprint"]]
-        for split, found in summary["splits"].items()
+        [split, part["images"], len(summary["classes"]), len(part["skipped"]), part["fingerprint"]]
+        for split, part in summary["splits"].items()
     ]
     show_table(str(options.out), ["split", "images", "classes", "skipped", "content hash"], rows)
-    skipped = [name for found in summary["splits"].values() for name in found["skipped"]]
+    skipped = [name for part in summary["splits"].values() for name in part["skipped"]]
     if skipped:
         say(f"Left out: {', '.join(skipped[:8])}{', ...' if len(skipped) > 8 else ''}")
-    for split, found in summary["splits"].items():
-        for note, counted in found.get("noted", {}).items():
-            say(note_sentence(note, counted["images"], found["images"], counted["first"], split))
+    for split, part in summary["splits"].items():
+        for note, counted in part.get("noted", {}).items():
+            say(note_sentence(note, counted["images"], part["images"], counted["first"], split))
     if complete:
-        say("The set was complete: the source and every byte are as they were.")
+        say("The set was complete; the source and every byte are unchanged.")
     shape = f" --model.channels {latent[0]} --model.image-size {latent[1]}" if latent else ""
     aligned = f" --alignment.encoder {options.encoder}" if options.encoder else ""
     say(f"Train with: flowback train PRESET --data.path {options.out}{shape}{aligned}")
     if options.json:
-        images = sum(found["images"] for found in summary["splits"].values())
+        images = sum(part["images"] for part in summary["splits"].values())
         record = {"environment": environment(), "set": summary, "seconds": seconds}
         write_json(options.json, {**record, "images_per_second": images / seconds})
 

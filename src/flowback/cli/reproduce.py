@@ -32,33 +32,33 @@ class Filling(ReproduceConfig):
     """How the table is filled in, with the search as it is typed."""
 
     search: Annotated[tuple[float, ...], _SCALES] = ()
-    """Guidance scales to try in place of one; the table has the figures of the best."""
+    """Guidance scales to try instead of one; the table shows the figures of the best."""
 
 
 @dataclass(frozen=True)
 class Drawing(SampleConfig):
-    """How samples are drawn, but for the guidance, which may depend on the table."""
+    """How samples are drawn, except for the guidance, which may depend on the table."""
 
     guidance: tyro.conf.Suppress[float] = 0.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """Reproduce a table of the paper, row by row; the same command skips what is done and goes on.
+    """Reproduce a table of the paper, row by row. Run the same command again to continue.
 
-    Runs lie under OUT/runs, full records under OUT/TABLE. The table is written anew after each row, to
-    OUT/TABLE.json, .md and .svg.
+    Runs are in OUT/runs, full records in OUT/TABLE. The table is rewritten after each row, to OUT/TABLE.json,
+    .md and .svg.
     """
 
     table: tyro.conf.Positional[str]
     """`table1` to `table9`, `figure4`, `figure5`, or `tarflow`; `flowback presets` shows their rows."""
     scale: Scale = "paper"
-    """The paper's size; small siblings on digits, about two minutes each on two cores; or small flows on
-    Fashion-MNIST."""
+    """`paper`: the paper's size; `mini`: small versions on digits, about two minutes each on two cores;
+    `fashion`: small flows on Fashion-MNIST."""
     seeds: int = 1
-    """Runs of each row; a standard deviation takes two, an interval worth reading three or more."""
+    """Runs of each row; a standard deviation needs two, a useful interval three or more."""
     first_seed: int = 0
-    """Seed of the first."""
+    """Seed of the first run."""
     out: Path = Path("results")
     """Folder of tables and runs."""
     config: Annotated[Filling, tyro.conf.arg(name="")] = field(default_factory=Filling)

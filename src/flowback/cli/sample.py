@@ -1,4 +1,4 @@
-"""``flowback sample``: draw images from a checkpoint into a folder; the same command resumes."""
+"""``flowback sample``: draw images from a checkpoint into a folder; run again, it resumes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Options", "run"]
 class Options:
     """Draw images. Image i has seed SEED + i and label LABELS[i mod their number].
 
-    The same command on the same folder draws the missing images only. Under `torchrun` or
+    The same command on the same folder draws only the missing images. Under `torchrun` or
     `accelerate launch` the processes share the work.
     """
 
@@ -37,9 +37,9 @@ class Options:
     images: tyro.conf.OmitArgPrefixes[FolderConfig] = field(default_factory=FolderConfig)
     sampling: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
     vae: str | None = None
-    """Folder or hub name of the VAE, in place of the one that the checkpoint names; for latents only."""
+    """Folder or hub name of the VAE, instead of the one named in the checkpoint; for latents only."""
     force_vae: bool = False
-    """Decode with a VAE of other weights than those of training."""
+    """Decode even if the VAE's weights are not those of training."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     json: Path | None = None

@@ -25,7 +25,7 @@ __all__ = ["ExportOptions", "ImportOptions", "run_export", "run_import"]
 class ImportOptions:
     """Read weights of the original TARFlow code into a checkpoint folder, for all other verbs.
 
-    The file has no record of sizes and noise, so give those that the model was trained with.
+    The file does not record sizes and noise, so give those that the model was trained with.
     """
 
     weights: tyro.conf.Positional[Path]
@@ -50,7 +50,7 @@ def run_import(argv: list[str]) -> None:
     if options.noise_std < 0:
         raise InputError("--noise-std must not be negative.")
     if options.out.exists():
-        raise InputError(f"{options.out} exists already; give a new folder, or remove it first.")
+        raise InputError(f"{options.out} already exists; give a new folder, or remove it first.")
     model, weights = read_tarflow(
         options.weights, options.image_size, options.patch_size, options.noise, options.noise_std
     )

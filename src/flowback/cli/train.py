@@ -1,4 +1,4 @@
-"""``flowback train``: train a flow from a preset, options and YAML on top; the same command resumes."""
+"""``flowback train``: train a flow from a preset, changed by options and YAML; run again, it resumes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["Options", "run"]
 
 @dataclass(frozen=True)
 class Options:
-    """Train a flow. The same command on the same folder goes on where it stopped."""
+    """Train a flow. Run the same command again to continue where it stopped."""
 
     preset: tyro.conf.Positional[str]
-    """Where the settings start from; `flowback presets` lists them."""
+    """Preset with the settings to start from; `flowback presets` lists them."""
     out: Annotated[Path, tyro.conf.arg(help_behavior_hint="")] = Path("runs/train")
     """The run's folder."""
     config: Path | None = None

@@ -125,13 +125,13 @@ def derive(makers: Mapping[str, Maker], pixels: np.ndarray) -> dict[str, np.ndar
     Raises:
         InputError: values that half precision cannot hold.
     """
-    made: dict[str, np.ndarray] = {}
+    derived: dict[str, np.ndarray] = {}
     if not makers or not len(pixels):
-        return made
+        return derived
     images = to_unit_range(torch.from_numpy(pixels))
     for name, maker in makers.items():
         both = torch.stack([maker(images), maker(images.flip(3))], dim=1).half()
         if not bool(both.isfinite().all()):
-            raise InputError(f"The {name} have values beyond half precision; take another VAE or encoder.")
-        made[name] = both.cpu().numpy()
-    return made
+            raise InputError(f"The {name} have values beyond half precision; use another VAE or encoder.")
+        derived[name] = both.cpu().numpy()
+    return derived

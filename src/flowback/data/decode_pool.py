@@ -88,8 +88,8 @@ def decoded(source: Source, settings: Settings, start: int, workers: int) -> Gen
             yield ahead.popleft().result()
     except BrokenProcessPool:
         raise InputError(
-            "A process that decodes was killed, maybe for want of memory; run the same command again, which "
-            "goes on, with fewer --workers."
+            "A decoding process was killed, perhaps because memory ran out; run the same command again to "
+            "continue, with fewer --workers."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -67,13 +67,13 @@ def open_hub(data: str, holdout: float) -> dict[Literal["train", "test"], HubSou
     try:
         if data.startswith("hf:"):
             name, _, revision = data.removeprefix("hf:").partition("@")
-            found = datasets.load_dataset(name, revision=revision or None)
+            loaded = datasets.load_dataset(name, revision=revision or None)
         else:
-            found = datasets.load_from_disk(data)
+            loaded = datasets.load_from_disk(data)
     except Exception as error:  # the hub's client has many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{data} cannot be loaded by `datasets` ({reason}); check its name.") from None
-    parts: dict[str, Any] = dict(found) if isinstance(found, dict) else {"train": found}
+    parts: dict[str, Any] = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     test = next((name for name in _TESTS if name in parts), None)
     train = parts["train"] if "train" in parts else next(iter(parts.values()))
     short = Path(data.removeprefix("hf:")).name.partition("@")[0]

@@ -131,7 +131,7 @@ def load_folder(
         InputError: no folder, no images in it, sub-folders that do not fit together, or unreadable images.
     """
     if data.path is None:
-        raise InputError("The data set is a folder, but --data.path does not say which.")
+        raise InputError("--data.name folder needs the folder of images; give it as --data.path.")
     if not data.path.is_dir():
         raise InputError(f"--data.path {data.path} is not a folder; give a folder of images.")
     folder, listing = split_folder(data.path, data.holdout, split)

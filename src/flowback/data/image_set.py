@@ -83,7 +83,7 @@ class FeatureTable:
 class ImageSet(Protocol):
     """Images of one size, read by index; pixels, or latents of images.
 
-    A set of your own derives from :class:`PixelSet`, which answers the second half, or comes from
+    For a set of your own, derive from :class:`PixelSet`, which provides the second half, or call
     :func:`image_set`.
     """
 
@@ -160,10 +160,10 @@ _Own = TypeVar("_Own")
 
 
 class PixelSet:
-    """Base of sets of pixels: what such a set answers where it has neither latents nor features.
+    """Base class for sets of pixels, which have neither latents nor stored features.
 
-    A class that derives from it has ``name``, ``classes``, ``labels``, ``fingerprint``, ``__len__``, ``read``
-    and ``file_name`` of :class:`ImageSet`.
+    A subclass provides ``name``, ``classes``, ``labels``, ``fingerprint``, ``__len__``, ``read`` and
+    ``file_name`` of :class:`ImageSet`.
     """
 
     skipped: tuple[str, ...] = ()
@@ -238,7 +238,7 @@ def image_set(
     *,
     name: str = "images",
 ) -> MemoryImages:
-    """Your own images as a set that training and evaluation take; it is held in memory, in 8 bits.
+    """Your own images as a set for training and evaluation, held in memory in 8 bits.
 
     Args:
         images: a tensor or array (n, c, h, w), uint8, or floats on [-1, 1], which are rounded to 8 bits; or a
@@ -281,7 +281,7 @@ def _eight_bits(name: str, images: Tensor) -> UInt8[Tensor, "n c h w"]:
         raise InputError(f"{name}: float images reach from {low:g} to {high:g}; bring them to [-1, 1].")
     if low >= 0 and high > 0:
         raise InputError(
-            f"{name}: no value of the float images is below 0, they look like [0, 1]; give 2 * images - 1."
+            f"{name}: no value of the float images is below 0, so they look like [0, 1]; give 2 * images - 1."
         )
     return to_bytes(images)
 
@@ -331,7 +331,7 @@ def numbered(
     names = tuple(classes) or tuple(map(str, range(high + 1)))
     if low < 0 or high >= len(names):
         raise InputError(
-            f"{name}: labels go from {low} to {high}, there are {len(names)} classes; ids count from 0."
+            f"{name}: labels go from {low} to {high}, but there are {len(names)} classes; ids count from 0."
         )
     return ids, names
 

@@ -58,7 +58,7 @@ def _show_order(images: ImageSet) -> None:
 
 def _load(data: DataConfig, image_size: int, channels: int, split: Literal["train", "test"]) -> ImageSet:
     if data.name == "prepared" and data.path is None:
-        raise InputError("The data set is a prepared one, but --data.path does not say which.")
+        raise InputError("--data.name prepared needs the folder of the prepared set; give it as --data.path.")
     if data.path is not None and (data.name == "prepared" or is_prepared(data.path)):
         latent = read_summary(data.path)["settings"].get("latent") is not None
         return (load_latents if latent else load_prepared)(data.path, image_size, channels, split)

@@ -104,22 +104,22 @@ def read_mnist_like(
     root = data.path or cache_folder()
     raw = root / kind.torchvision / "raw"
     folders = [root, raw] if data.path else [DEBIAN / data.name, raw]
-    found = _find(folders, kind.files(split))
-    if found is None and data.download:
+    files = _find(folders, kind.files(split))
+    if files is None and data.download:
         _download(data.name, kind, root)
-        found = _find([raw], kind.files(split))
-    if found is None:
+        files = _find([raw], kind.files(split))
+    if files is None:
         where = f"install the Debian package {kind.package}, " if kind.package else ""
         raise InputError(
             f"{data.name} is not in {' or '.join(map(str, folders))}; {where}"
             "say where its idx files lie with --data.path, or fetch it with --data.download."
         )
-    images, labels = read_idx(found[0], 3), read_idx(found[1], 1)
+    images, labels = read_idx(files[0], 3), read_idx(files[1], 1)
     if len(images) != len(labels) or (len(labels) and labels.max() >= len(kind.classes)):
         raise InputError(
-            f"{found[1]} does not hold the labels of {found[0]}: {len(labels)} labels up to "
+            f"{files[1]} does not hold the labels of {files[0]}: {len(labels)} labels up to "
             f"{labels.max(initial=0)}, {len(images)} images of {len(kind.classes)} classes; "
-            "take another copy of both."
+            "use another copy of both."
         )
     if kind.part:
         images = images.transpose(0, 2, 1)
@@ -163,14 +163,14 @@ def read_idx(file: Path, dimensions: int) -> UInt8[np.ndarray, "*shape"]:
         content = file.read_bytes()
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{file} cannot be read ({error}); take another copy.") from None
+        raise InputError(f"{file} cannot be read ({error}); use another copy.") from None
     start = 4 + 4 * dimensions
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < start:
-        raise InputError(f"{file} is no idx file of bytes in {dimensions} dimensions; take another copy.")
+        raise InputError(f"{file} is not an idx file of bytes in {dimensions} dimensions; use another copy.")
     shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4))
     if len(content) - start != math.prod(shape):
         raise InputError(
-            f"{file} holds {len(content) - start} values, its header says {math.prod(shape)}; "
-            "take another copy."
+            f"{file} holds {len(content) - start} values, but its header says {math.prod(shape)}; "
+            "use another copy."
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

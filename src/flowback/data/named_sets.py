@@ -52,16 +52,16 @@ def dataset_names() -> tuple[str, ...]:
 
 
 def register_dataset(name: str) -> Callable[[_Function], _Function]:
-    """Make a function a data set by name, for ``DataConfig(name)``, ``--data.name`` and `flowback prepare`.
+    """Register a function as the data set ``name``, for ``DataConfig(name)``, ``--data.name`` and `prepare`.
 
     The function is called as ``function(split, image_size, channels, path)`` with ``split`` "train" or "test"
     and ``path`` the value of ``--data.path``. It gives an :class:`~flowback.data.image_set.ImageSet` of that
     size, or ``(images, labels, classes)``: images (n, c, h, w) in uint8 with 1 or 3 channels and of any size,
     which are resized and cropped to ``image_size``; ids of classes or None; and names of classes, or () for
-    their numbers. Registered again, a name stands for the new function.
+    their numbers. Registering a name again replaces its function.
 
     Raises:
-        InputError: a name of flowback's own.
+        InputError: the name is one of flowback's own data sets.
 
     Example:
         >>> import flowback, torch
@@ -100,12 +100,12 @@ def load_named(data: DataConfig, image_size: int, channels: int, split: Split) -
     if data.name not in _LOADERS:
         known = {*_LOADERS, "folder", "prepared"}
         raise InputError(f"--data.name {data.name} is not known; {nearest(data.name, known)}")
-    found = _LOADERS[data.name](data, image_size, channels, split)
-    if not isinstance(found, Pictures):
-        return found
-    labels = None if found.targets is None else torch.as_tensor(found.targets, dtype=torch.int64)
-    pixels = np.stack([fit(image, image_size, channels) for image in found.images])
-    return MemoryImages(f"{data.name}-{split}", found.classes, labels, torch.from_numpy(pixels))
+    loaded = _LOADERS[data.name](data, image_size, channels, split)
+    if not isinstance(loaded, Pictures):
+        return loaded
+    labels = None if loaded.targets is None else torch.as_tensor(loaded.targets, dtype=torch.int64)
+    pixels = np.stack([fit(image, image_size, channels) for image in loaded.images])
+    return MemoryImages(f"{data.name}-{split}", loaded.classes, labels, torch.from_numpy(pixels))
 
 
 def pictures(data: DataConfig, image_size: int, channels: int, split: Split) -> Pictures:
@@ -114,12 +114,12 @@ def pictures(data: DataConfig, image_size: int, channels: int, split: Split) -> 
     Raises:
         InputError: the files are not there, or cannot be downloaded.
     """
-    found = _LOADERS[data.name](data, image_size, channels, split)
-    if isinstance(found, Pictures):
-        return found
-    pixels = found.in_pixels.read(torch.arange(len(found)))
-    labels = None if found.labels is None else found.labels.tolist()
-    return _pictures_of(data.name, pixels, labels, found.classes)
+    loaded = _LOADERS[data.name](data, image_size, channels, split)
+    if isinstance(loaded, Pictures):
+        return loaded
+    pixels = loaded.in_pixels.read(torch.arange(len(loaded)))
+    labels = None if loaded.labels is None else loaded.labels.tolist()
+    return _pictures_of(data.name, pixels, labels, loaded.classes)
 
 
 def _pictures_of(name: str, images: Any, labels: Any, classes: Sequence[str]) -> Pictures:
@@ -142,7 +142,7 @@ def _check_size(name: str, images: ImageSet, image_size: int, channels: int) -> 
         raise InputError(f"Data set {name} holds no images.")
     found = tuple(images.read(torch.tensor([0])).shape[1:])
     if found != wanted:
-        raise InputError(f"Data set {name} gives images of the shape {found}, {wanted} is asked for.")
+        raise InputError(f"Data set {name} gives images of the shape {found}, but {wanted} is needed.")
 
 
 def _digits(data: DataConfig, image_size: int, channels: int, split: Split) -> Pictures:
@@ -154,14 +154,14 @@ def _digits(data: DataConfig, image_size: int, channels: int, split: Split) -> P
     from sklearn.datasets import load_digits  # slow to import: only where the set is wanted
     from sklearn.model_selection import train_test_split
 
-    found = load_digits()
+    digits = load_digits()
     parts = train_test_split(
-        np.arange(len(found.target)), test_size=0.2, stratify=found.target, random_state=DIGITS_SEED
+        np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=DIGITS_SEED
     )
     chosen = parts[0 if split == "train" else 1]
-    pixels = np.rint(found.images[chosen] * (255 / 16)).astype(np.uint8)
+    pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     images = [Image.fromarray(image) for image in pixels]
-    return Pictures(images, found.target[chosen].tolist(), tuple(map(str, range(10))))
+    return Pictures(images, digits.target[chosen].tolist(), tuple(map(str, range(10))))
 
 
 def _fake(data: DataConfig, image_size: int, channels: int, split: Split) -> Pictures:
@@ -188,7 +188,7 @@ def _cifar(data: DataConfig, image_size: int, channels: int, split: Split) -> Pi
     root: Path = data.path or cache_folder()
     kind = CIFAR10 if data.name == "cifar10" else CIFAR100
     try:
-        found = kind(str(root), train=split == "train", download=data.download)
+        dataset = kind(str(root), train=split == "train", download=data.download)
     except (RuntimeError, OSError) as error:
         if data.download:
             raise InputError(
@@ -197,8 +197,8 @@ def _cifar(data: DataConfig, image_size: int, channels: int, split: Split) -> Pi
         raise InputError(
             f"{data.name} is not in {root}; give --data.path, or fetch it with --data.download."
         ) from None
-    images = tuple(Image.fromarray(np.asarray(image)) for image in found.data)
-    return Pictures(images, [int(target) for target in found.targets], tuple(found.classes))
+    images = tuple(Image.fromarray(np.asarray(image)) for image in dataset.data)
+    return Pictures(images, [int(target) for target in dataset.targets], tuple(dataset.classes))
 
 
 _LOADERS: dict[str, Loader] = {

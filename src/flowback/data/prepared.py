@@ -150,22 +150,22 @@ def load_prepared(
     """
     summary = read_summary(path)
     settings, splits = summary["settings"], summary["splits"]
-    own = (settings["image_size"], settings["channels"])
-    if own != (image_size, channels):
+    prepared_as = (settings["image_size"], settings["channels"])
+    if prepared_as != (image_size, channels):
         raise InputError(
-            f"{path} was prepared with --image-size {own[0]} --channels {own[1]}, the model takes "
-            f"{image_size}x{image_size} with {channels}; prepare it again, or choose --model.image-size and "
+            f"{path} was prepared with --image-size {prepared_as[0]} --channels {prepared_as[1]}, "
+            f"but the model takes {image_size}x{image_size} with {channels}; prepare it again, or choose --model.image-size and "
             "--model.channels."
         )
     part, features = split if split in splits else "train", settings.get("features")
-    found = splits[part]
+    part_summary = splits[part]
     images = PreparedImages(
         name=f"{path.resolve().name}-{part}",
         classes=tuple(summary["classes"]),
         folder=path / part,
-        shape=(found["images"], channels, image_size, image_size),
-        fingerprint=found["fingerprint"],
-        skipped=tuple(found["skipped"]),
+        shape=(part_summary["images"], channels, image_size, image_size),
+        fingerprint=part_summary["fingerprint"],
+        skipped=tuple(part_summary["skipped"]),
         features=from_dict(FeatureSettings, features) if part == "train" and features else None,
     )
     _ = images.pixels, images.labels  # a damaged set is known before it is used
@@ -181,17 +181,17 @@ def read_summary(path: Path) -> dict[str, Any]:
     file = path / "prepared.json"
     try:
         summary = json.loads(file.read_text())
-        found = summary["format"]
+        version = summary["format"]
     except FileNotFoundError:
         if (path / "preparing.json").is_file():
             raise InputError(
-                f"{path} is not complete; run the same `flowback prepare` again, which goes on."
+                f"{path} is not complete; run the same `flowback prepare` again to continue."
             ) from None
         raise InputError(f"{path} holds no prepared set; make one with `flowback prepare`.") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is damaged; {AGAIN}") from None
-    if found > FORMAT:
-        raise InputError(f"{file} has format {found}, this flowback reads up to {FORMAT}; update flowback.")
+    if version > FORMAT:
+        raise InputError(f"{file} has format {version}, but this flowback reads up to {FORMAT}; update it.")
     return summary
 
 
@@ -210,7 +210,8 @@ def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> Tensor:
         raise InputError(f"{file} is cut short or damaged ({error}); {AGAIN}") from None
     if array.shape != shape or array.dtype != dtype:
         raise InputError(
-            f"{file} holds {array.dtype} {array.shape}, prepared.json says {np.dtype(dtype)} {shape}; {AGAIN}"
+            f"{file} holds {array.dtype} {array.shape}, but prepared.json says "
+            f"{np.dtype(dtype)} {shape}; {AGAIN}"
         )
     return torch.from_numpy(np.asarray(array))
 
@@ -314,7 +315,7 @@ def load_latents(
     shape = tuple(settings["latent"])
     if shape != (channels, image_size, image_size):
         raise InputError(
-            f"{path} holds latents of {shape[0]} channels and {shape[1]}x{shape[2]}, the model takes "
+            f"{path} holds latents of {shape[0]} channels and {shape[1]}x{shape[2]}, but the model takes "
             f"{channels} and {image_size}x{image_size}; choose --model.channels {shape[0]} and "
             f"--model.image-size {shape[1]}."
         )

@@ -74,7 +74,7 @@ def prepare(
     codec: Codec | None = None,
     encoder: Maker | None = None,
 ) -> dict[str, Any]:
-    """Write the set in ``out``; goes on where a killed call stopped, and checks a set that is complete.
+    """Write the set in ``out``; continues where a killed call stopped, and checks a complete set.
 
     Args:
         sources: the splits.
@@ -104,23 +104,23 @@ def prepare(
     _check_folder(out, head, sources, settings)
     if done.is_file():
         summary = json.loads(done.read_text())
-        for split, found in summary["splits"].items():
-            _verify(out / split, found["commits"], settings_of(split, settings))
+        for split, stored in summary["splits"].items():
+            _verify(out / split, stored["commits"], settings_of(split, settings))
         _tidy(out)
         return summary
     if not begun.is_file():
         write_json(begun, head)
     splits = {}
     for split, source in sources.items():
-        own = settings_of(split, settings)
+        split_settings = settings_of(split, settings)
         makers: dict[str, Maker] = {} if codec is None else {"latents": codec.encode}
-        if encoder is not None and own.features is not None:
+        if encoder is not None and split_settings.features is not None:
             makers["features"] = encoder
-        commits = _fill(out / split, source, split, own, bad_images, workers, makers)
+        commits = _fill(out / split, source, split, split_settings, bad_images, workers, makers)
         if not commits or not commits[-1].images:
             raise InputError(f"{data} has no readable image for the {split} split; look at its files.")
         rows = [[state.images, state.names, state.digest] for state in commits]
-        fingerprint = _verify(out / split, rows, own)
+        fingerprint = _verify(out / split, rows, split_settings)
         splits[split] = {
             "images": commits[-1].images,
             "fingerprint": fingerprint,
@@ -175,7 +175,7 @@ def _check_folder(
     if needed > free:
         less = ", a smaller --encoder-grid" if settings.features else ""
         raise InputError(
-            f"The set needs {needed / 1e9:.1f} GB, {out} has {free / 1e9:.1f}: make room, or choose "
+            f"The set needs {needed / 1e9:.1f} GB, {out} has only {free / 1e9:.1f}: make room, or choose "
             f"another --out{less}."
         )
 

@@ -171,17 +171,17 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
             closing = file.read(_BLOCK)
     except (tarfile.TarError, OSError) as error:
         raise InputError(
-            f"{shard} is cut short, compressed or no tar file ({error}); take another copy."
+            f"{shard} is cut short, compressed or not a tar file ({error}); use another copy."
         ) from None
     if closing != bytes(_BLOCK):  # every tar file ends with empty blocks
-        raise InputError(f"{shard} is cut short: it has no end mark; take another copy.")
+        raise InputError(f"{shard} is cut short: it has no end mark; use another copy.")
 
 
 def _label(shard: Path, name: str, text: bytes) -> int | None:
     try:
         value = json.loads(text)
     except ValueError:
-        raise InputError(f"{shard}: {name} holds no number; a .cls file holds the class's.") from None
+        raise InputError(f"{shard}: {name} holds no number; a .cls file must hold the class id.") from None
     if name.endswith(".json"):
         value = value.get("label") if isinstance(value, dict) else None
         if value is None:
@@ -206,7 +206,7 @@ def _class_names(root: Path, values: list[int | str | None]) -> tuple[str, ...]:
     names = tuple(file.read_text(encoding="utf-8").split("\n"))
     names = names[:-1] if names[-1] == "" else names
     if len(names) < count:
-        raise InputError(f"{file} names {len(names)} classes, the shards hold labels up to {count - 1}.")
+        raise InputError(f"{file} names {len(names)} classes, but the shards hold labels up to {count - 1}.")
     return names
 
 
@@ -219,6 +219,6 @@ def _source(shards: list[Path], index: _Index, names: tuple[str, ...]) -> ShardS
 
 
 def _part(source: ShardSource, mask: Tensor) -> ShardSource:
-    names = tuple(name for name, own in zip(source.names, mask.tolist(), strict=True) if own)
+    names = tuple(name for name, chosen in zip(source.names, mask.tolist(), strict=True) if chosen)
     labels = None if source.labels is None else source.labels[mask]
     return ShardSource(source.classes, labels, source.shards, names, source.places[mask])

@@ -150,7 +150,7 @@ def open_source(
         InputError: nothing there, or parts that do not fit together.
     """
     if labels is not None and not Path(data).is_dir():
-        raise InputError(f"--labels {labels} goes with a folder of images, and {data} is none.")
+        raise InputError(f"--labels {labels} needs a folder of images, and {data} is not one.")
     if data.startswith("hf:") or is_saved(Path(data)):
         return open_hub(data, holdout)
     if data in dataset_names():
@@ -164,23 +164,23 @@ def open_source(
     if is_sharded(root):
         return open_shards(root, holdout)
     if not root.is_dir():
-        raise InputError(f"{data} is no folder, no tar file, no set known by name, and not hf:NAME.")
+        raise InputError(f"{data} is not a folder, a tar file, the name of a known set, or hf:NAME.")
     return _labelled(root, labels, holdout) if labels is not None else _folder(root, holdout)
 
 
 def _folder(root: Path, holdout: float) -> dict[Split, Source]:
     """The split that training from the folder itself would make."""
-    found: dict[Split, Source] = {}
+    sources: dict[Split, Source] = {}
     folder, listing = split_folder(root, holdout, "train")
     splits: list[Split] = ["train", "test"]
     if holdout == 0 and split_folder(root, holdout, "test") == (folder, listing):
         splits = ["train"]
     for split in splits:
         folder, listing = split_folder(root, holdout, split)
-        found[split] = FileSource(
+        sources[split] = FileSource(
             listing.classes, labels_of(listing.classes, listing.files), folder, listing.files
         )
-    return found
+    return sources
 
 
 def _labelled(root: Path, labels: Path, holdout: float) -> dict[Split, Source]:
@@ -208,14 +208,14 @@ def _labelled(root: Path, labels: Path, holdout: float) -> dict[Split, Source]:
     table = _read_labels(labels, listing.files, root)
     classes = tuple(sorted(set(table.values())))
     tested = held_out(listing.files, holdout) if holdout else [False] * len(listing.files)
-    found: dict[Split, Source] = {}
+    sources: dict[Split, Source] = {}
     splits: tuple[Split, ...] = ("train", "test") if holdout else ("train",)
     for split in splits:
         files = tuple(
-            file for file, own in zip(listing.files, tested, strict=True) if own == (split == "test")
+            file for file, is_test in zip(listing.files, tested, strict=True) if is_test == (split == "test")
         )
-        found[split] = FileSource(classes, _numbers(files, table, classes, labels), root, files)
-    return found
+        sources[split] = FileSource(classes, _numbers(files, table, classes, labels), root, files)
+    return sources
 
 
 def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, str]:

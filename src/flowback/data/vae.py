@@ -1,4 +1,4 @@
-"""What stands between images and flow: nothing, or the encoder and decoder of a VAE.
+"""What comes between images and flow: nothing, or the encoder and decoder of a VAE.
 
 One contract for both: ``encode`` turns images on [-1, 1] into what the flow models, with its uncertainty, and
 ``decode`` turns what the flow draws into images on [-1, 1]. With a VAE (latent diffusion, arXiv 2112.10752)
@@ -84,16 +84,16 @@ class Vae:
         """
         parts = []
         for chunk in images.split(CHUNK):
-            found = self.model.encode(chunk.to(self.model.device))
-            if hasattr(found, "latent_dist"):
-                mean, deviation = found.latent_dist.mean, found.latent_dist.std
+            encoded = self.model.encode(chunk.to(self.model.device))
+            if hasattr(encoded, "latent_dist"):
+                mean, deviation = encoded.latent_dist.mean, encoded.latent_dist.std
             else:  # AutoencoderTiny has no posterior
-                mean, deviation = found.latents, torch.zeros_like(found.latents)
+                mean, deviation = encoded.latents, torch.zeros_like(encoded.latents)
             mean = (mean - self.shift) * self.scale
             parts.append(torch.stack([mean, deviation * self.scale], dim=1).float().cpu())
         moments = torch.cat(parts)
         if not bool(moments.isfinite().all()):
-            raise InputError(f"The VAE {self.config.vae} gives latents that are not finite; take another.")
+            raise InputError(f"The VAE {self.config.vae} gives latents that are not finite; use another.")
         return moments
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ class LoopOptions(TypedDict, total=False):
     """Options of :func:`held_out_batches`, which everything that loops over held-out images takes too."""
 
     limit: int | None
-    """Take only so many images, spread evenly over the set; None (the default) takes all."""
+    """Use only this many images, spread evenly over the set; None (the default) uses all."""
     seed: int
     """Of the noise: image i gets ``seed + i``, so that the batch size changes nothing. By default 0."""
     batch_size: int
@@ -69,7 +69,7 @@ class LoopOptions(TypedDict, total=False):
     share: tuple[int, int]
     """(r, p) takes part r, from 0, of the images in p parts; the results merge. By default all: (0, 1)."""
     progress: bool
-    """Show a bar; by default not."""
+    """Show a bar; by default False."""
 
 
 class HeldOutBatch(NamedTuple):
@@ -91,7 +91,7 @@ def run_images(flow: Flow, split: Literal["train", "test"], data: DataConfig | N
     """
     data = data or (flow.run.data if flow.run is not None else None)
     if data is None:
-        raise InputError(f"The flow comes from no run: give its {split} images, or a DataConfig.")
+        raise InputError(f"The flow does not come from a run: give its {split} images, or a DataConfig.")
     return load_images(data, flow.config.image_size, flow.config.channels, split)
 
 
@@ -143,8 +143,8 @@ def held_out_batches(
     parts = in_batches(evenly(len(images), limit, share), batch_size)
     for index in track(parts, len(parts), description, "batches") if progress else parts:
         clean = to_unit_range(images.read(index)).to(flow.device, flow.data_dtype)
-        own = None if labels is None else labels[index].to(flow.device)
-        yield HeldOutBatch(clean, own, (seed + index).tolist())
+        batch_labels = None if labels is None else labels[index].to(flow.device)
+        yield HeldOutBatch(clean, batch_labels, (seed + index).tolist())
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,9 @@ def likelihood(
     configs = (flow.config, replace(flow.config, noise="uniform"))
     parts: list[list[Tensor]] = [[torch.zeros(draws, 0, dtype=torch.float64)] for _ in configs]
     for batch in held_out_batches(flow, images, "likelihood", **loop):
-        for found, config in zip(parts, configs, strict=True):
-            found.append(_log_prob(flow, batch, config, draws, conditional))
-    (noised, dequantised), dims = (torch.cat(found, dim=1) for found in parts), flow.config.dims
+        for log_probs, config in zip(parts, configs, strict=True):
+            log_probs.append(_log_prob(flow, batch, config, draws, conditional))
+    (noised, dequantised), dims = (torch.cat(log_probs, dim=1) for log_probs in parts), flow.config.dims
     return Likelihood(conditional, nll_per_dim(noised, dims), bits_per_dim(dequantised, dims))
 
 
@@ -256,7 +256,7 @@ class Accuracy:
     right5: int
     """Images whose class is among the five largest scores."""
     confusion: Int[Tensor, "k k"]
-    """Images of the row's class that were called the column's class."""
+    """Images of the row's class that were classified as the column's class."""
     nonfinite: int
     """Images with scores that are not finite; they count as wrong and are left out of ``confusion``."""
     seconds: float
@@ -290,10 +290,10 @@ class Accuracy:
 
     @property
     def per_class(self) -> tuple[float | None, ...]:
-        """Share of each class's images that were called so; None for a class without images."""
+        """Share of each class's images that were classified correctly; None for a class without images."""
         counts = self.confusion.sum(dim=1).tolist()
         right = self.confusion.diagonal().tolist()
-        return tuple(own / count if count else None for own, count in zip(right, counts, strict=True))
+        return tuple(correct / count if count else None for correct, count in zip(right, counts, strict=True))
 
 
 def accuracy(

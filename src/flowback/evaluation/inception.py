@@ -108,7 +108,7 @@ def load_inception(weights: Path | None = None, device: torch.device | str = "cp
     except ModuleNotFoundError:
         raise InputError(
             "The Inception network needs torch-fidelity: pip install 'flowback-nf[fid]'; "
-            "fd_efficientnet_lite0 does without."
+            "fd_efficientnet_lite0 does not need it."
         ) from None
     state = _download(URL_INCEPTION_V3) if weights is None else _read(weights)
     where = URL_INCEPTION_V3 if weights is None else str(weights)
@@ -134,7 +134,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"--inception-weights {file} cannot be read: {error.strerror}.") from None
     except Exception as error:
         raise InputError(
-            f"--inception-weights {file} is no file of tensors ({type(error).__name__}); {_REMEDY}."
+            f"--inception-weights {file} is not a file of tensors ({type(error).__name__}); {_REMEDY}."
         ) from None
 
 

@@ -84,15 +84,15 @@ class Judge:
         self, samples: Iterable[UInt8[Tensor, "_ c h w"]], total: int, start: int = 0
     ) -> SampleStatistics:
         """Statistics of samples that come in batches: those from ``start`` on, of ``total`` in all."""
-        found = None
+        inception_statistics = None
         if self.statistics is not None and self.inception is not None:
             adm = self.protocol == "adm"
-            found = InceptionStatistics(self.inception, total, adm, total if adm else 0, start)
-        made = SampleStatistics(Moments(self.encoder.dim), found)
+            inception_statistics = InceptionStatistics(self.inception, total, adm, total if adm else 0, start)
+        made = SampleStatistics(Moments(self.encoder.dim), inception_statistics)
         for batch in samples:
             made.encoded.add(self.encoder.pooled(to_unit_range(batch.to(self.encoder.mean.device))).cpu())
-            if found is not None:
-                found.add(batch)
+            if inception_statistics is not None:
+                inception_statistics.add(batch)
         return made
 
     def figures(self, samples: SampleStatistics) -> dict[str, float]:
@@ -112,17 +112,17 @@ class Judge:
         """What belongs beside the figures of ``total`` samples."""
         if self.protocol == "none":
             return []
-        found = []
+        sentences = []
         if total < COMPARABLE:
-            found.append(
+            sentences.append(
                 f"FID from {total:,} samples: it is larger than from {COMPARABLE:,}, "
                 f"and comparable only with figures from {total:,} samples."
             )
         if total <= 2048:
-            found.append(
+            sentences.append(
                 f"{total:,} samples do not fill a covariance of 2048 features; FID and sFID are crude."
             )
-        return found
+        return sentences
 
 
 def guidance_scales(text: str) -> list[float]:

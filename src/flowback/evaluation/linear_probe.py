@@ -244,9 +244,9 @@ def probe(
     if config.encoder is not None:
         encoder = create_encoder(config.encoder, config.encoder_weights).to(flow.device)
         aligned = encoder_features(encoder, test.in_pixels, config.test_limit, config.batch_size)
-    found = probe_features(tables[0], labels[0], tables[1], labels[1], aligned, config.seed, progress)
+    probes = probe_features(tables[0], labels[0], tables[1], labels[1], aligned, config.seed, progress)
     free = accuracy(flow, test, **loop).top1 if flow.config.num_classes else None
-    return Probe(tuple(found), free, len(labels[0]), len(labels[1]))
+    return Probe(tuple(probes), free, len(labels[0]), len(labels[1]))
 
 
 def _labels(images: ImageSet, limit: int | None) -> Int64[Tensor, " n"]:
@@ -277,12 +277,12 @@ def probe_features(
     """
     labels, truth = train_labels.numpy(), test_labels.numpy()
     among = evenly(len(test_labels), ALIGNED)
-    found = []
+    probes = []
     for location in track(train, len(train), "probe", "locations") if progress else train:
         scaler = StandardScaler().fit(train[location].numpy())
         rows, others = (scaler.transform(side[location].numpy()) for side in (train, test))
         linear, penalty = linear_probe(rows, labels, others, truth, seed)
         voters = KNeighborsClassifier(min(NEIGHBOURS, len(rows)), metric="cosine").fit(rows, labels)
         alignment = None if encoder is None else cknna(test[location][among], encoder[among])
-        found.append(LocationProbe(location, linear, penalty, float(voters.score(others, truth)), alignment))
-    return found
+        probes.append(LocationProbe(location, linear, penalty, float(voters.score(others, truth)), alignment))
+    return probes

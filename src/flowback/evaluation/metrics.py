@@ -56,19 +56,19 @@ class Moments:
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"]) -> Moments:
         """Statistics of rows that lie in memory."""
-        made = cls(rows.shape[1], rows.device)
-        made.add(rows)
-        return made
+        moments = cls(rows.shape[1], rows.device)
+        moments.add(rows)
+        return moments
 
     @classmethod
     def from_covariance(
         cls, count: int, mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"]
     ) -> Moments:
         """Statistics that were computed elsewhere; the covariance is the unbiased one."""
-        made = cls(len(mean))
-        made.count = count
-        made.mean, made.scatter = mean.double(), covariance.double() * (count - 1)
-        return made
+        moments = cls(len(mean))
+        moments.count = count
+        moments.mean, moments.scatter = mean.double(), covariance.double() * (count - 1)
+        return moments
 
     def arrays(self) -> dict[str, Tensor]:
         """All that there is, for keeping; :meth:`from_arrays` takes it back."""
@@ -77,10 +77,10 @@ class Moments:
     @classmethod
     def from_arrays(cls, arrays: dict[str, Tensor]) -> Moments:
         """Statistics from :meth:`arrays`."""
-        made = cls(len(arrays["mean"]))
-        made.count = int(arrays["count"])
-        made.mean, made.scatter = arrays["mean"], arrays["scatter"]
-        return made
+        moments = cls(len(arrays["mean"]))
+        moments.count = int(arrays["count"])
+        moments.mean, moments.scatter = arrays["mean"], arrays["scatter"]
+        return moments
 
     def add(self, rows: Float[Tensor, "n d"]) -> None:
         """Take in a batch of rows."""

@@ -1,4 +1,4 @@
-"""The whole evaluation of a flow, or of images that exist already: what ``flowback evaluate`` does."""
+"""The whole evaluation of a flow, or of existing images: what ``flowback evaluate`` does."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def evaluate(
         flow: the model.
         images: held-out images, or the data set whose test images they are; None: the data that the flow
             was trained on.
-        reference: what samples are compared with: images, a folder of images or an ``.npz`` of ADM's form;
-            None: the training images of the data.
+        reference: images to compare samples with: a set, a folder or an ``.npz`` in ADM's format; None: the
+            training images of the data.
         config: what is measured.
-        sampling: how samples are drawn; its batch size holds for everything.
+        sampling: how samples are drawn; its batch size is used throughout.
         plans: how each block is inverted, from block 1; None: as ``sampling.sampler`` says.
         processes: share the work, and all get the report; None: this process does everything.
         progress: show bars.
@@ -101,12 +101,12 @@ def evaluate_images(
     progress: bool = False,
     **options: Any,
 ) -> Report:
-    """Quality of images that exist already.
+    """Quality of existing images.
 
     Args:
-        images: a set, a folder of images of one size, or an ``.npz`` of ADM's form.
-        reference: what they are compared with, in the same forms; a folder's images are resized and cropped.
-        config: protocol, Inception weights and limit of the reference; the rest says nothing here.
+        images: a set, a folder of images of one size, or an ``.npz`` in ADM's format.
+        reference: images to compare them with, in the same forms; a folder's are resized and cropped.
+        config: protocol, Inception weights and limit of the reference; the rest is ignored.
         batch_size: images in one pass of a network.
         device: of the networks.
         processes: share the work, and all get the report; None: this process does everything.
@@ -233,8 +233,8 @@ class _Evaluation:
         labelled = bool(self.flow.config.num_classes) and images.labels is not None
         figures: dict[str, Any] = {}
         if config.likelihood:
-            found = self.processes.merged(likelihood(self.flow, images, config.draws, **loop))
-            estimates = {"nll": found.nll, "bits_per_dim": found.bits_per_dim}
+            result_of_likelihood = self.processes.merged(likelihood(self.flow, images, config.draws, **loop))
+            estimates = {"nll": result_of_likelihood.nll, "bits_per_dim": result_of_likelihood.bits_per_dim}
             if images.in_pixels is not images:
                 del estimates["bits_per_dim"]  # of 8-bit pixels, which latents are not
             for name, estimate in estimates.items():
@@ -254,7 +254,7 @@ class _Evaluation:
 
     def _quality(self, judge: Judge, codec: Codec) -> _Part:
         """Samples at each guidance scale, judged."""
-        found: list[dict[str, float]] = []
+        rows: list[dict[str, float]] = []
         samplers: list[Any] = []
         warnings = []
         numbers = evenly(self.config.samples, share=self.processes.share)
@@ -267,16 +267,16 @@ class _Evaluation:
             faults = Faults()
             drawn = self._draw(sampler, codec, numbers, faults, f"sampling, guidance {scale:g}")
             samples = self.processes.merged(judge.gather(drawn, self.config.samples, _start(numbers)))
-            found.append({"guidance": scale, **judge.figures(samples)})
+            rows.append({"guidance": scale, **judge.figures(samples)})
             samplers.append("sequential" if plans is None else [asdict(plan) for plan in plans])
             note = f"At guidance {scale:g}, " if len(self._scales) > 1 else ""
             sentences = [*([notice] if notice else []), *self.processes.merged(faults).sentences()]
             warnings += [note + sentence for sentence in sentences]
-        name = deciding_figure(found[0])
-        best = min(found, key=lambda row: row[name])
+        name = deciding_figure(rows[0])
+        best = min(rows, key=lambda row: row[name])
         figures: dict[str, Any] = {key: value for key, value in best.items() if key != "guidance"}
-        if len(found) > 1:
-            figures |= {"guidance": found, "best_guidance": best["guidance"]}
+        if len(rows) > 1:
+            figures |= {"guidance": rows, "best_guidance": best["guidance"]}
             if best["guidance"] in (min(self._scales), max(self._scales)):
                 warnings.append("The best guidance lies at the edge of the search: widen the range.")
         settings = self._sampling_settings(samplers) | _judge_settings(judge)

@@ -58,12 +58,12 @@ def kept(key: Sequence[str], make: Callable[[], dict[str, Tensor]]) -> dict[str,
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {array: torch.from_numpy(file[array]) for array in file.files}
     except (OSError, ValueError, zipfile.BadZipFile):
-        pass  # not there, or damaged: made anew
-    made = make()
+        pass  # not there, or damaged: computed anew
+    computed = make()
     with replacing(path, "wb") as file:
-        arrays: dict[str, Any] = {array: tensor.numpy() for array, tensor in made.items()}
+        arrays: dict[str, Any] = {array: tensor.numpy() for array, tensor in computed.items()}
         np.savez(file, **arrays)
-    return made
+    return computed
 
 
 Protocol = Literal["none", "adm", "tarflow"]
@@ -100,8 +100,8 @@ class InceptionStatistics:
     def arrays(self) -> dict[str, Tensor]:
         """All but the score, for keeping."""
         parts = {"pool": self.pool.arrays(), "spatial": self.spatial.arrays()}
-        found = {f"{part}.{name}": array for part, made in parts.items() for name, array in made.items()}
-        return {**found, "rows": self.rows}
+        flat = {f"{part}.{name}": array for part, made in parts.items() for name, array in made.items()}
+        return {**flat, "rows": self.rows}
 
     def restore(self, arrays: dict[str, Tensor]) -> None:
         """Take back what :meth:`arrays` gave."""

@@ -104,23 +104,23 @@ def load_reference(path: Path, image_size: int, channels: int) -> Reference:
     for key in ("mu", "sigma", "mu_s", "sigma_s"):
         if key in arrays:
             statistics[key] = torch.from_numpy(np.array(arrays[key], dtype=np.float64))
-    found = _npz_images(path, arrays) if "arr_0" in arrays else None
-    if found is not None and found.pixels.shape[1:3] != (image_size, image_size):
-        height, width = found.pixels.shape[1:3]
+    images = _npz_images(path, arrays) if "arr_0" in arrays else None
+    if images is not None and images.pixels.shape[1:3] != (image_size, image_size):
+        height, width = images.pixels.shape[1:3]
         raise InputError(
-            f"{path} holds images of {height}x{width}, the samples are {image_size}x{image_size}; "
-            "take the reference of the samples' size."
+            f"{path} holds images of {height}x{width}, but the samples are {image_size}x{image_size}; "
+            "use a reference of the samples' size."
         )
-    if found is None and not {"mu", "sigma"} <= set(statistics):
+    if images is None and not {"mu", "sigma"} <= set(statistics):
         raise InputError(
             f"{path} holds neither images (arr_0) nor statistics (mu, sigma); it has {', '.join(arrays)}."
         )
-    digest = hashlib.blake2b((found.fingerprint if found else "").encode(), digest_size=16)
+    digest = hashlib.blake2b((images.fingerprint if images else "").encode(), digest_size=16)
     for key, value in sorted(statistics.items()):
         digest.update(key.encode() + value.numpy().tobytes())
     pool = _moments(path, statistics, "mu", "sigma")
     return Reference(
-        path.name, digest.hexdigest(), found, pool, _moments(path, statistics, "mu_s", "sigma_s")
+        path.name, digest.hexdigest(), images, pool, _moments(path, statistics, "mu_s", "sigma_s")
     )
 
 
@@ -172,7 +172,7 @@ def _moments(path: Path, statistics: dict[str, Tensor], mean: str, covariance: s
         or not (mu.isfinite().all() and sigma.isfinite().all())
     ):
         raise InputError(
-            f"{path}: {mean} and {covariance} are not a mean and its covariance; take another copy."
+            f"{path}: {mean} and {covariance} are not a mean and its covariance; use another copy."
         )
     return Moments.from_covariance(2, mu, sigma)
 
@@ -191,9 +191,9 @@ def _open_npz(path: Path) -> dict[str, np.ndarray]:
     except ValueError as error:
         if "pickle" in str(error) or "Object arrays" in str(error):
             raise InputError(f"{path} holds pickled objects, which could run code; it is not read.") from None
-        raise InputError(f"{path} is no .npz file ({error}); take another copy.") from None
+        raise InputError(f"{path} is no .npz file ({error}); use another copy.") from None
     except (OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is no .npz file ({error}); take another copy.") from None
+        raise InputError(f"{path} is no .npz file ({error}); use another copy.") from None
 
 
 def _array(path: Path, file: Any, archive: zipfile.ZipFile, name: str) -> np.ndarray:

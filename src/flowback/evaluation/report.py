@@ -1,4 +1,4 @@
-"""One report for each evaluation: the figures, and everything that it takes to get them again."""
+"""One report for each evaluation: the figures, and everything needed to repeat them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights_of(flow: Flow) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found, and what it takes to repeat it.
+    """What an evaluation measured, and what is needed to repeat it.
 
     Example:
         >>> report = Report("evaluate", {"fid": 3.5}, {"samples": 50_000})
@@ -68,7 +68,7 @@ class Report:
             ) from None
         parts = ("figures", "settings", "environment")
         if not isinstance(values, dict) or not all(isinstance(values.get(part), dict) for part in parts):
-            raise InputError(f"{path} is no report of flowback evaluate, classify or probe.")
+            raise InputError(f"{path} is not a report of flowback evaluate, classify or probe.")
         warnings = tuple(map(str, values.get("warnings") or ()))
         figures, settings, around = (values[part] for part in parts)
         return cls(str(values.get("kind")), figures, settings, warnings, around)
@@ -115,7 +115,7 @@ def _flat(data: Any, name: str = "") -> dict[str, Any]:
         items = [(str(index), value) for index, value in enumerate(data, start=1)]
     else:
         return {name: data}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in items:
-        found |= _flat(value, f"{name}.{key}" if name else key)
-    return found
+        flat |= _flat(value, f"{name}.{key}" if name else key)
+    return flat

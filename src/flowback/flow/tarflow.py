@@ -128,8 +128,9 @@ class TARFlow(nn.Module):
         if values.ndim != 1:
             raise InputError(f"Labels have shape {tuple(values.shape)}; give one id per image.")
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < classes:
+            wrong = int(values.max() if int(values.max()) >= classes else values.min())
             raise InputError(
-                f"Label {int(values.max() if int(values.max()) >= classes else values.min())} is out of range: "
+                f"Label {wrong} is out of range: "
                 f"the model's classes go from 0 to {classes - 1} (None is unconditional)."
             )
         return values.long()

@@ -109,11 +109,11 @@ class Plan:
             return "it was made for another checkpoint"
         guided = ("guidance", *_GUIDED) if self.guidance or asked.guidance else ()
         for name in ("device", "batch_size", "precision", *guided):
-            own, wanted = getattr(self, name), getattr(asked, name)
-            if own != wanted:
-                return f"it was made for {name.replace('_', ' ')} {own}, not {wanted}"
+            planned, wanted = getattr(self, name), getattr(asked, name)
+            if planned != wanted:
+                return f"it was made for {name.replace('_', ' ')} {planned}, not {wanted}"
         if self.tolerance > asked.tolerance:
-            return f"it promises an error of {self.tolerance:g}, and {asked.tolerance:g} is asked for"
+            return f"it promises an error of {self.tolerance:g}, but {asked.tolerance:g} is asked for"
         return None
 
 
@@ -143,9 +143,9 @@ def wanted(flow: TARFlow, config: SampleConfig) -> Plan:
 def resolve_plan(
     flow: TARFlow, config: SampleConfig, folder: Path | None = None
 ) -> tuple[tuple[BlockPlan, ...] | None, str | None]:
-    """What ``--sampler`` comes to: a plan for each block, None for sequential, and what to tell the user.
+    """The plans that ``--sampler`` means, one per block, or None for sequential; and a note for the user.
 
-    ``auto`` takes the checkpoint's plan where it was measured for such sampling on this device.
+    ``auto`` takes the checkpoint's plan if it was measured for the same sampling on this device.
 
     Args:
         flow: the model, on the device that samples.
@@ -170,15 +170,15 @@ def resolve_plan(
 @torch.inference_mode(False)
 @torch.no_grad()
 def plan_sampling(flow: TARFlow, config: SampleConfig | None = None, **options: Any) -> Plan:
-    """Measure how to sample a flow fastest on its device: what ``flowback plan`` does, but for the file.
+    """Measure how to sample a flow fastest on its device: ``flowback plan`` without the file.
 
     Args:
         flow: the model; its weights should be trained, as random ones hide how hard the blocks are.
-        config: how it will be sampled; ``sampler`` and ``window`` play no part.
+        config: how it will be sampled; ``sampler`` and ``window`` are ignored.
         **options: fields of :class:`flowback.SampleConfig` that replace those of ``config``.
 
     Raises:
-        InputError: options out of range, or guidance that can do nothing.
+        InputError: options out of range, or guidance that would have no effect.
 
     Example:
         >>> import flowback
@@ -221,9 +221,9 @@ def make_plan(
         measured += candidates
         plans[index] = BlockPlan(tolerance=tolerance)
         best = seconds * _GAIN
-        for found in sorted(candidates, key=lambda m: m.seconds)[:2]:
-            plan = BlockPlan(found.window, found.init, tolerance)
-            if found.seconds < best and (took := block.timed(plan, repeats)[0]) < best:
+        for candidate in sorted(candidates, key=lambda m: m.seconds)[:2]:
+            plan = BlockPlan(candidate.window, candidate.init, tolerance)
+            if candidate.seconds < best and (took := block.timed(plan, repeats)[0]) < best:
                 plans[index], best = plan, took
     chosen, error, seconds = _verified(
         lambda blocks: list(sampler.invert(z, labels, scales, blocks))[-1], plans, exact[-1], tolerance
@@ -325,8 +325,8 @@ def _verified(
 ) -> tuple[tuple[BlockPlan, ...], float, float]:
     """Plans whose images keep the promise, with their error and seconds."""
     for tightening in (1, 10, 100, 1000):
-        made = {i: replace(plan, tolerance=promised / tightening) for i, plan in plans.items()}
-        chosen = tuple(made[index] for index in sorted(made))
+        tightened = {i: replace(plan, tolerance=promised / tightening) for i, plan in plans.items()}
+        chosen = tuple(tightened[index] for index in sorted(tightened))
         started = time.perf_counter()
         x = invert(chosen)
         _wait(x)

@@ -1,4 +1,4 @@
-"""Predictions of a block for tokens that follow what it has already seen, on the fastest way there is.
+"""Predictions of a block for the tokens that follow those it has seen, in the fastest way available.
 
 A :class:`Decoder` hides how a step is computed (PyTorch, compiled code or a CUDA graph: each is a
 :class:`Step`) and whether it is guided, in which case the streams with and without label run as one batch of
@@ -129,13 +129,13 @@ class TorchStep:
 class Engine:
     """What all batches of a flow share: packed weights, caches, and steps recorded as CUDA graphs.
 
-    Caches grow to the largest batch and stay. An engine belongs to one thread, and has one decoder at work at
-    a time. Weights changed after it was made may go unseen: make another.
+    Caches grow to the largest batch and stay. Use an engine in one thread, with one decoder at a time, and
+    make a new one when the flow's weights change.
 
     Args:
         flow: the model.
         precision: of weights and caches.
-        native: use the compiled step where it can be had and suits the model.
+        native: use the compiled step if it is available and suits the model.
     """
 
     def __init__(self, flow: TARFlow, precision: Precision = "fp32", native: bool = True) -> None:
@@ -176,7 +176,7 @@ class Engine:
         temperature: Float[Tensor, " r"] | None = None,
         new: int = 1,
     ) -> Decoder:
-        """The decoder of one block; it ends the one before it, whose cache it takes.
+        """The decoder of one block; it takes over the cache of the one before, which can no longer be used.
 
         Args:
             index: number of the block, from 1.

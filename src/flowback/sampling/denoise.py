@@ -53,10 +53,10 @@ def denoise(
     clean = []
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
-        # What was made under inference_mode takes part in no gradient; its copies do.
+        # Tensors made in inference mode cannot have gradients; their copies can.
         with torch.inference_mode(False), torch.enable_grad():
-            own = None if labels is None else labels[part].clone()
+            part_labels = None if labels is None else labels[part].clone()
             x = images[part].detach().clone().requires_grad_()
-            (score,) = torch.autograd.grad(flow(x, own).log_prob.sum(), x)
+            (score,) = torch.autograd.grad(flow(x, part_labels).log_prob.sum(), x)
             clean.append(torch.add(x.detach(), score, alpha=variance))
     return torch.cat(clean) if clean else images

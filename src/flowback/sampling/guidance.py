@@ -57,7 +57,7 @@ class Guidance:
     formula: Literal["tarflow", "starflow"] = "tarflow"
     """How the two predictions are joined."""
     temperature: float = 1.0
-    """Of the attention logits of the stream without label."""
+    """Temperature of the attention logits of the stream without label."""
     blocks: int | None = None
     """Guide only this many blocks, those nearest the noise; None guides all."""
 
@@ -82,7 +82,7 @@ class Guidance:
         return self.blocks != 0 and bool(torch.as_tensor(self.scale).ne(0).any())
 
     def check(self, labelled: bool) -> None:
-        """Refuse guidance that cannot do anything, before work starts.
+        """Refuse guidance that would have no effect, before work starts.
 
         Raises:
             InputError: there is something to guide, but neither labels nor an attention temperature.
@@ -99,12 +99,14 @@ class Guidance:
         Raises:
             InputError: a number of scales that is neither 1 nor ``batch``.
         """
-        made = torch.as_tensor(self.scale, dtype=like.dtype, device=like.device)
-        if made.ndim == 0:
-            return made.expand(batch)
-        if made.shape != (batch,):
-            raise InputError(f"{made.numel()} guidance scales for {batch} images; give one, or one an image.")
-        return made
+        values = torch.as_tensor(self.scale, dtype=like.dtype, device=like.device)
+        if values.ndim == 0:
+            return values.expand(batch)
+        if values.shape != (batch,):
+            raise InputError(
+                f"{values.numel()} guidance scales for {batch} images; give one, or one per image."
+            )
+        return values
 
     def covers(self, block: int, total: int) -> bool:
         """Whether this block, counted from 1 at the data, is guided."""

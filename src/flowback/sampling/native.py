@@ -50,7 +50,7 @@ class _CompilerError(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step, or None where it cannot be had."""
+    """The compiled step, or None if it is not available."""
     if os.environ.get("FLOWBACK_NATIVE") == "0":
         return None
     compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
@@ -77,13 +77,13 @@ def _private_folder() -> Path:
     """
     folder = cache_folder() / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise OSError(f"{folder} is not a folder")
     if hasattr(os, "getuid"):  # elsewhere modes say nothing
-        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise OSError(f"others can write {folder}; remove it")
-        if stat.S_IMODE(found.st_mode) != 0o700:
+        if stat.S_IMODE(status.st_mode) != 0o700:
             folder.chmod(0o700)
     return folder
 
@@ -99,12 +99,12 @@ def _compiled(compiler: list[str], folder: Path) -> Path:
             return file
         file.unlink()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made = Path(temporary) / "decode.so"
+        compiled = Path(temporary) / "decode.so"
         try:
-            _run([*compiler, *_FLAGS, _OPENMP, str(source), "-o", str(made)])
+            _run([*compiler, *_FLAGS, _OPENMP, str(source), "-o", str(compiled)])
         except _CompilerError:
-            _run([*compiler, *_FLAGS, str(source), "-o", str(made)])
-        return made.replace(folder / _file_name(key, made))
+            _run([*compiler, *_FLAGS, str(source), "-o", str(compiled)])
+        return compiled.replace(folder / _file_name(key, compiled))
 
 
 def _file_name(key: str, file: Path) -> str:
@@ -401,5 +401,5 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _epsilon(norm: nn.Module, dtype: torch.dtype) -> float:
     """The RMS norm's epsilon; PyTorch's default is that of the dtype."""
-    own = getattr(norm, "eps", None)
-    return torch.finfo(dtype).eps if own is None else own
+    epsilon = getattr(norm, "eps", None)
+    return torch.finfo(dtype).eps if epsilon is None else epsilon

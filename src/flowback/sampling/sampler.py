@@ -36,7 +36,7 @@ class BlockPlan:
     init: Init = "z"
     """What the sweeps start from."""
     tolerance: float | None = 1e-3
-    """A window is done when no value changed by more in a sweep; None sweeps to exactness."""
+    """A window is done when no value changes by more than this in a sweep; None sweeps until exact."""
 
     @property
     def new(self) -> int:
@@ -60,7 +60,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Overflow:
-    """Where the first value appeared that is not finite, on the way from noise to image."""
+    """Where an image first became non-finite, on the way from noise to image."""
 
     block: int | None
     """Block whose inverse gave it, from 1 at the data; None: denoising gave it."""
@@ -72,22 +72,22 @@ class Overflow:
 
 
 class Sampler:
-    """Images of one flow: weights packed, caches allocated and CUDA graphs recorded once for all calls.
+    """Draws images from one flow: packs weights, allocates caches and records CUDA graphs once for all calls.
 
-    A sampler belongs to one thread. Weights that change after it was made may go unseen: make another.
+    Use a sampler in one thread only, and make a new one when the flow's weights change.
 
     Args:
         flow: the model.
         guidance: w of ``c + w · (c − u)``, or a :class:`Guidance` for all its options.
-        denoise: end with one denoising step, given the labels too. Models of uniformly dequantised images
-            have none: theirs are returned as sampled.
+        denoise: end with one denoising step, with the same labels. Models of uniformly dequantised images
+            have no such step.
         batch_size: most images decoded at once.
         precision: of the Transformers' weights and caches while decoding.
         plans: how each block is inverted, from block 1 (:func:`flowback.plan_sampling` measures it); None is
             sequential, which is exact.
 
     Raises:
-        InputError: guidance of more blocks than there are, or another number of plans than of blocks.
+        InputError: more guided blocks than the flow has, or not one plan per block.
 
     Example:
         >>> from flowback import Flow, ModelConfig, Sampler
@@ -118,7 +118,9 @@ class Sampler:
         if plans is not None and len(plans) != blocks:
             raise InputError(f"{len(plans)} plans for a model of {blocks} blocks; give one for each.")
         if self.guidance.blocks is not None and self.guidance.blocks > blocks:
-            raise InputError(f"{self.guidance.blocks} guided blocks, but the model has {blocks}.")
+            raise InputError(
+                f"{self.guidance.blocks} guided blocks, but the model has {blocks}; guide fewer."
+            )
         self.plans = (BlockPlan(),) * blocks if plans is None else tuple(plans)
         with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's mode
             self.engine = Engine(flow, precision)
@@ -155,9 +157,9 @@ class Sampler:
         """Images on [-1, 1], not clamped; non-finite values are returned as they are.
 
         Args:
-            labels: class ids, names or soft class weights, one an image; one id for all; None is
+            labels: class ids, names or soft class weights, one per image; one id for all; None is
                 unconditional.
-            seeds: one an image; None counts from 0, one for each label.
+            seeds: one per image; None counts from 0, one for each label.
             redraw: see :func:`noise`.
 
         Raises:
@@ -173,7 +175,7 @@ class Sampler:
     ) -> list[Float[Tensor, "b c h w"]]:
         """The way from noise to images: z, the outputs of blocks T ... 1, and the denoised images.
 
-        Arguments are those of a call, whose images come last.
+        Arguments are those of a call; its images come last.
         """
         parts = self._parts(labels, seeds, redraw, every_block=True)
         return [torch.cat(list(stage)) for stage in zip(*parts, strict=True)]
@@ -184,9 +186,9 @@ class Sampler:
         seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
         redraw: int = 0,
     ) -> list[Overflow | None]:
-        """Where each image's first value appeared that is not finite; None for images without one.
+        """Where each image first became non-finite; None for finite images.
 
-        Arguments are those of a call. The images are drawn again, so ask for those alone that are not finite.
+        Arguments are those of a call. The images are drawn again, so pass only those that are not finite.
         """
         _, *states = self.trajectory(labels, seeds, redraw)
         blocks = list(range(self.flow.config.blocks, 0, -1))
@@ -217,12 +219,12 @@ class Sampler:
         parts = []
         for start in range(0, len(seeds), self.images_at_once):
             part = slice(start, start + self.images_at_once)
-            own = None if checked is None else checked[part]
+            part_labels = None if checked is None else checked[part]
             z = noise(self.flow, seeds[part], redraw)
-            states = [z, *self.invert(z, own, scales[part])]
+            states = [z, *self.invert(z, part_labels, scales[part])]
             states = [self.flow.images(x) for x in (states if every_block else states[-1:])]
             if self.denoise:
-                states.append(denoise_step(self.flow, states[-1], own))
+                states.append(denoise_step(self.flow, states[-1], part_labels))
             parts.append(states)
         return parts
 
@@ -250,7 +252,7 @@ class Sampler:
     def decoder(self, index: int, labels: Labels, scales: Float[Tensor, " b"], new: int = 1) -> Decoder:
         """The decoder of block ``index`` (from 1) for one batch, with room for ``new`` tokens a step.
 
-        It ends the decoder before it.
+        The decoder before it can no longer be used.
         """
         config, count, block = self.flow.config, len(scales), self.flow.blocks[index - 1]
         context = block.context(labels)
@@ -270,11 +272,11 @@ _SEEDS = 2**32
 
 
 def noise(flow: TARFlow, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor, "b n d"]:
-    """Standard normal tokens, drawn in fp32 on the CPU from one generator an image.
+    """Standard normal tokens, drawn in fp32 on the CPU from one generator per image.
 
     Args:
         flow: gives shape, device and dtype.
-        seeds: one an image, 0 ... 2³² − 1.
+        seeds: one per image, 0 ... 2³² − 1.
         redraw: 0 is the seed itself; 1, 2, ... are further independent draws under the same seed.
 
     Raises:
@@ -285,8 +287,8 @@ def noise(flow: TARFlow, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor,
     for row, seed in zip(z, seeds, strict=True):
         if not 0 <= seed < _SEEDS:
             raise InputError(f"Seed {seed} is out of range; seeds go from 0 to {_SEEDS - 1}.")
-        own = int(np.random.SeedSequence((seed, redraw)).generate_state(1)[0]) if redraw else int(seed)
-        row.normal_(generator=torch.Generator().manual_seed(own))
+        image_seed = int(np.random.SeedSequence((seed, redraw)).generate_state(1)[0]) if redraw else int(seed)
+        row.normal_(generator=torch.Generator().manual_seed(image_seed))
     return z.to(flow.device, flow.data_dtype)
 
 
@@ -304,7 +306,7 @@ def sample(
 ) -> Float[Tensor, "b c h w"]:
     """Images of the flow on [-1, 1], not clamped; non-finite values are returned as they are.
 
-    One call of a :class:`Sampler`, which explains the options and is faster for many calls.
+    A single call of a :class:`Sampler`, which explains the options; for many calls, use it directly.
 
     Raises:
         InputError: labels, seeds or guidance that do not fit the model or each other.
@@ -324,9 +326,9 @@ def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
     count = len(labels) if isinstance(labels, (Sequence, Tensor)) and np.ndim(labels) else None
     if seeds is None:
         return list(range(1 if count is None else count))
-    made = [int(seed) for seed in seeds]
-    if not made:
+    numbers = [int(seed) for seed in seeds]
+    if not numbers:
         raise InputError("There are no seeds; give one for each image.")
-    if count is not None and count != len(made):
-        raise InputError(f"{count} labels for {len(made)} seeds; give one seed and one label an image.")
-    return made
+    if count is not None and count != len(numbers):
+        raise InputError(f"{count} labels for {len(numbers)} seeds; give one seed and one label per image.")
+    return numbers

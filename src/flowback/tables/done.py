@@ -42,25 +42,25 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
             "options": to_dict(EvaluateConfig()),
         }
     )
-    found = []
+    changes = []
     for name in sorted({*before, *after}):
         default = next((value for end, value in defaults.items() if f".{name}".endswith(f".{end}")), None)
         if before.get(name, default) != after.get(name, default):
-            found.append(f"{name} was {before.get(name, default)}, now {after.get(name, default)}")
-    return found
+            changes.append(f"{name} was {before.get(name, default)}, now {after.get(name, default)}")
+    return changes
 
 
 def read(file: Path) -> dict[str, Any] | None:
     """A file of JSON; None where there is none, or it is damaged."""
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,4 +1,4 @@
-"""Fill in a table: train and evaluate its rows one after the other, and write it anew after each.
+"""Fill in a table: train and evaluate its rows one after the other, and rewrite it after each.
 
 OUT/runs/PRESET-seedN         a run, shared by all tables that have its row, and settings.json
 OUT/TABLE/PRESET-seedN.json   the full record of its evaluation, and all that decided the figures
@@ -54,11 +54,11 @@ class ReproduceConfig(Checked):
     """How a table is filled in."""
 
     rows: tuple[str, ...] = ()
-    """Presets of these rows only; `*` and `?` are allowed. None given: all."""
+    """Only the rows of these presets; `*` and `?` are allowed. None given: all rows."""
     baseline: str | None = None
     """The row that all others are compared with. None: the last row above without alignment, or the first."""
     data: Path | None = None
-    """The prepared set, or the folder of images; small scales find their own."""
+    """The prepared set, or the folder of images; small scales know their own."""
     latents: Path | None = None
     """The prepared latents of 256×256 images, for the rows in latents."""
     samples: int | None = None
@@ -66,17 +66,17 @@ class ReproduceConfig(Checked):
     guidance: float | None = None
     """Guidance scale; None: 0.3 at small scales, else the best of 0, 0.5, ... 4, as in the paper."""
     search: tuple[float, ...] = ()
-    """Guidance scales to try in place of one; the table has the figures of the best."""
+    """Guidance scales to try instead of one; the table shows the figures of the best."""
     inception_weights: Path | None = None
     """Local file of the Inception weights: adds ADM's FID, sFID and IS."""
     steps: int | None = None
-    """Training steps in place of the preset's, to try the command out."""
+    """Training steps instead of the preset's, to try the command out."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     redo: bool = False
-    """Train runs of other settings again, and remove what stands there."""
+    """Remove runs with other settings, and train them again."""
     note: tuple[str, ...] = ()
-    """Sentences to stand under the table: what it supports, and what not."""
+    """Sentences to print under the table: what it supports, and what it does not."""
 
     def check(self) -> None:
         """Refuse values out of range."""
@@ -124,24 +124,23 @@ def reproduce(
     sampling: SampleConfig | None = None,
     **options: Any,
 ) -> Table:
-    """Train and evaluate the rows of a table; what is done already is not done again.
+    """Train and evaluate the rows of a table; rows that are done already are skipped.
 
     Args:
         table: `table1` to `table9`, `figure4`, `figure5` of arXiv 2511.22345, or `tarflow`.
         scale: `paper`, its own size; `mini`, small siblings on digits; or `fashion`, on Fashion-MNIST.
         seeds: of the runs, or how many from 0 on.
         out: folder of tables and runs.
-        config: the rest.
+        config: all other options.
         sampling: how samples are drawn; the guidance is that of ``config``.
         options: fields of :class:`ReproduceConfig` that replace those of ``config``.
 
     Returns:
-        The table, which stands in ``out`` too. A run that failed is told there and stops no other.
+        The table, which is in ``out`` too. A failed run is listed there and does not stop the others.
 
     Raises:
-        InputError: no such table, images that are not there, a run of other settings in ``out``, or not a
-            single run that succeeded.
-        Interrupted: a signal came; the same call goes on.
+        InputError: no such table, missing images, a run with other settings in ``out``, or all runs failed.
+        Interrupted: a signal came; the same call continues.
     """
     config = replace(config or ReproduceConfig(), **options)
     job = _Job(table, scale, seeds, Path(out), config, sampling or SampleConfig())
@@ -185,7 +184,7 @@ def _chosen(presets: dict[str, Preset], config: ReproduceConfig) -> dict[str, Pr
     chosen = {n: preset for n, preset in presets.items() if any(fnmatchcase(n, p) for p in patterns)}
     if config.baseline is not None and config.baseline not in chosen:
         raise InputError(
-            f"--baseline {config.baseline} is none of the rows; {nearest(config.baseline, chosen)}"
+            f"--baseline {config.baseline} is not one of the rows; {nearest(config.baseline, chosen)}"
         )
     return chosen
 
@@ -207,7 +206,9 @@ class _Job:
         self.scale, self.seeds = scale, list(range(seeds)) if isinstance(seeds, int) else list(seeds)
         self.table_name, self.small = table, scale != "paper"
         require(len(self.seeds) > 0, "--seeds must be at least 1.")
-        require(len(set(self.seeds)) == len(self.seeds), f"A seed stands twice in {self.seeds}.")
+        require(
+            len(set(self.seeds)) == len(self.seeds), f"--seeds repeats a seed: {self.seeds}; give each once."
+        )
         if not self.small and config.data is None and config.latents is None and self.paper.kind != "shown":
             raise InputError(
                 f"{table} needs its images: give --data, or --scale mini or fashion for small rows."
@@ -358,10 +359,10 @@ class _Job:
         """The rows that have been run, or have failed."""
         rows = []
         for name, preset in self.presets.items():
-            own = {seed: self.records[name, seed] for seed in self.seeds if (name, seed) in self.records}
+            records = {seed: self.records[name, seed] for seed in self.seeds if (name, seed) in self.records}
             failures = {seed: why for (row, seed), why in self.failures.items() if row == name}
-            if own or failures:
-                rows.append(summarise(name, preset, self.paper.figures_of(name), own, failures))
+            if records or failures:
+                rows.append(summarise(name, preset, self.paper.figures_of(name), records, failures))
         aligned = {name: preset.config.alignment.active for name, preset in self.presets.items()}
         rows = compared(rows, aligned, self.config.baseline)
         columns = [column for column in COLUMNS if any(column in row.mean for row in rows)]
@@ -391,10 +392,10 @@ class _Job:
         rows = []
         for name, preset in self.presets.items():
             known = {**to_dict(preset.config.train), "weight": preset.config.alignment.weight}
-            own = {figure: float(known[figure]) for figure in self.paper.figures if figure in known}
-            values = {figure: [value] for figure, value in own.items()}
+            mean = {figure: float(known[figure]) for figure in self.paper.figures if figure in known}
+            values = {figure: [value] for figure, value in mean.items()}
             published = self.paper.figures_of(name)
-            rows.append(Row(name, preset.about, [], values, own, dict.fromkeys(own), published))
+            rows.append(Row(name, preset.about, [], values, mean, dict.fromkeys(mean), published))
         columns = [figure for figure in self.paper.figures if figure in rows[0].mean]
         return self._table(columns, rows, {}, [])
 
@@ -402,15 +403,15 @@ class _Job:
 def _measure(flow: Flow, images: ImageSet, test: ImageSet, settings: dict[str, Any]) -> dict[str, Any]:
     """The report of a flow, as plain data."""
     if settings["kind"] == "probe":
-        found = probe(
+        probed = probe(
             flow, images, test, seed=settings["seed"], test_limit=PROBED, encoder=None, progress=True
         )
         figures: dict[str, Any] = {
-            "best_linear": found.best.linear,
-            "top1_gradient": found.top1_gradient,
+            "best_linear": probed.best.linear,
+            "top1_gradient": probed.top1_gradient,
             "locations": {
                 f"{p.location[0]}.{p.location[1]}": {"linear": p.linear, "knn": p.knn}
-                for p in found.locations
+                for p in probed.locations
             },
         }
         return Report("probe", figures, {**settings, **weights_of(flow)}).to_dict()

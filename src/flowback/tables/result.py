@@ -199,8 +199,8 @@ def paired_difference(row: Row, baseline: Row, figure: str) -> Difference | None
         return None
     theirs = dict(zip(baseline.seeds, baseline.values[figure], strict=True))
     pairs = zip(row.seeds, row.values[figure], strict=True)
-    found = [value - theirs[seed] for seed, value in pairs if seed in theirs]
-    return Difference.of(found) if found else None
+    differences = [value - theirs[seed] for seed, value in pairs if seed in theirs]
+    return Difference.of(differences) if differences else None
 
 
 def images_needed(
@@ -244,8 +244,12 @@ def _value(row: Row, column: str) -> str:
     return f"{row.mean[column]:.4g}" + ("" if std is None else f" ± {std:.2g}")
 
 
-def _interval(found: Difference | None, sign: str = "+") -> str:
-    if found is None:
+def _interval(difference: Difference | None, sign: str = "+") -> str:
+    if difference is None:
         return "–"
-    text = f"{found.mean:{sign}.3g}"
-    return text if found.low is None else f"{text} [{found.low:{sign}.3g}, {found.high:{sign}.3g}]"
+    text = f"{difference.mean:{sign}.3g}"
+    return (
+        text
+        if difference.low is None
+        else f"{text} [{difference.low:{sign}.3g}, {difference.high:{sign}.3g}]"
+    )

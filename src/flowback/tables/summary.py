@@ -60,7 +60,7 @@ def compared(rows: Sequence[Row], aligned: Mapping[str, bool], baseline: str | N
 
     Without one, a row with alignment is compared with the last row above that has none, or with the first.
     """
-    found: list[Row] = []
+    with_differences: list[Row] = []
     plain_row: Row | None = None
     for row in rows:
         if baseline is not None:
@@ -68,17 +68,17 @@ def compared(rows: Sequence[Row], aligned: Mapping[str, bool], baseline: str | N
         else:
             plain_row = plain_row if aligned[row.preset] else row
             other = plain_row or rows[0]
-        found.append(_compared(row, other) if other is not None and other is not row else row)
-    return found
+        with_differences.append(_compared(row, other) if other is not None and other is not row else row)
+    return with_differences
 
 
 def mixed(rows: Sequence[Row]) -> list[str]:
     """What is not the same for all rows and is no setting."""
     warnings = []
     for what in ("commits", "devices"):
-        found = sorted({str(value) for row in rows for value in getattr(row, what)})
-        if len(found) > 1:
-            warnings.append(f"The rows come from several {what}: {', '.join(found)}.")
+        values = sorted({str(value) for row in rows for value in getattr(row, what)})
+        if len(values) > 1:
+            warnings.append(f"The rows come from several {what}: {', '.join(values)}.")
     return warnings
 
 
@@ -98,9 +98,9 @@ def _sooner(row: Row, baseline: Row) -> dict[str, Difference]:
     Where a seed never gets there the figure is left out: a mean over the others would flatter.
     """
     theirs = dict(zip(baseline.seeds, baseline.curves.get("training", ()), strict=False))
-    own = zip(row.seeds, row.curves.get("training", ()), strict=False)
-    pairs = [(curve, theirs[seed]) for seed, curve in own if seed in theirs]
-    found = {}
+    ours = zip(row.seeds, row.curves.get("training", ()), strict=False)
+    pairs = [(curve, theirs[seed]) for seed, curve in ours if seed in theirs]
+    sooner = {}
     for figure, higher in _HIGHER_IS_BETTER.items():
         ratios = []
         for curve, other in pairs:
@@ -111,8 +111,8 @@ def _sooner(row: Row, baseline: Row) -> dict[str, Difference]:
             if last and needed:
                 ratios.append(last["images"] / needed)
         if ratios and len(ratios) == len(pairs):
-            found[figure] = Difference.of(ratios)
-    return found
+            sooner[figure] = Difference.of(ratios)
+    return sooner
 
 
 def _curves(records: Sequence[dict[str, Any]]) -> dict[str, list[list[dict[str, float]]]]:
@@ -126,9 +126,9 @@ def _curves(records: Sequence[dict[str, Any]]) -> dict[str, list[list[dict[str, 
     return {name: points for name, points in curves.items() if points and all(points)}
 
 
-def _locations(found: Mapping[str, Mapping[str, float | None]]) -> list[dict[str, float]]:
+def _locations(by_place: Mapping[str, Mapping[str, float | None]]) -> list[dict[str, float]]:
     points = []
-    for place, figures in found.items():
+    for place, figures in by_place.items():
         block, layer = map(float, place.split("."))
         points.append({"block": block, "layer": layer, **_point(figures)})
     return points

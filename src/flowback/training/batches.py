@@ -1,7 +1,7 @@
 """The endless stream of training images, and everything random about it.
 
-Order, mirroring, label drop and noise are functions of the seed and of the number of images seen, and of
-nothing else. A resumed run needs no generator state, and 1 or 8 processes see the same batches.
+Order, mirroring, label drop and noise depend only on the seed and the number of images seen. A resumed run
+needs no generator state, and 1 or 8 processes see the same batches.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def noticing_dead_workers() -> Iterator[None]:
             raise
         raise InputError(
             f"A process that decodes images died ({str(error).splitlines()[0].rstrip('. ')}); "
-            "the same command goes on from the last checkpoint, with fewer --data.workers if memory ran out."
+            "run the same command again to continue, with fewer --data.workers if memory ran out."
         ) from None
 
 
@@ -151,10 +151,10 @@ def batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals,
     )
-    for offset, found in enumerate(loader):
-        if isinstance(found, InputError):
-            raise found
-        indices, stored, larger = found
+    for offset, item in enumerate(loader):
+        if isinstance(item, InputError):
+            raise item
+        indices, stored, larger = item
         # Draw for the whole batch and take the share: the same numbers for any number of processes.
         random = generator(device, train.seed, _STEP, step + offset)
         flipped = torch.rand(train.batch_size, generator=random, device=device)[share] < 0.5

@@ -7,8 +7,8 @@ group of their own on the CPU, so that nothing waits for a GPU.
 Sharded training keeps a part of weights, gradients, optimiser and averages in each process. This is FSDP2,
 PyTorch's ``fully_shard``, called directly: Accelerate's way to it leaves out the CPU, and chooses by class
 what is gathered together, while our choice depends on the alignment (:func:`shard`). Every tensor is cut
-along its first dimension, as a DTensor. This file alone knows of that: others hand it trees of tensors, and
-plain ones come back as they are.
+along its first dimension, as a DTensor. Only this file knows of that: others hand it trees of tensors, and
+plain tensors come back as they are.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def noticing_loss(state: PartialState) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0].rsplit("] ", 1)[-1]
         raise ProcessLostError(
-            f"Process {state.process_index} of {state.num_processes} has lost another one ({reason})"
+            f"Process {state.process_index} of {state.num_processes} has lost another process ({reason})"
         ) from None
 
 
@@ -161,7 +161,7 @@ def signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         if not asked and os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
-            log.warning("%s: the run stops after this step and saves. Ctrl-C again stops it now.", name)
+            log.warning("%s: the run stops after this step and saves. Press Ctrl-C again to stop now.", name)
         asked.append(number)
 
     previous = {}

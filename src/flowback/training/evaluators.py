@@ -1,4 +1,4 @@
-"""What is looked at while a flow trains: likelihood, accuracy, pictures, and hooks of your own."""
+"""What is measured while a flow trains: likelihood, accuracy, pictures, and hooks of your own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Evaluator", "likelihood_evaluator", "picture_evaluator"]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Something to look at while a flow trains.
+    """Something to measure while a flow trains.
 
     Example:
         >>> hook = Evaluator(1000, lambda step, flow: {"largest": float(flow.sample(0, [7]).max())})

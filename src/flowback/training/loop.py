@@ -1,4 +1,4 @@
-"""The one training loop. Running it again on the same folder goes on where it stopped, bit for bit."""
+"""The one training loop. Run again on the same folder, it continues where it stopped, bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train_loop(
     evaluators: Sequence[Evaluator] = (),
     description: str = "train",
 ) -> dict[str, Any]:
-    """Train a flow until ``config.train.steps``; goes on with the run in ``out``, if there is one.
+    """Train a flow until ``config.train.steps``; continues the run in ``out``, if there is one.
 
     :func:`flowback.train` calls it with everything that it needs. All processes of a run call it with the
     same arguments, and see the same folder.
@@ -53,9 +53,9 @@ def train_loop(
 
     Raises:
         InputError: the folder holds another run, or options changed that must not.
-        BadGradientError: too many steps had a bad gradient; the last good checkpoint stands.
+        BadGradientError: too many steps had a bad gradient; the last good checkpoint remains.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
-        ProcessLostError: another process of the run is gone; the last checkpoint stands.
+        ProcessLostError: another process of the run died; the last checkpoint remains.
     """
     state = start(config.train)
     _check(config, images, targets, state.num_processes)
@@ -140,11 +140,11 @@ def _announce(trainer: Trainer) -> None:
 
 
 def _check(config: RunConfig, images: ImageSet, targets: Targets | None, processes: int) -> None:
-    classes, found = config.model.num_classes, len(images.classes)
-    if classes is None or classes not in (0, found):
+    classes, count = config.model.num_classes, len(images.classes)
+    if classes is None or classes not in (0, count):
         raise InputError(
-            f"--model.num-classes is {classes}, but {images.name} has {found} classes; "
-            f"leave the option out, or set it to {found} (0: unconditional)."
+            f"--model.num-classes is {classes}, but {images.name} has {count} classes; "
+            f"leave the option out, or set it to {count} (0: unconditional)."
         )
     if config.train.batch_size % processes:
         raise InputError(

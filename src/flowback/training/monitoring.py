@@ -1,4 +1,4 @@
-"""What a run says about itself: bad steps, vanished losses, the blocks' health, speed, memory, trackers.
+"""What a run reports: bad steps, vanished losses, the blocks' health, speed, memory, trackers.
 
 MFU (arXiv 2204.02311, Appendix B) = FLOPs of the model in a second / peak FLOPs in a second. The model's
 FLOPs are those of likelihood training, three encode passes; what alignment, an encoder or the checkpointing
@@ -65,7 +65,7 @@ class Guard:
     read only when somebody looks.
 
     Args:
-        spike: a norm above so many times the running mean is bad; None knows no spikes.
+        spike: a norm above this many times the running mean is bad; None allows spikes.
         device: where the norms are.
     """
 
@@ -113,9 +113,9 @@ class Guard:
 
 
 def vanished(row: Mapping[str, Any]) -> list[str]:
-    """Of a row of metrics, each loss that trains nothing: one sentence, which says where to look.
+    """One sentence for each loss in a row of metrics that trains nothing; it says where to look.
 
-    No loss is exactly 0 by itself. It is where NaN was replaced by 0, or where a cosine is taken with zeros.
+    A loss is exactly 0 only if NaN was replaced by 0, or if a cosine was taken with zeros.
 
     Example:
         >>> vanished({"nll": 1.2, "alignment": -0.5, "cosine_7_6": 0.5})
@@ -127,15 +127,15 @@ def vanished(row: Mapping[str, Any]) -> list[str]:
     def named(prefix: str) -> dict[str, float]:
         return {name: value for name, value in row.items() if name.startswith(prefix)}
 
-    found = []
+    sentences = []
     if row.get("nll") == 0:
-        found.append(
+        sentences.append(
             "The likelihood (nll) is exactly 0 and trains nothing; look for NaN replaced by 0 in the images, "
             "and at log_scale_min and log_scale_max in metrics.jsonl."
         )
     dead = [name for name, v in named("cosine_").items() if v == 0 or not math.isfinite(v)]
     if dead:
-        found.append(
+        sentences.append(
             f"The alignment trains nothing at {', '.join(dead)}, which is exactly 0 or not finite; look at "
             "the encoder's features (all zero, or NaN replaced by 0?) and at the projector's weights."
         )
@@ -145,8 +145,8 @@ def vanished(row: Mapping[str, Any]) -> list[str]:
     ):
         norms = named(f"grad_{loss}_").values()
         if norms and not any(norms):
-            found.append(f"The gradient of {loss} is exactly 0 in all blocks; {where}.")
-    return found
+            sentences.append(f"The gradient of {loss} is exactly 0 in all blocks; {where}.")
+    return sentences
 
 
 @torch.no_grad()
@@ -157,12 +157,12 @@ def block_statistics(flow: Flow, images: Float[Tensor, "b c h w"], labels: Label
         For block t: ``z2_t``, mean of its squared output (1 is the prior's, at the last block), and
         ``log_scale_min_t`` and ``log_scale_max_t``. Log-scales that run away come before NaN does.
     """
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     for t, output in enumerate(flow.encode_blocks(flow.tokens(images), labels), start=1):
-        found[f"z2_{t}"] = output.z.square().mean()
-        found[f"log_scale_min_{t}"] = output.prediction.log_scale.min()
-        found[f"log_scale_max_{t}"] = output.prediction.log_scale.max()
-    return {name: float(value) for name, value in found.items()}
+        statistics[f"z2_{t}"] = output.z.square().mean()
+        statistics[f"log_scale_min_{t}"] = output.prediction.log_scale.min()
+        statistics[f"log_scale_max_{t}"] = output.prediction.log_scale.max()
+    return {name: float(value) for name, value in statistics.items()}
 
 
 PEAK_TFLOPS = {
@@ -194,7 +194,7 @@ def peak_flops(name: str, precision: str) -> float | None:
 def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: by PyTorch on the device, or by the process where the device is the CPU.
 
-    0 on Windows, whose Python does not tell.
+    0 on Windows, where Python cannot tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -216,7 +216,7 @@ def gradient_balance(
     """Gradients of nll and of the weighted alignment loss, block by block, on one batch.
 
     Costs two training steps, so it is meant for intervals. It leaves ``.grad`` alone and does not touch
-    the generator of random numbers; on several processes it speaks of the caller's batch only.
+    the random generator; with several processes it covers only the caller's batch.
 
     Returns:
         For block t: ``grad_nll_t`` and ``grad_alignment_t``, 2-norms over the block's parameters, the second
@@ -231,13 +231,13 @@ def gradient_balance(
         alignment = _gradients(
             config.weight * alignment_loss(hidden, targets, projector, config.spatial_norm).loss, blocks
         )
-    found: dict[str, float] = {}
+    balance: dict[str, float] = {}
     for t, (nll, aligned) in enumerate(zip(likelihood, alignment, strict=True), start=1):
         norms = float(nll.norm()), float(aligned.norm())
-        found[f"grad_nll_{t}"], found[f"grad_alignment_{t}"] = norms
+        balance[f"grad_nll_{t}"], balance[f"grad_alignment_{t}"] = norms
         if all(norms):
-            found[f"grad_cosine_{t}"] = float(nll @ aligned) / (norms[0] * norms[1])
-    return found
+            balance[f"grad_cosine_{t}"] = float(nll @ aligned) / (norms[0] * norms[1])
+    return balance
 
 
 def _gradients(loss: Tensor, blocks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -268,7 +268,7 @@ def tracker_settings(config: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def open_trackers(accelerator: Accelerator, config: RunConfig, out: Path, identity: str, step: int) -> None:
-    """Start the trackers, or go on with those of a stopped run.
+    """Start the trackers, or continue those of a stopped run.
 
     Rows after ``step``, which the run writes again: TensorBoard hides the old ones, the others keep them.
 

@@ -90,9 +90,9 @@ class Objective(nn.Module):
         """
         config, bf16 = self.config.alignment, self.config.train.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            found = losses(self.flow, self.projector, config, images, labels, drop, targets, weight)
+            batch_losses = losses(self.flow, self.projector, config, images, labels, drop, targets, weight)
         if self.projector is not None and targets is None:
             # Nothing is aligned any more; several processes still wait for a gradient of every weight.
             nothing = torch.stack([p.sum() for p in self.projector.parameters()]).sum() * 0
-            found = found._replace(loss=found.loss + nothing)
-        return found
+            batch_losses = batch_losses._replace(loss=batch_losses.loss + nothing)
+        return batch_losses

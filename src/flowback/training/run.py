@@ -30,7 +30,7 @@ class TrainResult:
     """A run that reached its last step."""
 
     config: RunConfig
-    """All settings, with what they left to the data: number and names of the classes, the VAE."""
+    """All settings, completed from the data: number and names of the classes, the VAE."""
     folder: Path
     """The run's folder."""
     images: ImageSet
@@ -60,14 +60,14 @@ def train(
 ) -> TrainResult:
     """Train a flow until ``config.train.steps``: what ``flowback train`` does.
 
-    The same call on the same folder goes on where it stopped, bit for bit. Started by ``torchrun`` or
+    Call it again on the same folder to continue where it stopped, bit for bit. Started by ``torchrun`` or
     ``accelerate launch``, all processes call it with the same arguments and see the same folder.
 
     Args:
-        config: the settings; :func:`flowback.presets.get` has those of a preset, as its ``config``. Number
-            and names of the classes and the VAE are taken from the images.
-        images: the training images; None loads those that ``config.data`` names. Of your own, the checkpoint
-            keeps name and order of the classes alone: ``flowback evaluate`` then needs ``--data``.
+        config: the settings, ``flowback.get_preset(name).config`` for example. Number and names of the
+            classes and the VAE are taken from the images.
+        images: the training images; None loads those that ``config.data`` names. Of images of your own, the
+            checkpoint keeps only the class names, so ``flowback evaluate`` then needs ``--data``.
         out: the run's folder: config.json, environment.json, metrics.jsonl, checkpoints/.
         test: held-out images for the figures during training; their classes are matched by name. None takes
             those of ``config.data`` if the training images come from there too; otherwise there are no such
@@ -80,7 +80,7 @@ def train(
         InputError: images that cannot be read or do not fit the model, a folder with another run, or options
             changed that must not.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
-        ProcessLostError: another process of the run is gone; the last checkpoint stands.
+        ProcessLostError: another process of the run died; the last checkpoint remains.
 
     Example:
         >>> import tempfile, flowback
@@ -103,25 +103,25 @@ def train(
         _check_images(part, config)
     if test is not None:
         test = match_classes(test, config.classes)
-    own = [] if test is None else [likelihood_evaluator(config, test)]
+    built_in = [] if test is None else [likelihood_evaluator(config, test)]
     if config.train.sample_every:
-        own.append(picture_evaluator(config, out / "samples"))
+        built_in.append(picture_evaluator(config, out / "samples"))
     if targets is None:
         with noticing_loss(state), state.main_process_first():  # it computes the features that all read
             targets = make_targets(config, images, cache_folder() / "features", state.device)
-    metrics = train_loop(config, images, out, targets, [*own, *evaluators], description)
+    metrics = train_loop(config, images, out, targets, [*built_in, *evaluators], description)
     return TrainResult(config, out, images, test, metrics, state.device)
 
 
 def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:
     """Take the classes and the VAE from the data; refuse others in the settings."""
-    asked, found = config.codec, images.codec
-    other = asked.weights is not None and asked.weights != found.weights
-    if asked.vae is not None and (asked.vae != found.vae or other):
-        made = f"latents of {found.vae}" if found.vae else "pixels"
+    asked, stored = config.codec, images.codec
+    other = asked.weights is not None and asked.weights != stored.weights
+    if asked.vae is not None and (asked.vae != stored.vae or other):
+        content = f"latents of {stored.vae}" if stored.vae else "pixels"
         raise InputError(
-            f"The settings ask for latents of --codec.vae {asked.vae}, but {images.name} holds {made}; "
-            f"prepare the data with --vae {asked.vae}, or set --codec.vae {found.vae}."
+            f"The settings ask for latents of --codec.vae {asked.vae}, but {images.name} holds {content}; "
+            f"prepare the data with --vae {asked.vae}, or set --codec.vae {stored.vae}."
         )
     model = config.model
     if model.num_classes is None:
@@ -132,16 +132,16 @@ def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:
             f"The settings name the classes {', '.join(config.classes)}, but those of {images.name} are "
             f"{', '.join(images.classes) or 'not named'}; give the data of those classes, in this order."
         )
-    return replace(config, model=model, codec=found, classes=classes)
+    return replace(config, model=model, codec=stored, classes=classes)
 
 
 def _check_images(images: ImageSet, config: RunConfig) -> None:
     """Refuse a set that is empty, or of other images than the model's."""
     if len(images) == 0:
         raise InputError(f"{images.name} has no images.")
-    found, size = tuple(images.read(torch.tensor([0])).shape[1:]), config.model.image_size
-    if found != (config.model.channels, size, size):
+    shape, size = tuple(images.read(torch.tensor([0])).shape[1:]), config.model.image_size
+    if shape != (config.model.channels, size, size):
         raise InputError(
-            f"{images.name} has images of shape {found}, the model takes ({config.model.channels}, {size}, "
-            f"{size}); set --model.channels and --model.image-size, or give images of that size."
+            f"{images.name} has images of shape {shape}, but the model takes "
+            f"({config.model.channels}, {size}, {size}); set --model.channels and --model.image-size, or give images of that size."
         )

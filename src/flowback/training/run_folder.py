@@ -1,4 +1,4 @@
-"""A run's folder: what it says about itself, from which checkpoint it goes on, and what may change then.
+"""A run's folder: its records, the checkpoint that it continues from, and the options that may change then.
 
 config.json, environment.json, README.md   settings, machine and versions of each start, the command
 metrics.jsonl, bad-steps.jsonl             rows as they come
@@ -49,7 +49,7 @@ MAY_CHANGE = {
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a run goes on from."""
+    """What a run continues from."""
 
     folder: Path
     """The checkpoint."""
@@ -70,7 +70,7 @@ class RunFolder:
         self.path, self.config = path, config
 
     def begin(self, device: torch.device, processes: int) -> None:
-        """Describe a run that starts from nothing.
+        """Describe a new run.
 
         Raises:
             InputError: the folder cannot be written, or holds something else.
@@ -81,7 +81,7 @@ class RunFolder:
             if written.exists():  # stopped before its first checkpoint: start over
                 self.compare(checkpoint.read_config(self.path))
             elif (self.path / "metrics.jsonl").exists():
-                raise InputError(f"{self.path} holds metrics of something else; choose another --out.")
+                raise InputError(f"{self.path} holds the metrics of something else; choose another --out.")
             write_json(written, {"format": checkpoint.FORMAT, **to_dict(self.config)})
             identity = {"id": secrets.token_hex(4)}
             write_json(self.path / "environment.json", identity | _environment(device, processes))
@@ -108,7 +108,7 @@ class RunFolder:
             if now["versions"].get(name) != version
         ]
         if changed:
-            log.warning("Going on with %s: results may differ by rounding from here.", ", ".join(changed))
+            log.warning("Continuing with %s: results may differ by rounding from here.", ", ".join(changed))
         resumed = [*first.get("resumed", []), {"step": step, **now}]
         write_json(file, {**first, "resumed": resumed})
         return self.keep_rows(step)
@@ -119,7 +119,7 @@ class RunFolder:
         return json.loads((self.path / "environment.json").read_text())["id"]
 
     def newest(self) -> Stored | None:
-        """The newest usable checkpoint, the others named; None if there is none at all.
+        """The newest usable checkpoint; damaged ones are named in the log. None if there is no checkpoint.
 
         Raises:
             InputError: none is usable, or options changed that must not.
@@ -134,7 +134,7 @@ class RunFolder:
                         for decay in self.config.train.averages
                     }
             except InputError as error:
-                log.warning("%s Going back to the checkpoint before it.", error)
+                log.warning("%s Using the checkpoint before it.", error)
                 continue
             self.compare(stored)
             return Stored(folder, training, averages)
@@ -167,10 +167,10 @@ class RunFolder:
                 "Give the data of that run, or choose another --out."
             )
         if allowed:
-            log.warning("Going on with changed options: %s.", ", ".join(allowed))
+            log.warning("Continuing with changed options: %s.", ", ".join(allowed))
 
     def sweep(self) -> None:
-        """Remove what a kill left of a save."""
+        """Remove what a killed run left half-saved."""
         for partial in (self.path / "checkpoints").glob(".step-*"):
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -238,7 +238,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 def _readme(config: RunConfig) -> str:
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return (
-        f"# A run of flowback\n\nStarted with `{command}`; the same command goes on where it stopped.\n\n"
+        f"# A run of flowback\n\nStarted with `{command}`; run it again to continue where it stopped.\n\n"
         "- `config.json`: every setting; `environment.json`: versions, commit, device of each start\n"
         f"- `metrics.jsonl`: a row every {config.train.log_every} steps, nll in nats per dimension\n"
         "- `checkpoints/`: use with `flowback sample`, `flowback classify` or `Flow.from_pretrained`\n"
@@ -273,7 +273,7 @@ class Writer:
             job.result()
 
     def close(self) -> None:
-        """Let the job come to its end, whatever else has failed meanwhile."""
+        """Let the job finish, even if something else has failed."""
         self._thread.shutdown()
         if self._job is not None and (error := self._job.exception()):
             log.warning("%s", error)

@@ -52,9 +52,9 @@ def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: 
 def set_up_bodies(flow: Flow, config: RunConfig) -> None:
     """Checkpoint activations and compile, as the settings ask.
 
-    Checkpointing changes no bit of a gradient: each layer is computed twice by the same code. Compiled is the
-    Transformer of each block; its projections, the affine transform and the alignment's graph stay eager.
-    Compiled sums have another order, so results differ by rounding.
+    Checkpointing changes no bit of a gradient: each layer is computed twice by the same code. Only the
+    Transformer of each block is compiled; its projections, the affine transform and the alignment's graph
+    stay eager. Compiled code sums in another order, so results differ by rounding.
 
     Raises:
         InputError: there is no C++ compiler, and the CPU needs one.
@@ -66,7 +66,7 @@ def set_up_bodies(flow: Flow, config: RunConfig) -> None:
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if flow.device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise InputError(
-            "--train.compile needs a C++ compiler, and none is here: install g++, or leave it out."
+            "--train.compile needs a C++ compiler, and none was found: install g++, or leave it out."
         )
     if config.alignment.active and config.alignment.strategy != "forward":
         functorch.donated_buffer = False  # their backward goes over a block's graph more than once
@@ -127,7 +127,7 @@ class Weights:
         return gathered(nn.utils.clip_grad_norm_(self.objective.parameters(), limit))
 
     def step(self, step: int, bad: Float[Tensor, ""]) -> None:
-        """Follow the gradient, unless ``bad`` is 1, and the averages the weights; ``step`` counts from 0."""
+        """Update the weights, unless ``bad`` is 1, and their averages; ``step`` counts from 0."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.config.train, step)
         # The fused optimiser leaves a step out where found_inf is 1, on the device.
@@ -156,7 +156,7 @@ class Weights:
         return held_bytes(self.objective.parameters(), moments, averages)
 
     def averaged(self, keep: bool) -> Flow | None:
-        """The flow that people use, in eval mode, where it is to be kept; else None."""
+        """The flow with averaged weights, in eval mode; None unless ``keep``."""
         weights = gathered(self._averages[self.config.train.ema_decay], keep)
         if not keep:
             return None
@@ -173,9 +173,9 @@ class Weights:
         )
 
     def _filled(self, shell: Module, weights: dict[str, Tensor]) -> Module:
-        made = copy.deepcopy(shell)
-        made.load_state_dict(weights, assign=True)  # these very tensors
-        return made.to(self.device)
+        filled = copy.deepcopy(shell)
+        filled.load_state_dict(weights, assign=True)  # these very tensors
+        return filled.to(self.device)
 
     # --- keeping ---
 
@@ -189,7 +189,7 @@ class Weights:
         return gathered(training, keep, here), gathered(list(self._averages.values()), keep, here)
 
     def restore(self, training: dict[str, Any], averages: dict[float, dict[str, Tensor]]) -> None:
-        """Go on with a stored state, whole in every process.
+        """Continue from a stored state, whole in every process.
 
         Raises:
             InputError: it is of another model. Nothing is changed then.

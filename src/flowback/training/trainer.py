@@ -55,7 +55,7 @@ class Trainer:
     Args:
         config: all settings, with the number of classes known.
         images: the training images.
-        out: the run's folder; what stands there is gone on with.
+        out: the run's folder; a run that is there continues.
         targets: gives the encoder's features of a batch; needed when alignment is active.
 
     Raises:
@@ -160,14 +160,14 @@ class Trainer:
         reason = self.guard.reason()
         if allowed is not None and bad > allowed:
             raise BadGradientError(
-                f"Step {step}: the gradient {reason}, and {allowed} bad steps may pass; training stopped "
-                f"(see {self.folder.path}/bad-steps.jsonl), its last checkpoint stands. Lower --train.lr, "
-                "set --train.grad-clip 1, or leave such steps out with --train.bad-steps."
+                f"Step {step}: the gradient {reason}, and {allowed} bad steps are allowed; training stopped "
+                f"(see {self.folder.path}/bad-steps.jsonl), its last checkpoint remains. Lower --train.lr, "
+                "set --train.grad-clip 1, or skip such steps with --train.bad-steps."
             )
-        log.warning("Step %d was left out: its gradient %s (%d bad steps so far).", step, reason, bad)
+        log.warning("Step %d was skipped: its gradient %s (%d bad steps so far).", step, reason, bad)
 
     def _keep_evidence(self, step: int) -> None:
-        """The images of a bad step, which the seed gives back, and what the blocks make of them now."""
+        """Record the images of a bad step, known from the seed, and the blocks' statistics on them now."""
         batch = next(batches(self.images, self.config, step - 1, 0, 1, self.device))
         statistics = self._own_statistics(batch)
         row = {
@@ -181,7 +181,7 @@ class Trainer:
             self.folder.append("bad-steps.jsonl", row)
 
     def due(self, every: int) -> bool:
-        """Whether something that happens ``every`` so many steps, and at the end, happens now."""
+        """Whether something that is due every ``every`` steps, and at the end, is due now."""
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
     # --- looking ---
@@ -245,21 +245,23 @@ class Trainer:
 
     def _block_statistics(self, batch: Batch) -> dict[str, float]:
         """Those of the whole batch."""
-        own = self._own_statistics(batch)
-        values = torch.tensor([list(own.values())], dtype=torch.float64, device=self.device)
+        statistics = self._own_statistics(batch)
+        values = torch.tensor([list(statistics.values())], dtype=torch.float64, device=self.device)
         rows = self.accelerator.gather(values)  # (processes, statistics)
         joined = {"min": rows.amin(0), "max": rows.amax(0), "z2": rows.mean(0)}
-        kinds = (next(kind for kind in joined if kind in name) for name in own)
-        return {name: float(joined[kind][i]) for i, (name, kind) in enumerate(zip(own, kinds, strict=True))}
+        kinds = (next(kind for kind in joined if kind in name) for name in statistics)
+        return {
+            name: float(joined[kind][i]) for i, (name, kind) in enumerate(zip(statistics, kinds, strict=True))
+        }
 
     def _evaluate(self, evaluator: Evaluator) -> dict[str, float | Tensor]:
         """Call an evaluator in the main process."""
-        found: dict[str, float | Tensor] = {}
+        figures: dict[str, float | Tensor] = {}
         flow = self.weights.averaged(keep=self.rank == 0)
         if flow is not None:
-            found |= evaluator.call(self.step, flow)
+            figures |= evaluator.call(self.step, flow)
         self.accelerator.wait_for_everyone()
-        return found
+        return figures
 
     def _diagnose(self, batch: Batch) -> dict[str, float]:
         """How the gradients of likelihood and alignment compare on this process's share of the batch."""
@@ -267,17 +269,19 @@ class Trainer:
         assert objective.projector is not None
         assert self.targets is not None
         targets = self.targets(batch.indices, batch.flipped, batch.seen)
-        found = gradient_balance(
+        balance = gradient_balance(
             objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
         )
         if config.stop_below is not None:
-            self._stop_below(config.stop_below, [v for k, v in found.items() if k.startswith("grad_cosine_")])
-        return found
+            self._stop_below(
+                config.stop_below, [v for k, v in balance.items() if k.startswith("grad_cosine_")]
+            )
+        return balance
 
     def _stop_below(self, limit: float, cosines: Sequence[float]) -> None:
         """Stop aligning where the gradients' mean cosine, over blocks and processes, is below the limit."""
-        own = torch.tensor(sum(cosines) / max(len(cosines), 1), device=self.device)
-        cosine = self._mean(own)
+        local_mean = torch.tensor(sum(cosines) / max(len(cosines), 1), device=self.device)
+        cosine = self._mean(local_mean)
         if cosine < limit:
             self.stopped = True
             log.info(
@@ -297,7 +301,7 @@ class Trainer:
             show(self.accelerator, row, pictures, self.step)
 
     def save(self) -> None:
-        """Begin to write a checkpoint as things are now, after which those that are too old go."""
+        """Start to write a checkpoint of the present state; afterwards old ones are removed."""
         self.writer.wait()  # so that no more than one copy of the state is held
         state, averages = self.weights.state(keep=self.rank == 0)
         if self.rank == 0:
@@ -314,12 +318,12 @@ class Trainer:
         self.folder.remove_old()
 
     def finish(self) -> None:
-        """All is on disk, and all processes know."""
+        """Wait until everything is on disk, in all processes."""
         self.writer.wait()
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave nothing behind that a second run in this process, or the end of this one, would trip over."""
+        """Release what a second run in this process, or the end of this process, would trip over."""
         self.writer.close()
         with contextlib.suppress(RuntimeError):  # a process that is lost, which has been said
             self.vote.close()
