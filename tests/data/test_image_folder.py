@@ -200,7 +200,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path):
 
 
 def test_bad_layouts(tmp_path):
-    with pytest.raises(InputError, match="--data.name folder needs"):
+    with pytest.raises(InputError, match=r"--data\.name folder needs"):
         load(None)
     with pytest.raises(InputError, match="is not a folder"):
         load(tmp_path / "missing")

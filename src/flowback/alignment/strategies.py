@@ -94,7 +94,7 @@ def encode(
         order=config.order if config.strategy == "reverse" else None,
         tolerance=config.tolerance,
     )
-    parameters = [parameter for own in span.parameters() for parameter in own]
+    parameters = [parameter for block in span.parameters() for parameter in block]
     z, log_det, *states = _Blocks.apply(span, x, log_det, *parameters)
     places = [(below + i, layer) for i, layers in enumerate(span.layers, start=1) for layer in layers]
     return FlowOutput(z, log_det, dict(zip(places, states, strict=True)))

@@ -493,23 +493,23 @@ def match_classes(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
         ...
         flowback.errors.InputError: images has 1 of 2 classes that the model does not know: eel ...
     """
-    own, labels = images.classes, images.labels
-    if labels is None or not classes or own == classes:
+    names_here, labels = images.classes, images.labels
+    if labels is None or not classes or names_here == classes:
         return images
-    unknown = [name for name in own if name not in set(classes)]
+    unknown = [name for name in names_here if name not in set(classes)]
     if unknown:
         raise InputError(
-            f"{images.name} has {len(unknown)} of {len(own)} classes that the model does not know: "
+            f"{images.name} has {len(unknown)} of {len(names_here)} classes that the model does not know: "
             f"{_first(unknown)} ({_closest(unknown, classes)}); give images of the model's classes."
         )
-    for names in (own, classes):
+    for names in (names_here, classes):
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise InputError(
                 f"{images.name} and the model have different classes, and {_first(twice)} names two of them: "
                 "they cannot be matched by name; give both the same names in the same order."
             )
-    ids = torch.tensor([classes.index(name) for name in own])
+    ids = torch.tensor([classes.index(name) for name in names_here])
     return _Relabelled(images, classes, ids[labels])
 
 

@@ -79,11 +79,11 @@ def register_dataset(name: str) -> Callable[[_Function], _Function]:
 
     def register(function: _Function) -> _Function:
         def load(data: DataConfig, image_size: int, channels: int, split: Split) -> Pictures | ImageSet:
-            found = function(split, image_size, channels, data.path)
-            if not isinstance(found, tuple):
-                _check_size(name, found, image_size, channels)
-                return found
-            return _pictures_of(name, *found)
+            images = function(split, image_size, channels, data.path)
+            if not isinstance(images, tuple):
+                _check_size(name, images, image_size, channels)
+                return images
+            return _pictures_of(name, *images)
 
         _LOADERS[name] = load
         return function
@@ -140,9 +140,9 @@ def _check_size(name: str, images: ImageSet, image_size: int, channels: int) -> 
     wanted = (channels, image_size, image_size)
     if not len(images):
         raise InputError(f"Data set {name} holds no images.")
-    found = tuple(images.read(torch.tensor([0])).shape[1:])
-    if found != wanted:
-        raise InputError(f"Data set {name} gives images of the shape {found}, but {wanted} is needed.")
+    shape = tuple(images.read(torch.tensor([0])).shape[1:])
+    if shape != wanted:
+        raise InputError(f"Data set {name} gives images of the shape {shape}, but {wanted} is needed.")
 
 
 def _digits(data: DataConfig, image_size: int, channels: int, split: Split) -> Pictures:

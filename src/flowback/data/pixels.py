@@ -116,8 +116,8 @@ def read_image(
             animated = _is_animated(image)
             image.load()
             flat, fits = _flat_srgb(_upright(image))
-            found: dict[Note, bool] = {"animation": animated, "profile": not fits}
-            notes = tuple(note for note, has in found.items() if has)
+            has_note: dict[Note, bool] = {"animation": animated, "profile": not fits}
+            notes = tuple(note for note, has in has_note.items() if has)
             return _square(flat, size, channels, crop), notes
     except UnreadableImageError:
         raise
@@ -334,8 +334,8 @@ class Faults:
             (self.nonfinite, "have values that are not finite"),
             (self.out_of_range, "leave [-1, 1] by far"),
         )
-        found = [f"{count} of {self.images} images {what}" for count, what in counts if count]
-        return [f"{'; '.join(found)}: {named}."] if found else []
+        problems = [f"{count} of {self.images} images {what}" for count, what in counts if count]
+        return [f"{'; '.join(problems)}: {named}."] if problems else []
 
 
 def quantise(

@@ -154,8 +154,8 @@ def load_prepared(
     if prepared_as != (image_size, channels):
         raise InputError(
             f"{path} was prepared with --image-size {prepared_as[0]} --channels {prepared_as[1]}, "
-            f"but the model takes {image_size}x{image_size} with {channels}; prepare it again, or choose --model.image-size and "
-            "--model.channels."
+            f"but the model takes {image_size}x{image_size} with {channels}; prepare it "
+            "again, or choose --model.image-size and --model.channels."
         )
     part, features = split if split in splits else "train", settings.get("features")
     part_summary = splits[part]

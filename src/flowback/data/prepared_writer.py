@@ -1,7 +1,7 @@
 """Writing a prepared set: images decoded by several processes, appended in order, and resumable.
 
 Each 1,024 images are a commit: the columns are flushed to disk, then a line of journal.jsonl says how much of
-them counts. After a kill, the columns are cut back to the last line and the work goes on from there, so the
+them counts. After a kill, the columns are cut back to the last line and the work continues from there, so the
 outcome is byte for byte that of a run without a kill. At the end everything is read once more and compared
 with the journal's hashes.
 """

@@ -88,8 +88,8 @@ def open_shards(root: Path, holdout: float) -> dict[Literal["train", "test"], Sh
     shards = _shards(root)
     train, test = shards
     indexed = _index(train), _index(test)
-    found = [kind for index in indexed for kind in {type(value) for value in index.classes}]
-    if len(set(found)) > 1:
+    kinds = [kind for index in indexed for kind in {type(value) for value in index.classes}]
+    if len(set(kinds)) > 1:
         raise InputError(
             f"{root}: some images have a class (.cls, .json or a folder) and others another kind or none; "
             "give all of them one."

@@ -88,12 +88,14 @@ class Judge:
         if self.statistics is not None and self.inception is not None:
             adm = self.protocol == "adm"
             inception_statistics = InceptionStatistics(self.inception, total, adm, total if adm else 0, start)
-        made = SampleStatistics(Moments(self.encoder.dim), inception_statistics)
+        statistics = SampleStatistics(Moments(self.encoder.dim), inception_statistics)
         for batch in samples:
-            made.encoded.add(self.encoder.pooled(to_unit_range(batch.to(self.encoder.mean.device))).cpu())
+            statistics.encoded.add(
+                self.encoder.pooled(to_unit_range(batch.to(self.encoder.mean.device))).cpu()
+            )
             if inception_statistics is not None:
                 inception_statistics.add(batch)
-        return made
+        return statistics
 
     def figures(self, samples: SampleStatistics) -> dict[str, float]:
         """Judge all samples."""

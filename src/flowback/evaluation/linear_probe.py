@@ -191,8 +191,8 @@ def cknna(features: Float[Tensor, "n d"], others: Float[Tensor, "n c"], neighbou
         near.append(torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, nearest, value=True))
         kernels.append(kernel - kernel.mean(dim=1, keepdim=True))
     both = (kernels[0] * kernels[1])[near[0] & near[1]].sum()
-    own = [kernel[among].square().sum() for kernel, among in zip(kernels, near, strict=True)]
-    return float(both / (own[0] * own[1]).sqrt())
+    norms = [kernel[among].square().sum() for kernel, among in zip(kernels, near, strict=True)]
+    return float(both / (norms[0] * norms[1]).sqrt())
 
 
 def probe(

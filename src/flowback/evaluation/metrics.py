@@ -102,12 +102,12 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Statistics of both sets together."""
-        made = Moments(len(self.mean), self.mean.device)
-        made.count, made.mean = self.count, self.mean
-        made.scatter = self.scatter + other.scatter.to(self.mean)
+        merged = Moments(len(self.mean), self.mean.device)
+        merged.count, merged.mean = self.count, self.mean
+        merged.scatter = self.scatter + other.scatter.to(self.mean)
         if other.count:
-            made._shift(other.count, other.mean.to(self.mean))
-        return made
+            merged._shift(other.count, other.mean.to(self.mean))
+        return merged
 
     @property
     def covariance(self) -> Float[Tensor, "d d"]:

@@ -100,7 +100,11 @@ class InceptionStatistics:
     def arrays(self) -> dict[str, Tensor]:
         """All but the score, for keeping."""
         parts = {"pool": self.pool.arrays(), "spatial": self.spatial.arrays()}
-        flat = {f"{part}.{name}": array for part, made in parts.items() for name, array in made.items()}
+        flat = {
+            f"{part}.{name}": array
+            for part, statistics in parts.items()
+            for name, array in statistics.items()
+        }
         return {**flat, "rows": self.rows}
 
     def restore(self, arrays: dict[str, Tensor]) -> None:
@@ -125,12 +129,12 @@ class InceptionStatistics:
 
     def merge(self, other: InceptionStatistics) -> InceptionStatistics:
         """This part of the set and the one that follows."""
-        made = copy.copy(self)
-        made.pool, made.spatial = self.pool.merge(other.pool), self.spatial.merge(other.spatial)
-        made._rows = [*self._rows, *other._rows]
+        merged = copy.copy(self)
+        merged.pool, merged.spatial = self.pool.merge(other.pool), self.spatial.merge(other.spatial)
+        merged._rows = [*self._rows, *other._rows]
         if self.score is not None and other.score is not None:
-            made.score = self.score.merge(other.score)
-        return made
+            merged.score = self.score.merge(other.score)
+        return merged
 
     def __getstate__(self) -> dict[str, object]:
         """For sending to another process, which has the network itself."""
@@ -165,19 +169,22 @@ def reference_statistics(
             "give a data set or a folder."
         )
     total = len(images) if images is not None else 0
-    made = InceptionStatistics(inception, max(1, total), rows=REFERENCES if adm else 0)
+    statistics = InceptionStatistics(inception, max(1, total), rows=REFERENCES if adm else 0)
 
     def compute() -> dict[str, Tensor]:
         if images is not None:
             for batch in batches(images, size) if adm else tarflow_reference(batches(images, size)):
-                made.add(batch)
-        return made.arrays()
+                statistics.add(batch)
+        return statistics.arrays()
 
     if images is not None:
-        made.restore(kept((images.fingerprint, inception.fingerprint, protocol), compute))
+        statistics.restore(kept((images.fingerprint, inception.fingerprint, protocol), compute))
     if adm:
-        made.pool, made.spatial = reference.pool or made.pool, reference.spatial or made.spatial
-    return made
+        statistics.pool, statistics.spatial = (
+            reference.pool or statistics.pool,
+            reference.spatial or statistics.spatial,
+        )
+    return statistics
 
 
 def adm_figures(samples: InceptionStatistics, reference: InceptionStatistics) -> dict[str, float]:
@@ -190,8 +197,8 @@ def adm_figures(samples: InceptionStatistics, reference: InceptionStatistics) ->
     if samples.score is not None:
         figures["inception_score"], figures["inception_score_std"] = samples.score.result()
     if len(samples.rows) and len(reference.rows):
-        found = precision_recall(samples.rows, reference.rows)
-        figures["precision"], figures["recall"] = found.precision, found.recall
+        result = precision_recall(samples.rows, reference.rows)
+        figures["precision"], figures["recall"] = result.precision, result.recall
     return figures
 
 

@@ -61,7 +61,7 @@ def list_presets(pattern: str = "*") -> list[str]:
         >>> flowback.list_presets("digits*e")
         ['digits-reverse']
     """
-    found = [name for name in PRESETS if fnmatchcase(name, pattern)]
-    if not found:
+    names = [name for name in PRESETS if fnmatchcase(name, pattern)]
+    if not names:
         raise InputError(f"No preset matches {pattern!r}; {nearest(pattern.strip('*'), PRESETS)}")
-    return found
+    return names

@@ -44,8 +44,8 @@ def summarise(
         about=preset.about,
         seeds=list(records),
         values=values,
-        mean={column: statistics.fmean(found) for column, found in values.items()},
-        std={c: statistics.stdev(found) if len(found) > 1 else None for c, found in values.items()},
+        mean={column: statistics.fmean(by_seed) for column, by_seed in values.items()},
+        std={c: statistics.stdev(by_seed) if len(by_seed) > 1 else None for c, by_seed in values.items()},
         published=published,
         failures=failures,
         records=[str(file) for file, _ in records.values()],
@@ -120,7 +120,7 @@ def _curves(records: Sequence[dict[str, Any]]) -> dict[str, list[list[dict[str, 
     figures = [record["report"]["figures"] for record in records]
     curves = {
         "training": [record["training"] for record in records],
-        "guidance": [[_point(found) for found in each.get("guidance", [])] for each in figures],
+        "guidance": [[_point(point) for point in each.get("guidance", [])] for each in figures],
         "locations": [_locations(each.get("locations", {})) for each in figures],
     }
     return {name: points for name, points in curves.items() if points and all(points)}

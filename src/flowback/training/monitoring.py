@@ -277,7 +277,7 @@ def open_trackers(accelerator: Accelerator, config: RunConfig, out: Path, identi
         config: the run, shown beside it.
         out: the run's folder.
         identity: the same for all parts of a run.
-        step: the run goes on from here.
+        step: the run continues from here.
     """
     accelerator.init_trackers(
         PROJECT,

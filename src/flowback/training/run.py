@@ -143,5 +143,6 @@ def _check_images(images: ImageSet, config: RunConfig) -> None:
     if shape != (config.model.channels, size, size):
         raise InputError(
             f"{images.name} has images of shape {shape}, but the model takes "
-            f"({config.model.channels}, {size}, {size}); set --model.channels and --model.image-size, or give images of that size."
+            f"({config.model.channels}, {size}, {size}); set --model.channels and "
+            "--model.image-size, or give images of that size."
         )

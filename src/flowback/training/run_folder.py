@@ -4,7 +4,7 @@ config.json, environment.json, README.md   settings, machine and versions of eac
 metrics.jsonl, bad-steps.jsonl             rows as they come
 checkpoints/step-NNNNNNNN                  see :mod:`flowback.checkpoint`
 
-Checkpoints are written while the training goes on: it waits for a copy of its state, not for the disk.
+Checkpoints are written while training continues: it waits for a copy of its state, not for the disk.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class RunFolder:
             ) from None
 
     def goes_on(self, step: int, device: torch.device, processes: int) -> dict[str, Any]:
-        """Note that the run goes on from ``step``; returns the last row of metrics up to there."""
+        """Note that the run continues from ``step``; returns the last row of metrics up to there."""
         file = self.path / "environment.json"
         now = _environment(device, processes)
         try:
