@@ -170,7 +170,7 @@ def test_nothing_is_overwritten(imported, tmp_path, capsys):
     folder = imported(original())
     words = ["import-tarflow", str(tmp_path / "original.pth"), str(folder), "--image-size", "12"]
     assert main([*words, "--patch-size", "3"]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["export-tarflow", str(folder), str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
 

@@ -245,9 +245,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(version, int):
         raise InputError(f"{file} has no format number: this is not a flowback checkpoint.")
     if version > FORMAT:
-        raise InputError(
-            f"{file} has format {version}, but this flowback reads only up to {FORMAT}; update it."
-        )
+        raise InputError(f"{file} has format {version}, but this flowback reads up to {FORMAT}; update it.")
     return {"sha256": {}, **values}
 
 

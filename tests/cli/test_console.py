@@ -71,7 +71,7 @@ def test_optional_columns_are_left_out_by_name(terminal):
     text = terminal(50, "Title", COLUMNS, ROWS, optional=3, note="A note.")
     assert NAME in text
     assert "0.1235" not in text
-    assert text.endswith("Not shown, the terminal is too narrow: value, a count.\nA note.\n")
+    assert text.endswith("Not shown (narrow terminal): value, a count.\nA note.\n")
     assert "Not shown" not in terminal(200, "Title", COLUMNS, ROWS, optional=3)
 
 

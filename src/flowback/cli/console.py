@@ -61,7 +61,7 @@ def show_table(
     else:
         body = _row_by_row(columns, texts)
     missing = columns[shown:]
-    hidden = f"Not shown, the terminal is too narrow: {', '.join(missing)}.\n" if missing else ""
+    hidden = f"Not shown (narrow terminal): {', '.join(missing)}.\n" if missing else ""
     _write(f"{title}\n{body}{hidden}" + (f"{note}\n" if note else ""))
 
 
