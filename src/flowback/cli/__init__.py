@@ -25,8 +25,8 @@ VERBS = {
     "compare": ("compare:run", "two evaluation records side by side"),
     "presets": ("list_presets:run", "list the presets"),
     "reproduce": ("reproduce:run", "train and evaluate the rows of a table, and fill it in"),
-    "import-tarflow": ("tarflow:run_import", "read a checkpoint with TARFlow's parameter names"),
-    "export-tarflow": ("tarflow:run_export", "write a checkpoint with TARFlow's parameter names"),
+    "import-tarflow": ("convert:run_import", "read a checkpoint with TARFlow's parameter names"),
+    "export-tarflow": ("convert:run_export", "write a checkpoint with TARFlow's parameter names"),
 }
 """Each verb's function, as module:function of this package, and what it does."""
 
