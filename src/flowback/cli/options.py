@@ -12,7 +12,7 @@ import tyro
 
 from flowback import checkpoint
 from flowback.data.named_sets import dataset_names
-from flowback.errors import InputError
+from flowback.files import check_file, check_folder
 
 __all__ = [
     "is_checkpoint",
@@ -51,7 +51,7 @@ def parse(
             of the checkpoint that is the first positional.
 
     Raises:
-        InputError: values out of range, a folder as ``--json``, or what ``defaults`` raises.
+        InputError: values out of range, a ``--json`` that cannot be written, or what ``defaults`` raises.
     """
     has_data = "data" in _groups(kind)
     words = _without_shorthand(argv) if has_data else list(argv)
@@ -69,8 +69,8 @@ def parse(
         words = ["--help"]  # alone: tyro's help leaves out the positionals before it
     options = tyro.cli(kind, args=words, default=_start(kind, given), prog=f"flowback {verb}")
     record = getattr(options, "json", None)  # known now, not when the work is done
-    if record is not None and record.is_dir():
-        raise InputError(f"--json {record} is a folder; give the name of a file.")
+    if record is not None:
+        check_file(record, "--json")
     return options
 
 
@@ -131,5 +131,7 @@ def _shorthand(value: str, path_given: bool) -> list[str]:
 
 
 def out_folder(out: Path | None, subject: Path) -> Path:
-    """Where records and pictures go: as asked, or beside the checkpoint."""
-    return out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
+    """Where records and pictures go: as asked, or beside the checkpoint; looked at before the work."""
+    folder = out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
+    check_folder(folder, "--out")
+    return folder
