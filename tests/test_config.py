@@ -9,7 +9,7 @@ import pytest
 
 from flowback import AlignmentConfig, DataConfig, InputError, ModelConfig, RunConfig, TrainConfig
 from flowback.checked import from_dict, to_dict
-from flowback.config import SampleConfig
+from flowback.config import EvaluateConfig, ProbeConfig, SampleConfig
 
 UNUSUAL = RunConfig(
     model=ModelConfig(image_size=32, patch_size=2, width=192, num_classes=7, position="rope", mlp="swiglu"),
@@ -66,13 +66,22 @@ def test_a_path_alone_means_a_folder_of_images():
         (ModelConfig, {"mlp_ratio": 0}, "--model.mlp-ratio must be at least 1."),
         (ModelConfig, {"num_classes": -1}, "--model.num-classes must not be negative."),
         (ModelConfig, {"noise_std": -0.1}, "--model.noise-std must not be negative."),
-        (ModelConfig, {"noise_std": math.nan}, "--model.noise-std must not be negative."),
+        (
+            ModelConfig,
+            {"noise_std": math.nan},
+            "Option model.noise_std is NaN, which is not a finite",
+        ),
         (DataConfig, {"holdout": 1.0}, "--data.holdout must be in [0, 1)"),
         (DataConfig, {"workers": -1}, "--data.workers must not be negative."),
         (
             AlignmentConfig,
             {"weight": -1.0},
             "--alignment.weight -1.0 must not be negative; 0 switches it off.",
+        ),
+        (
+            AlignmentConfig,
+            {"weight": math.inf},
+            "Option alignment.weight is Infinity, which is not a",
         ),
         (AlignmentConfig, {"order": -1}, "--alignment.order -1 must be 0, 1, 2, ... or exact."),
         (AlignmentConfig, {"tolerance": 0.0}, "--alignment.tolerance must be above 0."),
@@ -94,7 +103,34 @@ def test_a_path_alone_means_a_folder_of_images():
         (TrainConfig, {"sample_every": -1}, "--train.sample-every must not be negative; 0 draws none."),
         (TrainConfig, {"micro_batch": 0}, "--train.micro-batch must be at least 1."),
         (TrainConfig, {"lr": 0.0}, "--train.lr must be above 0"),
-        (TrainConfig, {"lr": math.nan}, "--train.lr must be above 0"),
+        (TrainConfig, {"lr": math.nan}, "Option train.lr is NaN, which is not a finite"),
+        (
+            TrainConfig,
+            {"timeout": math.inf},
+            "Option train.timeout is Infinity, which is not a",
+        ),
+        (
+            TrainConfig,
+            {"lr": 1e-4, "min_lr": 1e-3},
+            "--train.min-lr 0.001 is above --train.lr 0.0001",
+        ),
+        (TrainConfig, {"betas": (0.9, 1.0)}, "--train.betas must both be in [0, 1)."),
+        (TrainConfig, {"betas": (-0.1, 0.9)}, "--train.betas must both be in [0, 1)."),
+        (
+            TrainConfig,
+            {"betas": (math.nan, 0.9)},
+            "Option train.betas is [NaN, 0.9], which is not [a",
+        ),
+        (TrainConfig, {"weight_decay": -1.0}, "--train.weight-decay must not be negative."),
+        (TrainConfig, {"seed": -1}, "--train.seed must be in [0, 2^63)."),
+        (TrainConfig, {"seed": 2**63}, "--train.seed must be in [0, 2^63)."),
+        (SampleConfig, {"guidance": math.nan}, "Option guidance is NaN, which is not a finite"),
+        (SampleConfig, {"attention_temperature": 0.0}, "--attention-temperature must be above 0."),
+        (SampleConfig, {"guided_blocks": -1}, "--guided-blocks must not be negative."),
+        (EvaluateConfig, {"search": (0.0, math.inf)}, "Option search is [0.0, Infinity], which is not"),
+        (EvaluateConfig, {"seed": -1}, "--seed -1 is out of range; it goes from 0 to 4294966272."),
+        (EvaluateConfig, {"seed": 2**32 - 1}, "--seed 4294967295 is out of range"),
+        (ProbeConfig, {"seed": -1}, "--seed -1 is out of range; it goes from 0 to 4294967295."),
         (TrainConfig, {"warmup_steps": -1}, "--train.warmup-steps must not be negative."),
         (TrainConfig, {"ema_decay": 1.0}, "--train.ema-decay must be in [0, 1)."),
         (TrainConfig, {"label_drop": 1.5}, "--train.label-drop must be in [0, 1]."),
@@ -164,11 +200,14 @@ def test_a_trigger_needs_looks():
         ({"model": {"width": "wide"}}, 'Option model.width is "wide", which is not int'),
         ({"model": {"width": True}}, "Option model.width is true, which is not int"),
         ({"model": {"width": 3.5}}, "Option model.width is 3.5, which is not int"),
-        ({"train": {"lr": "fast"}}, 'Option train.lr is "fast", which is not float'),
+        ({"train": {"lr": "fast"}}, 'Option train.lr is "fast", which is not a finite number'),
         ({"train": {"betas": [0.9]}}, "Option train.betas is [0.9], which is not"),
         ({"model": {"mlp": "relu"}}, 'Option model.mlp is "relu", which is not gelu or swiglu'),
         ({"alignment": {"order": "all"}}, 'Option alignment.order is "all", which is not int or exact.'),
-        ({"train": {"grad_clip": "yes"}}, 'Option train.grad_clip is "yes", which is not float or None.'),
+        (
+            {"train": {"grad_clip": "yes"}},
+            'Option train.grad_clip is "yes", which is not a finite number or',
+        ),
         (
             {"alignment": {"locations": [[1, 2, 3]]}},
             "Option alignment.locations is [[1, 2, 3]], which is not a list of [int, int].",

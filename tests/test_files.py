@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowback import files, provenance
+from flowback import InputError, files, provenance
 
 
 def test_environment_says_what_it_takes_to_repeat_a_figure():
@@ -33,6 +33,13 @@ def test_a_file_takes_its_place_when_it_is_complete(tmp_path):
         assert not path.exists()
     assert path.read_text() == "whole"
     assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_of_others_is_refused_before_the_work(tmp_path, monkeypatch):
+    files.check_file(tmp_path / "new" / "file.json", "--json")
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=r"--json .*file\.json cannot be written: .* is write-protected"):
+        files.check_file(tmp_path / "new" / "file.json", "--json")
 
 
 def test_a_failure_in_the_middle_leaves_the_old_file_alone(tmp_path):

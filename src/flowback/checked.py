@@ -1,14 +1,15 @@
 """Dataclasses whose values are checked when they are created, and their conversion to JSON and back.
 
 Values are converted to the type of their field if that loses nothing (a list to a tuple, text to a path, the
-text ``1e-3``, as YAML reads it, to a number); pydantic decides. Anything else, and any unknown key, raises
-InputError with one sentence that names the option.
+text ``1e-3``, as YAML reads it, to a number); pydantic decides. Numbers must be finite. Anything else, and
+any unknown key, raises InputError with one sentence that names the option.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import types
 import typing
 from dataclasses import fields, is_dataclass, replace
@@ -68,12 +69,21 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     try:
         # Python takes True for 1, and so would pydantic.
         if not isinstance(value, bool) or bool in (hint, *typing.get_args(hint)):
-            return _adapter(hint).validate_python(value)
+            checked = _adapter(hint).validate_python(value)
+            if _finite(checked):
+                return checked
     except ValidationError:
         pass
     shown = json.dumps(value, default=str)
     close = nearest(str(value).lower(), map(str, _choices(hint)), only_close=True)
     raise InputError(f"Option {where} is {shown}, which is not {_describe(hint)}{close or '.'}")
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number in it is infinite or NaN, which would pass most comparisons of a `check`."""
+    if isinstance(value, tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -147,4 +157,5 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(arguments[0])}"
     if origin is tuple:
         return f"[{', '.join(map(_describe, arguments))}]"
-    return "None" if hint is type(None) else hint.__name__
+    names = {type(None): "None", float: "a finite number"}
+    return names.get(hint) or str(hint.__name__)

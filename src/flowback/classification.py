@@ -13,6 +13,7 @@ The flow is trained on noised images, so all rules first add noise to each image
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -73,9 +74,10 @@ def classify(
     """
     if not flow.config.num_classes:
         raise InputError("This model is unconditional: it has no classes to tell apart.")
-    if draws < 1 or steps < 1 or step_size <= 0:
+    if draws < 1 or steps < 1 or not 0 < step_size < math.inf:
         raise InputError(
-            f"draws {draws} and steps {steps} must be at least 1, and step_size {step_size} above 0."
+            f"draws {draws} and steps {steps} must be at least 1, "
+            f"and step_size {step_size} finite and above 0."
         )
     seeds = range(len(images)) if seeds is None else seeds
     if len(seeds) != len(images):

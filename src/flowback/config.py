@@ -324,6 +324,13 @@ class TrainConfig(Checked):
         require(
             self.lr > 0 and self.min_lr >= 0, "--train.lr must be above 0 and --train.min-lr not negative."
         )
+        require(
+            self.min_lr <= self.lr,
+            f"--train.min-lr {self.min_lr:g} is above --train.lr {self.lr:g}; choose a smaller one.",
+        )
+        require(all(0 <= beta < 1 for beta in self.betas), "--train.betas must both be in [0, 1).")
+        require(self.weight_decay >= 0, "--train.weight-decay must not be negative.")
+        require(0 <= self.seed < 2**63, "--train.seed must be in [0, 2^63).")
         require(self.warmup_steps >= 0, "--train.warmup-steps must not be negative.")
         require(all(0 <= decay < 1 for decay in self.averages), "--train.ema-decay must be in [0, 1).")
         require(
@@ -376,6 +383,10 @@ class SampleConfig(Checked):
         """Refuse values out of range."""
         require(self.batch_size >= 1, "--batch-size must be at least 1.")
         require(self.window >= 1, "--window must be at least 1.")
+        require(self.attention_temperature > 0, "--attention-temperature must be above 0.")
+        require(
+            self.guided_blocks is None or self.guided_blocks >= 0, "--guided-blocks must not be negative."
+        )
         require(self.tolerance > 0, f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
 
 
@@ -420,7 +431,8 @@ class EvaluateConfig(Checked):
         )
         require(self.draws >= 1, "--draws must be at least 1.")
         require(self.limit is None or self.limit >= 1, "--limit must be at least 1.")
-        require(self.seed >= 0, "--seed must not be negative.")
+        last = 2**32 - max(self.samples, 1)
+        require(0 <= self.seed <= last, f"--seed {self.seed} is out of range; it goes from 0 to {last}.")
         require(
             len(set(self.search)) == len(self.search), "--search repeats a guidance scale; give each once."
         )
@@ -452,7 +464,7 @@ class ProbeConfig(Checked):
             min(self.batch_size, *limits) >= 1,
             "--batch-size, --train-limit and --test-limit must be at least 1.",
         )
-        require(self.seed >= 0, "--seed must not be negative.")
+        require(0 <= self.seed < 2**32, f"--seed {self.seed} is out of range; it goes from 0 to {2**32 - 1}.")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,39 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-__all__ = ["cache_folder", "plain", "replacing", "write_json"]
+from flowback.errors import InputError
+
+__all__ = ["cache_folder", "check_file", "check_folder", "plain", "replacing", "write_json"]
+
+
+def check_folder(folder: Path, option: str, file: Path | None = None) -> None:
+    """Refuse, before the work that fills it, a folder that cannot be made or written.
+
+    Args:
+        folder: where something will be written; it need not exist yet.
+        option: that names it.
+        file: what the user named, where it is a file in ``folder``.
+
+    Raises:
+        InputError: a file stands in the way, or the folder may not be written.
+    """
+    folder = folder.absolute()
+    found = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not os.path.isdir(found):
+        raise InputError(f"{option} {file or folder} cannot be written: {found} is not a folder.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {file or folder} cannot be written: {found} is write-protected.")
+
+
+def check_file(file: Path, option: str) -> None:
+    """Refuse, before the work whose result it takes, a file that cannot be written.
+
+    Raises:
+        InputError: it is a folder, or stands in one that :func:`check_folder` refuses.
+    """
+    if os.path.isdir(file):
+        raise InputError(f"{option} {file} is a folder; give the name of a file.")
+    check_folder(file.parent, option, file)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from flowback.config import RunConfig, SampleConfig
 from flowback.data.pixels import to_bytes, to_unit_range
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
-from flowback.files import write_json
+from flowback.files import check_file, write_json
 from flowback.model import Flow
 from flowback.progress import bar
 from flowback.provenance import environment
@@ -88,9 +88,8 @@ class FolderConfig(Checked):
         )
         for name in ("grid", "npz", "trajectory"):
             path = getattr(self, name)
-            require(path is None or not path.is_dir(), f"--{name} {path} is a folder; name a file.")
-            file = next((parent for parent in path.parents if parent.is_file()), None) if path else None
-            require(file is None, f"--{name} {path}: {file} is a file; name another folder.")
+            if path is not None:
+                check_file(path, f"--{name}")
 
 
 @dataclass(frozen=True)

@@ -361,8 +361,8 @@ def test_fingerprint_follows_weights_and_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dinov2", "Unknown --alignment.encoder dinov2; give efficientnet_lite0, or timm:NAME"),
-        ("timm:", "Unknown --alignment.encoder"),
+        ("dinov2", "Unknown encoder dinov2; give efficientnet_lite0, or timm:NAME"),
+        ("timm:", "Unknown encoder"),
         (
             "timm:vit_base_patch14_dinov3",
             "has no model vit_base_patch14_dinov3; did you mean vit_base_patch1",
@@ -385,7 +385,7 @@ def test_offline(monkeypatch):
         create_encoder("timm:vit_base_patch14_dinov2.lvd142m")
     assert str(caught.value) == (
         "The weights of timm:vit_base_patch14_dinov2.lvd142m are not in the local cache and cannot be "
-        "downloaded (cannot reach the hub); give a file with --alignment.weights PATH."
+        "downloaded (cannot reach the hub); give a file of them (--alignment.weights, or --encoder-weights)."
     )
 
 

@@ -62,6 +62,28 @@ def test_by_default_the_record_lies_beside_the_checkpoint(flowback, model):
     assert Flow.from_pretrained(model).config.num_classes == 10  # and the checkpoint stays one
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--seed", -1), "--seed -1 is out of range; it goes from 0 to 4294967295."),
+        (("--step-size", "nan"), "--step-size nan must be finite and above 0."),
+        (("--draws", 0), "--draws and --steps must be at least 1."),
+    ],
+)
+def test_bad_options(flowback, model, tmp_path, words, message):
+    code, out, err = flowback("classify", model, "--limit", 5, *words, "--out", tmp_path / "out")
+    assert (code, out, err) == (2, "", f"flowback: {message}\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["classify", "evaluate", "probe"])
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(flowback, model, tmp_path, verb):
+    (tmp_path / "file").write_text("something else")
+    code, out, err = flowback(verb, model, "--device", "cpu", "--out", tmp_path / "file" / "out")
+    sentence = f"--out {tmp_path / 'file' / 'out'} cannot be written: {tmp_path / 'file'} is not a folder."
+    assert (code, out, err) == (2, "", f"flowback: {sentence}\n")
+
+
 @pytest.fixture
 def named(tmp_path):
     """A checkpoint that knows its classes by name."""

@@ -57,11 +57,10 @@ def test_a_record_that_cannot_be_written_is_said_at_the_start(flowback, tmp_path
 
 def test_a_file_in_the_place_of_a_folder_is_one_sentence(flowback, tmp_path):
     (tmp_path / "file").write_text("something else")
-    code, _, err = flowback("presets", "--json", tmp_path / "file" / "presets.json")
-    assert code == 2
-    assert err == (
-        f"flowback: {tmp_path / 'file'} cannot be written: File exists; make room, or choose another place.\n"
-    )
+    record = tmp_path / "file" / "presets.json"
+    code, out, err = flowback("presets", "--json", record)
+    assert (code, out) == (2, "")
+    assert err == f"flowback: --json {record} cannot be written: {tmp_path / 'file'} is not a folder.\n"
     assert (tmp_path / "file").read_text() == "something else"
 
 

@@ -70,7 +70,7 @@ BAD = {
     "encoder": (["digits", "--encoder-grid", "4"], "--encoder and --encoder-grid go together"),
     "no grid": (["digits", "--encoder", "x", "--encoder-grid", "0"], "--encoder-grid must be at least 1"),
     "weights": (["digits", "--encoder-weights", "x"], "--encoder-weights needs --encoder"),
-    "no encoder": (["digits", "--encoder", "x", "--encoder-grid", "4"], "Unknown --alignment.encoder x"),
+    "no encoder": (["digits", "--encoder", "x", "--encoder-grid", "4"], "Unknown encoder x"),
     "labels": (["digits", "--labels", "x.csv"], "--labels x.csv needs a folder of images"),
     "torchvision": (["cifar10", "--path", "."], "cifar10 is not in"),
 }

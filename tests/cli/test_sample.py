@@ -92,7 +92,17 @@ def test_models_of_uniform_noise_say_that_nothing_is_denoised(flowback, tmp_path
         (("--guided-blocks", 5, "--guidance", 1), "guided blocks"),
         (("--labels", "cat"), "does not know the names of its classes"),
         (("--grid", "."), "--grid . is a folder"),
+        (
+            ("--grid", "/dev/null/g.png"),
+            "--grid /dev/null/g.png cannot be written: /dev/null is not a",
+        ),
+        (("--npz", "/dev/null/new/s.npz"), "--npz /dev/null/new/s.npz cannot be written"),
+        (("--trajectory", "/dev/null/t.png"), "--trajectory /dev/null/t.png cannot be written"),
+        (("--json", "/dev/null/s.json"), "--json /dev/null/s.json cannot be written"),
         (("--seed", -1), "--seed"),
+        (("--guidance", "nan"), "Option guidance is NaN, which is not a finite number."),
+        (("--attention-temperature", "nan"), "Option attention_temperature is NaN"),
+        (("--attention-temperature", 0), "--attention-temperature must be above 0"),
         (("--vae", "x"), "--vae x: the model works on pixels"),
     ],
 )

@@ -227,9 +227,7 @@ def create_encoder(name: str = "efficientnet_lite0", weights: Path | None = None
         return _MAKERS[name](weights)
     if kind != "timm" or not rest:
         known = ", ".join(sorted(_MAKERS))
-        raise InputError(
-            f"Unknown --alignment.encoder {name}; give {known}, or timm:NAME with a model of timm."
-        )
+        raise InputError(f"Unknown encoder {name}; give {known}, or timm:NAME with a model of timm.")
     encoder = _timm(name, rest, weights)
     if encoder.licence and encoder.licence.lower() not in _FREE:
         logger.warning(
@@ -265,7 +263,7 @@ def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
 
     model_name, _, option = rest.partition("?")
     if option not in ("", "norm=off", "norm=on"):
-        raise InputError(f"Unknown option ?{option} of --alignment.encoder {name}; known: ?norm=off.")
+        raise InputError(f"Unknown option ?{option} of the encoder {name}; known: ?norm=off.")
     architecture = model_name.split(".")[0]
     if not timm.is_model(architecture):
         hint = nearest(architecture, timm.list_models())
@@ -274,7 +272,7 @@ def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
         config = timm.models.get_pretrained_cfg(model_name, allow_unregistered=False)
     except RuntimeError as error:
         tags = nearest("", timm.list_pretrained(f"{architecture}.*"))
-        raise InputError(f"--alignment.encoder {name}: {error} {tags}") from None
+        raise InputError(f"Encoder {name}: {error} {tags}") from None
     if config is None:
         raise InputError(
             f"timm knows no weights for {name}; choose another model, see timm.list_pretrained()."
@@ -291,7 +289,7 @@ def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
         except Exception as error:  # many kinds, from the hub, its client, the network and the file system
             raise InputError(
                 f"The weights of {name} are not in the local cache and cannot be downloaded "
-                f"({_first_line(error)}); give a file with --alignment.weights PATH."
+                f"({_first_line(error)}); give a file of them (--alignment.weights, or --encoder-weights)."
             ) from None
     else:
         model, dynamic = _create(model_name, pretrained=False)
@@ -344,7 +342,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"No encoder weights at {path}; check --alignment.weights.") from None
+        raise InputError(f"No encoder weights at {path}; check the path.") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
         raise InputError(f"{file} is damaged or not a file of weights ({_first_line(error)}).") from None
     except Exception:  # pickle.UnpicklingError and what hides behind it
@@ -379,7 +377,7 @@ def weights_hash(path: Path | None) -> str | None:
         with _weights_file(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
-        raise InputError(f"No encoder weights at {path}; check --alignment.weights.") from None
+        raise InputError(f"No encoder weights at {path}; check the path.") from None
 
 
 def _weights_file(path: Path) -> Path:
@@ -390,9 +388,7 @@ def _weights_file(path: Path) -> Path:
             return path / name
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
     if len(files) != 1:
-        raise InputError(
-            f"{path} holds {len(files)} files of weights; give one with --alignment.weights FILE."
-        )
+        raise InputError(f"{path} holds {len(files)} files of weights; give one of them.")
     return files[0]
 
 

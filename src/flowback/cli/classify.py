@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,12 +71,19 @@ class Options:
         """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
         if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
             raise InputError("--batch-size and --limit must be at least 1.")
+        if self.draws < 1 or self.steps < 1:
+            raise InputError("--draws and --steps must be at least 1.")
+        if not 0 < self.step_size < math.inf:
+            raise InputError(f"--step-size {self.step_size} must be finite and above 0.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed} is out of range; it goes from 0 to {2**32 - 1}.")
 
 
 def run(argv: list[str]) -> None:
     """Classify, show, write."""
     options = parse(Options, argv, "classify")
     options.check()
+    folder = out_folder(options.out, options.checkpoint)
     processes = Processes(options.device)
     flow = Flow.from_pretrained(options.checkpoint, processes.device)
     if not flow.config.num_classes:
@@ -92,11 +100,11 @@ def run(argv: list[str]) -> None:
         for method in _methods(options, flow)
     ]  # fmt: skip
     if processes.is_main:
-        _write(results, images, options, flow)
+        _write(results, images, options, flow, folder)
     processes.close()
 
 
-def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Flow) -> None:
+def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Flow, folder: Path) -> None:
     """Files, pictures, tables, warnings."""
     names = ("noise", "draws", "steps", "step_size", "seed", "batch_size")
     settings = {
@@ -114,7 +122,6 @@ def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Fl
     ]
     figures: dict[str, Any] = {result.method: _figures(result, images.classes) for result in results}
     report = Report("classify", figures, settings, tuple(warnings), environment(flow.device))
-    folder = out_folder(options.out, options.checkpoint)
     for result in results:
         title = f"{images.name}, {result.method} rule: {result.top1:.1%} of {result.images}"
         plot_confusion(result.confusion, images.classes, title, folder / f"confusion-{result.method}.png")

@@ -68,10 +68,10 @@ class Options:
 def run(argv: list[str]) -> None:
     """Evaluate, show, write."""
     options = parse(Options, argv, "evaluate")
+    folder = out_folder(options.out, options.subject)
     processes = Processes(options.device)
     report = _report(options, processes)
     if processes.is_main:
-        folder = out_folder(options.out, options.subject)
         for path in (folder / "evaluate.json", options.json):
             if path is not None:
                 report.save(path)

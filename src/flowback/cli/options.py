@@ -12,7 +12,7 @@ import tyro
 
 from flowback import checkpoint
 from flowback.data.named_sets import dataset_names
-from flowback.errors import InputError
+from flowback.files import check_file, check_folder
 
 __all__ = [
     "is_checkpoint",
@@ -50,7 +50,7 @@ def parse(
             of the checkpoint that is the first positional.
 
     Raises:
-        InputError: values out of range, a folder as ``--json``, or what ``defaults`` raises.
+        InputError: values out of range, a ``--json`` that cannot be written, or what ``defaults`` raises.
     """
     has_data = "data" in _groups(kind)
     words = _without_shorthand(argv) if has_data else list(argv)
@@ -68,8 +68,8 @@ def parse(
         words = ["--help"]  # alone: tyro's help leaves out the positionals before it
     options = tyro.cli(kind, args=words, default=_start(kind, overrides), prog=f"flowback {verb}")
     record = getattr(options, "json", None)  # known now, not when the work is done
-    if record is not None and record.is_dir():
-        raise InputError(f"--json {record} is a folder; give the name of a file.")
+    if record is not None:
+        check_file(record, "--json")
     return options
 
 
@@ -130,5 +130,7 @@ def _shorthand(value: str, path_given: bool) -> list[str]:
 
 
 def out_folder(out: Path | None, subject: Path) -> Path:
-    """The folder of records and pictures: the one that was asked for, or one beside the checkpoint."""
-    return out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
+    """The folder of records and pictures, checked before the work: as asked, or beside the checkpoint."""
+    folder = out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
+    check_folder(folder, "--out")
+    return folder

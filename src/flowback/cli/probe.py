@@ -44,10 +44,10 @@ class Options:
 def run(argv: list[str]) -> None:
     """Probe, show, plot, write."""
     options = parse(Options, argv, "probe")
+    folder = out_folder(options.out, options.checkpoint)
     flow = Flow.from_pretrained(options.checkpoint, pick_device(options.device, "--device"))
     train, test = (run_images(flow, split, options.data) for split in ("train", "test"))
     result = probe(flow, train, test, config=options.probe, progress=True)
-    folder = out_folder(options.out, options.checkpoint)
     plot_probe(result, folder / "probe.png")
     settings = {
         **weights_of(flow),
