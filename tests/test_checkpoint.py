@@ -212,7 +212,7 @@ def test_a_config_in_another_layout_is_the_same(folder, caplog):
 def test_an_edited_value_is_checked(folder):
     change_config(folder, train={"lr": "fast"})
     assert sentence(load, folder) == (
-        f'{folder / "config.json"}: Option train.lr is "fast", which is not float.'
+        f'{folder / "config.json"}: Option train.lr is "fast", which is not a finite number.'
     )
 
 

@@ -209,7 +209,7 @@ def test_bad_input():
         classify(random_flow(classes=0), images)
     with pytest.raises(InputError, match="at least 1"):
         classify(flow, images, draws=0)
-    with pytest.raises(InputError, match="one seed an image"):
+    with pytest.raises(InputError, match="one seed per image"):
         classify(flow, images, seeds=[1])
     with pytest.raises(InputError, match="shape"):
         classify(flow, some_images(2)[..., :4])

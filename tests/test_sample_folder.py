@@ -160,7 +160,7 @@ def test_images_of_other_weights_do_not_mix(flow, tmp_path):
         ({"unconditional": True, "guidance": 1.0}, "give labels"),
         ({"guided_blocks": 3}, "guided blocks"),
         ({"grid": "."}, "is a folder"),
-        ({"npz": f"{__file__}/s.npz"}, "is a file"),
+        ({"npz": f"{__file__}/s.npz"}, "is not a folder"),
     ],
 )
 def test_nothing_is_written_before_everything_is_checked(flow, tmp_path, options, message):

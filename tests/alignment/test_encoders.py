@@ -407,8 +407,8 @@ def test_bad_files_of_weights(tmp_path):
     refused(b"", "damaged")
     refused(b"text", "damaged")
     refused(Recipe(1, 1, (), ()), "could run code")
-    refused({"epoch": 3}, "holds no tensors")
-    refused(torch.ones(3), "holds no tensors")
+    refused({"epoch": 3}, "holds no named tensors")
+    refused(torch.ones(3), "holds no named tensors")
     refused({k: v for k, v in state.items() if "blocks.3" not in k}, "12 tensors are missing, first blocks.3")
     refused(
         {**state, "norm.weight": torch.ones(7)}, "does not fit timm:test_vit: size mismatch for norm.weight"

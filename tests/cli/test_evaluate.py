@@ -142,7 +142,7 @@ def test_bad_input(flowback, model, tmp_path):
     np.savez(tmp_path / "code.npz", np.array([print], dtype=object))
     few = ("--samples", 4, "--out", tmp_path)
     cases = [
-        ((model, *few, "--reference", tmp_path / "other.npz"), "32x32, the samples are 16x16"),
+        ((model, *few, "--reference", tmp_path / "other.npz"), "32x32, but the samples are 16x16"),
         ((model, *few, "--reference", tmp_path / "code.npz"), "pickled objects"),
         ((model, *few, "--search", "1:2"), "FIRST:LAST:STEP"),
         ((model, "--samples", 1), "at least 2"),

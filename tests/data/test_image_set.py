@@ -68,7 +68,7 @@ BAD = {
     "kind of labels": ({"images": RAMP, "labels": torch.zeros(4)}, "give 4 class ids"),
     "ids": (
         {"images": RAMP, "labels": [0, 1, 2, 3], "classes": ("a", "b")},
-        "from 0 to 3, there are 2 classes",
+        "from 0 to 3, but there are 2 classes",
     ),
     "none": ({"images": Dataset([])}, "holds no images"),
     "some": ({"images": Dataset([(RAMP[0], 1), RAMP[1]])}, "1 of the 2 images have a label"),

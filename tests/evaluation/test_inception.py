@@ -121,7 +121,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_weights_that_carry_code_are_refused(tmp_path):
     file = tmp_path / "code.pth"
     file.write_bytes(pickle.dumps({"fc.weight": print}))
-    with pytest.raises(InputError, match="no file of tensors"):
+    with pytest.raises(InputError, match="is not a file of tensors"):
         load_inception(file)
 
 

@@ -63,7 +63,7 @@ def test_bad_npz(tmp_path):
         np.savez(tmp_path / "bad.npz", **arrays)
         return tmp_path / "bad.npz"
 
-    with pytest.raises(InputError, match="16x16, the samples are 32x32"):
+    with pytest.raises(InputError, match="16x16, but the samples are 32x32"):
         load_reference(saved(arr_0=PIXELS), 32, 3)
     with pytest.raises(InputError, match="arr_0 is float64"):
         load_reference(saved(arr_0=PIXELS / 255), 16, 3)

@@ -153,7 +153,7 @@ def test_bad_steps_are_left_out_with_evidence_until_there_are_too_many(config, d
     assert [line["step"] for line in evidence] == [3, 10]
     seen = global_indices(0, len(digits), 2 * 16, 16)
     assert evidence[0]["images"] == [digits.file_name(index) for index in seen.tolist()]
-    assert "Step 10 was left out" in caplog.text
+    assert "Step 10 was skipped" in caplog.text
     with pytest.raises(BadGradientError, match="Step 10"):
         train_loop(replaced(aligned(config), bad_steps=1), digits, tmp_path / "one", NaNTargets({2, 9}))
     assert checkpoint.resolve(tmp_path / "one").name == "step-00000008"
