@@ -43,3 +43,8 @@ def config():
 def digits():
     """The images it trains on."""
     return runs.digits(runs.tiny_config())
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
