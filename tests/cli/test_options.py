@@ -8,7 +8,7 @@ import pytest
 
 from flowback import DataConfig, Flow, ModelConfig, RunConfig, checkpoint
 from flowback.cli import VERBS, main
-from flowback.cli.options import parse
+from flowback.cli.options import guidance_scales, parse
 
 
 class Stop(Exception):  # noqa: N818 - no error
@@ -153,3 +153,25 @@ def test_errors_of_the_first_reading_explain_the_option(flowback):
     assert "--train.steps" in err
     assert "Optimiser steps." in err
     assert "head-dim" not in err
+
+
+def test_guidance_ranges():
+    assert guidance_scales("1.0:4.0:0.5") == (
+        1,
+        1.5,
+        2,
+        2.5,
+        3,
+        3.5,
+        4,
+    )
+    assert guidance_scales("0:0.3:0.1") == (
+        0,
+        0.1,
+        0.2,
+        0.3,
+    )
+    assert guidance_scales("2") == (2,)
+    for bad in ("a", "1:2", "2:1:0.5", "1:2:0", "1:2:-1", ""):
+        with pytest.raises(InputError, match="FIRST:LAST:STEP"):
+            guidance_scales(bad)

@@ -12,7 +12,7 @@ from flowback.config import DataConfig
 from flowback.data.image_set import MemoryImages, Subset
 from flowback.data.load import load_images
 from flowback.errors import InputError
-from flowback.evaluation.judge import Judge, guidance_scales
+from flowback.evaluation.judge import Judge
 from flowback.evaluation.metrics import Moments, frechet_distance
 from flowback.evaluation.protocol import InceptionStatistics, adm_figures, batches, reference_statistics
 from flowback.evaluation.references import Reference, load_reference
@@ -166,12 +166,3 @@ def test_parts_that_other_processes_gathered_give_the_same_figures():
     for made, (start, end) in zip(kept, ((0, 25), *bounds), strict=True):
         made.add(pixels[start:end])
     assert torch.equal(kept[1].merge(kept[2]).rows, kept[0].rows)  # every third image of all
-
-
-def test_guidance_ranges():
-    assert guidance_scales("1.0:4.0:0.5") == [1, 1.5, 2, 2.5, 3, 3.5, 4]
-    assert guidance_scales("0:0.3:0.1") == [0, 0.1, 0.2, 0.3]
-    assert guidance_scales("2") == [2]
-    for bad in ("a", "1:2", "2:1:0.5", "1:2:0", "1:2:-1", ""):
-        with pytest.raises(InputError, match="FIRST:LAST:STEP"):
-            guidance_scales(bad)

@@ -10,10 +10,9 @@ from typing import Annotated
 import tyro
 
 from flowback.cli.console import say, show_table
-from flowback.cli.options import is_checkpoint, out_folder, parse
+from flowback.cli.options import SEARCH, is_checkpoint, out_folder, parse
 from flowback.config import DataConfig, EvaluateConfig, SampleConfig
 from flowback.errors import InputError
-from flowback.evaluation.judge import guidance_scales
 from flowback.evaluation.pipeline import deciding_figure, evaluate, evaluate_images
 from flowback.evaluation.plots import plot_guidance
 from flowback.evaluation.protocol import COMPARABLE
@@ -24,20 +23,12 @@ from flowback.processes import Processes
 
 __all__ = ["Measure", "Options", "run"]
 
-_SCALES = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="FIRST:LAST:STEP",
-    instance_from_str=lambda words: guidance_scales(words[0]),
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: [":".join(map(str, value)) or "none"],
-)
-
 
 @dataclass(frozen=True)
 class Measure(EvaluateConfig):
     """What is measured, with the search as it is typed."""
 
-    search: Annotated[tuple[float, ...], _SCALES] = ()
+    search: Annotated[tuple[float, ...], SEARCH] = ()
     """Guidance scales to try instead of one; samples are drawn for each, from the same noise."""
 
 

@@ -12,9 +12,12 @@ import tyro
 
 from flowback import checkpoint
 from flowback.data.named_sets import dataset_names
+from flowback.errors import InputError
 from flowback.files import check_file, check_folder
 
 __all__ = [
+    "SEARCH",
+    "guidance_scales",
     "is_checkpoint",
     "out_folder",
     "parse",
@@ -134,3 +137,36 @@ def out_folder(out: Path | None, subject: Path) -> Path:
     folder = out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
     check_folder(folder, "--out")
     return folder
+
+
+def guidance_scales(text: str) -> tuple[float, ...]:
+    """The guidance scales that ``FIRST:LAST:STEP`` means, both ends included; a number is itself.
+
+    Raises:
+        InputError: neither of the two.
+
+    Example:
+        >>> guidance_scales("1.0:2.0:0.5")
+        (1.0, 1.5, 2.0)
+    """
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if len(parts) == 1:
+        return tuple(parts)
+    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
+        raise InputError(f"--search {text} is neither a number nor FIRST:LAST:STEP, such as 1.0:4.0:0.5.")
+    first, last, step = parts
+    count = int((last - first) / step + 1e-9) + 1  # 1e-9: the last one is included despite rounding
+    return tuple(round(first + index * step, 10) for index in range(count))
+
+
+SEARCH = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FIRST:LAST:STEP",
+    instance_from_str=lambda words: guidance_scales(words[0]),
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [":".join(map(str, value)) or "none"],
+)
+"""How guidance scales to try are typed."""

@@ -9,29 +9,19 @@ from typing import Annotated
 import tyro
 
 from flowback.cli.console import say, show_table
-from flowback.cli.options import parse
+from flowback.cli.options import SEARCH, parse
 from flowback.config import SampleConfig
 from flowback.errors import InputError
-from flowback.evaluation.judge import guidance_scales
 from flowback.tables import ReproduceConfig, Scale, Table, reproduce
 
 __all__ = ["Drawing", "Filling", "Options", "run"]
-
-
-_SCALES = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="FIRST:LAST:STEP",
-    instance_from_str=lambda words: tuple(guidance_scales(words[0])),
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: [":".join(map(str, value)) or "none"],
-)
 
 
 @dataclass(frozen=True)
 class Filling(ReproduceConfig):
     """How the table is filled in, with the search as it is typed."""
 
-    search: Annotated[tuple[float, ...], _SCALES] = ()
+    search: Annotated[tuple[float, ...], SEARCH] = ()
     """Guidance scales to try instead of one; the table shows the figures of the best."""
 
 

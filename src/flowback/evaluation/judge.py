@@ -24,7 +24,7 @@ from flowback.evaluation.protocol import (
 )
 from flowback.evaluation.references import Reference
 
-__all__ = ["Judge", "SampleStatistics", "guidance_scales"]
+__all__ = ["Judge", "SampleStatistics"]
 
 
 @dataclass(frozen=True)
@@ -125,26 +125,3 @@ class Judge:
                 f"{total:,} samples do not fill a covariance of 2048 features; FID and sFID are crude."
             )
         return sentences
-
-
-def guidance_scales(text: str) -> list[float]:
-    """The guidance scales that ``FIRST:LAST:STEP`` means, both ends included; a number is itself.
-
-    Raises:
-        InputError: neither of the two.
-
-    Example:
-        >>> guidance_scales("1.0:2.0:0.5")
-        [1.0, 1.5, 2.0]
-    """
-    try:
-        parts = [float(part) for part in text.split(":")]
-    except ValueError:
-        parts = []
-    if len(parts) == 1:
-        return parts
-    if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
-        raise InputError(f"--search {text} is neither a number nor FIRST:LAST:STEP, such as 1.0:4.0:0.5.")
-    first, last, step = parts
-    count = int((last - first) / step + 1e-9) + 1  # 1e-9: the last one is included despite rounding
-    return [round(first + index * step, 10) for index in range(count)]
