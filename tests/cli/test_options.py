@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from flowback import DataConfig, Flow, ModelConfig, RunConfig, checkpoint
+from flowback import DataConfig, Flow, InputError, ModelConfig, RunConfig, checkpoint
 from flowback.cli import VERBS, main
 from flowback.cli.options import guidance_scales, parse
 
