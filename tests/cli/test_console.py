@@ -133,3 +133,11 @@ def test_a_reader_that_has_seen_enough():
     )
     assert done.stdout == "# Presets\n"
     assert done.stderr == ""
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_traceback():
+    """`head` ends after one line, while tyro still prints the rest, piece by piece."""
+    command = f"{sys.executable} -m flowback train --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("usage: flowback train")
+    assert done.stderr == ""

@@ -37,6 +37,8 @@ UNWRITABLE = (
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 )
 """Errors of a full disk, a limit on file size, a missing permission, or a file in the way."""
+READER_GONE = 141
+"""Exit code of a command whose output nobody reads any more, as of one that SIGPIPE ended."""
 INTERRUPTED, PROCESS_LOST = 75, 74
 """Exit codes of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to continue), and
 of one that lost a process (EX_IOERR)."""
@@ -73,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProcessLostError as lost:
         sys.stderr.write(f"flowback: {lost}; run the same command again to continue.\n")
         return PROCESS_LOST
+    except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end fails too
+        return READER_GONE
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
