@@ -75,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProcessLostError as lost:
         sys.stderr.write(f"flowback: {lost}; run the same command again to continue.\n")
         return PROCESS_LOST
-    except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end fails too
+    except BrokenPipeError:
+        from flowback.cli.console import discard_output  # not at the top: --help does without rich
+
+        discard_output()
         return READER_GONE
     except OSError as error:
         if error.errno not in UNWRITABLE:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["say", "show_table"]
+__all__ = ["discard_output", "say", "show_table"]
 
 
 def say(text: str) -> None:
@@ -104,5 +104,10 @@ def _write(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has closed the pipe; the work continues
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the work continues
+        discard_output()
+
+
+def discard_output() -> None:
+    """Print nowhere from now on: the reader, `head` say, closed the pipe, and the last flush must not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
