@@ -109,5 +109,5 @@ def _write(text: str) -> None:
 
 
 def discard_output() -> None:
-    """Print nowhere from now on: the reader, `head` say, closed the pipe, and the last flush must not fail."""
+    """Print nowhere from now on: the reader (`head`, say) closed the pipe; the last flush must not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
