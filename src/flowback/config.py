@@ -201,6 +201,9 @@ class AlignmentConfig(Checked):
     """Hidden width of the projector `mlp`."""
     spatial_norm: float | None = None
     """γ of iREPA's targets, (v − γ·mean over patches) / (std over patches); iREPA: 0.6 to 0.8. None: v."""
+    subtract: Literal["nothing", "place", "class-place"] = "nothing"
+    """What the targets lose before anything else: their mean over the training images at each patch, or over
+    those of the same class. The rest cannot be met by position and label alone."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""

@@ -151,3 +151,8 @@ def test_options_of_projector_and_targets_reach_the_loss(flow):
     expected = alignment_loss(hidden, features, align.projector, 0.6).loss
     assert isinstance(align.projector, ConvProjector)
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)  # the cosine is fp32, as the features
+
+
+def test_means_of_unknown_images_cannot_be_subtracted():
+    with pytest.raises(InputError, match=r"does not know your training images.*as targets="):
+        Alignment(MODEL, target_dim=4, subtract="place")

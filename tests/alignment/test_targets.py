@@ -11,9 +11,9 @@ from PIL import Image
 
 from flowback import AlignmentConfig, DataConfig, InputError, ModelConfig, RunConfig
 from flowback.alignment import targets as module
-from flowback.alignment.targets import make_targets
+from flowback.alignment.targets import CachedTargets, CentredTargets, make_targets
 from flowback.data.decode_pool import Settings
-from flowback.data.image_set import FeatureSettings
+from flowback.data.image_set import FeatureSettings, FeatureTable, MemoryImages, evenly
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
 from flowback.data.prepared_writer import prepare
@@ -230,3 +230,67 @@ def test_a_run_that_does_not_see_every_image_does_not_encode_them_all(config, tm
     seen = shown(images, INDICES, FLIPPED)
     found = targets(INDICES, FLIPPED, seen)
     torch.testing.assert_close(found, ENCODER("efficientnet_lite0")(seen, 2))  # fp32, other batch sizes
+
+
+def table(values):
+    """Targets that are read from memory."""
+    return CachedTargets(FeatureTable(Path("memory"), values), values.shape[-1])
+
+
+LABELLED = MemoryImages("dots", ("a", "b"), torch.tensor([0, 1, 0, 1, 1]), torch.zeros(5, 1, 4, 4).byte())
+
+
+@pytest.mark.parametrize("by_class", [False, True], ids=["place", "class-place"])
+def test_the_mean_of_each_place_is_subtracted(by_class):
+    """5 images with mirror images, 4 patches, 3 features; seed 0. The means are taken in float64."""
+    values = torch.randn(5, 2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = CentredTargets(table(values.float()), LABELLED, by_class, flip=True)
+    indices, flipped = torch.tensor([4, 0, 3]), torch.tensor([True, False, False])
+    found = targets(indices, flipped, torch.zeros(3, 1, 4, 4))
+    for row, index, mirror in zip(found, indices, flipped.long(), strict=True):
+        group = LABELLED.labels == LABELLED.labels[index] if by_class else slice(None)
+        exact = values[index, mirror] - values[group, mirror].mean(0)
+        torch.testing.assert_close(row, exact.float(), rtol=0, atol=1e-6)  # one rounding to fp32
+
+
+def test_a_table_and_an_encoder_have_the_same_means(config, tmp_path, monkeypatch):
+    """Both ways of the features, and mirror images; fp32 in batches of other sizes."""
+    config = dataclasses.replace(
+        config, alignment=dataclasses.replace(config.alignment, originals=False, subtract="place")
+    )
+    images = training_images(config)
+    found = []
+    for limit in (module.CACHE_LIMIT, 0):
+        monkeypatch.setattr(module, "CACHE_LIMIT", limit)
+        targets = make_targets(config, images, tmp_path / "cache")
+        assert isinstance(targets.targets, CachedTargets) == (limit > 0)
+        found.append(targets(INDICES, FLIPPED, shown(images, INDICES, FLIPPED)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    plain = make_targets(
+        dataclasses.replace(config, alignment=dataclasses.replace(config.alignment, subtract="nothing")),
+        images,
+        tmp_path / "cache",
+    )
+    assert (plain(INDICES, FLIPPED, shown(images, INDICES, FLIPPED)) - found[0]).abs().max() > 0.1
+
+
+def test_a_class_without_images_among_those_of_the_mean_takes_the_mean_of_all(monkeypatch):
+    """Only images 0 and 2 are looked at, both of class a."""
+    monkeypatch.setattr(module, "MEANS_FROM", 2)
+    values = torch.randn(5, 1, 4, 3, generator=torch.Generator().manual_seed(0))
+
+    class Every(module.ComputedTargets):
+        def __call__(self, indices, flipped, seen):
+            return values[indices, 0]
+
+    targets = CentredTargets(Every(ENCODER("efficientnet_lite0"), 2), LABELLED, True, flip=False)
+    looked_at = evenly(5, 2)
+    assert set(LABELLED.labels[looked_at].tolist()) == {0}
+    mean = values[looked_at, 0].mean(0)
+    torch.testing.assert_close(targets.means[0], torch.stack([mean, mean]), rtol=0, atol=1e-6)
+
+
+def test_the_mean_of_a_class_needs_labels():
+    unlabelled = MemoryImages("dots", (), None, torch.zeros(5, 1, 4, 4).byte())
+    with pytest.raises(InputError, match=r"--alignment\.subtract class-place needs labels, which dots"):
+        CentredTargets(table(torch.zeros(5, 1, 4, 3)), unlabelled, True, flip=False)

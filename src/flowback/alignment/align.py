@@ -109,7 +109,8 @@ class Alignment(nn.Module):
         **options: fields of :class:`flowback.AlignmentConfig` that replace those of ``settings``.
 
     Raises:
-        InputError: a location outside the flow, a value out of range, or neither encoder nor width.
+        InputError: a location outside the flow, a value out of range, neither encoder nor width, or means
+            to subtract.
 
     Example:
         >>> import torch, flowback
@@ -134,6 +135,11 @@ class Alignment(nn.Module):
         super().__init__()
         base = settings or AlignmentConfig(strategy="reverse", locations=((config.blocks, config.layers),))
         self.settings = RunConfig(model=config, alignment=replace(base, **options)).alignment
+        if self.settings.subtract != "nothing":
+            raise InputError(
+                "Alignment does not know your training images, whose means alignment.subtract takes from the "
+                "features; subtract them yourself and give the rest as targets=..."
+            )
         dim = encoder.dim if encoder is not None else target_dim
         if dim is None:
             raise InputError("Alignment needs an encoder, or the width of your own features as target_dim.")

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flowback.alignment.encoders import Encoder, create_encoder, weights_hash
 from flowback.config import AlignmentConfig, RunConfig
-from flowback.data.image_set import FeatureTable, ImageSet, Subset
+from flowback.data.image_set import FeatureTable, ImageSet, Subset, evenly
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
 from flowback.data.prepared import is_prepared, load_prepared, mapped, read_summary
@@ -32,7 +33,7 @@ from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.progress import track
 
-__all__ = ["CachedTargets", "ComputedTargets", "cached_features", "make_targets"]
+__all__ = ["CachedTargets", "CentredTargets", "ComputedTargets", "cached_features", "make_targets"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ _BATCH = 64
 
 CACHE_LIMIT = 4 * 2**30
 """Bytes up to which features are computed once and kept on disk; beyond it, at every step."""
+
+MEANS_FROM = 20_000
+"""Images, spread evenly over the set, whose mean is subtracted where no table of features is kept."""
 
 
 def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, folder: Path) -> FeatureTable:
@@ -152,9 +156,77 @@ class ComputedTargets:
         return self.encoder.to(seen.device)(seen, self.grid)
 
 
+class CentredTargets:
+    """Features minus their mean over the training images, at each patch, or for each class and patch.
+
+    Position and label alone, which the flow is told, explain most of an encoder's feature: the cosine of
+    EfficientNet-Lite0's with such a mean is 0.79 on Fashion-MNIST. What is left differs from image to image.
+
+    Args:
+        targets: the features.
+        images: the training images.
+        by_class: one mean for each class; else one for all images.
+        flip: mirror images have their own means.
+        device: where the encoder runs.
+
+    Raises:
+        InputError: ``by_class``, and the images have no labels.
+    """
+
+    def __init__(
+        self,
+        targets: CachedTargets | ComputedTargets,
+        images: ImageSet,
+        by_class: bool,
+        flip: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if by_class and images.labels is None:
+            raise InputError(
+                f"--alignment.subtract class-place needs labels, which {images.name} does not have; "
+                "take --alignment.subtract place."
+            )
+        self.targets, self.dim, self.originals = targets, targets.dim, targets.originals
+        labels = images.labels if by_class else None
+        self.groups = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        limit = None if isinstance(targets, CachedTargets) else MEANS_FROM
+        numbers = evenly(len(images), limit)
+        self.means = torch.stack(
+            [self._means(images, numbers, mirror, device) for mirror in ((False, True) if flip else (False,))]
+        )
+
+    def _means(
+        self, images: ImageSet, numbers: Int64[Tensor, " n"], mirror: bool, device: torch.device | str
+    ) -> Float[Tensor, "k m f"]:
+        """The mean of each group; of all images where a group has none among ``numbers``."""
+        seen_by_encoder = self.originals or images.in_pixels
+        groups = int(self.groups.max()) + 1
+        sums, counts = None, torch.zeros(groups, dtype=torch.float64)
+        for batch in numbers.split(_BATCH):
+            seen = torch.empty(0)
+            if isinstance(self.targets, ComputedTargets):
+                seen = to_unit_range(seen_by_encoder.read(batch)).to(device)
+            flipped = torch.full((len(batch),), mirror)
+            features = self.targets(batch, flipped, seen.flip(-1) if mirror else seen).cpu().double()
+            if sums is None:
+                sums = torch.zeros(groups, *features.shape[1:], dtype=torch.float64)
+            sums.index_add_(0, self.groups[batch], features)
+            counts.index_add_(0, self.groups[batch], torch.ones(len(batch), dtype=torch.float64))
+        assert sums is not None
+        means = sums / counts[:, None, None]
+        return torch.where(counts[:, None, None] > 0, means, sums.sum(0) / counts.sum()).float()
+
+    def __call__(
+        self, indices: Int64[Tensor, " b"], flipped: Bool[Tensor, " b"], seen: Float[Tensor, "b c p q"]
+    ) -> Float[Tensor, "b m f"]:
+        """Centred features of the images at ``indices``, mirrored where ``flipped``."""
+        means = self.means[flipped.long().cpu(), self.groups[indices]]
+        return self.targets(indices, flipped, seen) - means.to(seen.device, non_blocking=True)
+
+
 def make_targets(
     config: RunConfig, images: ImageSet, cache: Path, device: torch.device | str = "cpu"
-) -> CachedTargets | ComputedTargets | None:
+) -> CachedTargets | ComputedTargets | CentredTargets | None:
     """The targets of a run, None without alignment: a table of features, or the encoder itself.
 
     The table is the one that `flowback prepare` wrote beside the images; else one that is computed first and
@@ -169,6 +241,16 @@ def make_targets(
     """
     if not config.alignment.active:
         return None
+    targets = _uncentred(config, images, cache, device)
+    subtract = config.alignment.subtract
+    if subtract == "nothing":
+        return targets
+    return CentredTargets(targets, images, subtract == "class-place", config.data.flip, device)
+
+
+def _uncentred(
+    config: RunConfig, images: ImageSet, cache: Path, device: torch.device | str
+) -> CachedTargets | ComputedTargets:
     wanted, pixels = config.alignment, images.in_pixels
     grid = wanted.grid or config.model.grid
     seen = pixels if wanted.originals_path is None else _same_images(wanted.originals_path, pixels)
