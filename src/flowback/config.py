@@ -293,6 +293,12 @@ class TrainConfig(Checked):
     """Steps between rows of metrics.jsonl."""
     eval_every: int = 2000
     """Steps between evaluations on the test images."""
+    eval_exhaustive: bool = False
+    """Also classify them by the exhaustive rule, which takes a pass for every class."""
+    frechet_every: int = 0
+    """Steps between Fréchet distances of unguided samples to the training images; 0 for none."""
+    frechet_samples: int = 1000
+    """Samples of each such distance."""
     save_every: int = 2000
     """Steps between checkpoints."""
     sample_every: int = 0
@@ -322,6 +328,8 @@ class TrainConfig(Checked):
         for name in counts:
             require(getattr(self, name) > 0, f"--train.{name.replace('_', '-')} must be at least 1.")
         require(self.sample_every >= 0, "--train.sample-every must not be negative; 0 draws none.")
+        require(self.frechet_every >= 0, "--train.frechet-every must not be negative; 0 measures none.")
+        require(self.frechet_samples >= 2, "--train.frechet-samples must be at least 2.")
         require(self.diagnose_every >= 0, "--train.diagnose-every must not be negative; 0 turns it off.")
         require(self.micro_batch is None or self.micro_batch > 0, "--train.micro-batch must be at least 1.")
         require(

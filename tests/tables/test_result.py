@@ -128,3 +128,12 @@ def test_one_seed_has_no_standard_deviation_and_the_table_says_so():
     assert "no standard deviation" in text
     assert "| b | failed |" in text
     assert "b, seed 0, failed: It diverged." in text
+
+
+def test_a_baseline_that_stands_still_gains_nothing_by_its_length():
+    """It first had its last value after 100 images; the row had it after 50. Without this it would be 8."""
+    still = row("none", [0], {}, curves={"training": [curve(0.4, 0.4, 0.4, 0.4)]})
+    points = [{"images": 50.0, "test_top1_gradient": 0.4}, *curve(0.4, 0.4)]
+    fast = row("fast", [0], {}, curves={"training": [points]})
+    found = compared([still, fast], {"none": False, "fast": True}, None)[1]
+    assert found.sooner["test_top1_gradient"].values == pytest.approx([2.0])

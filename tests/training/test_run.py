@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ import torch
 import flowback
 import runs
 from flowback import Evaluator, Flow, InputError, checkpoint
-from flowback.config import AlignmentConfig
+from flowback.config import AlignmentConfig, EvaluateConfig
 from flowback.data.image_set import MemoryImages, Subset
 from flowback.errors import Interrupted
-from flowback.training import train_loop
+from flowback.training import evaluators, train_loop
 
 
 @pytest.fixture
@@ -244,3 +245,25 @@ def test_a_second_sigterm_changes_nothing(config, digits, tmp_path):
     with pytest.raises(Interrupted):
         train_loop(config, digits, tmp_path, evaluators=twice)
     assert checkpoint.resolve(tmp_path).name == "step-00000005"
+
+
+def test_what_is_measured_along_a_run(open_config, pets, tmp_path, monkeypatch):
+    """The distance is that of `evaluate` without guidance, to the training images, at its own steps."""
+    asked = []
+
+    def evaluate(flow, images, *, reference, config):
+        asked.append((flow.training, images is pets, reference is pets, config))
+        return SimpleNamespace(figures={"fd_efficientnet_lite0": 7.0, "other": 1.0})
+
+    monkeypatch.setattr(evaluators, "evaluate", evaluate)
+    train = dataclasses.replace(
+        open_config.train, eval_exhaustive=True, frechet_every=open_config.train.steps, frechet_samples=4
+    )
+    config = dataclasses.replace(open_config, train=train)
+    result = flowback.train(config, pets, tmp_path / "run", test=pets)
+    assert result.metrics["fd_efficientnet_lite0"] == 7.0
+    assert "other" not in result.metrics
+    config = EvaluateConfig(samples=4, likelihood=False, classification=False)
+    assert asked == [(False, True, True, config)]
+    exact = flowback.accuracy(result.flow, pets, "exhaustive")
+    assert result.metrics["test_top1_exhaustive"] == pytest.approx(exact.top1)

@@ -18,24 +18,33 @@ __all__ = ["draw"]
 class _Curve(NamedTuple):
     """How a kind of curve is drawn."""
 
+    points: str
+    """Which points of a row."""
     x: str
     label: str
     figures: dict[str, str]
     """Those that get a panel, and their labels."""
 
 
+_ALONG_RUNS = {
+    "test_nll": "test nll (nats/dim)",
+    "fd_efficientnet_lite0": "Fréchet distance (EfficientNet-Lite0)",
+    "test_top1_gradient": "accuracy, gradient rule",
+    "test_top1_normalised": "accuracy, normalised rule",
+    "test_top1_exhaustive": "accuracy, exhaustive rule",
+}
+
 _CURVES = {
-    "training": _Curve(
-        "images",
-        "images seen",
-        {"test_nll": "test nll (nats/dim)", "test_top1_gradient": "accuracy, gradient rule"},
-    ),
+    "training": _Curve("training", "images", "images seen", _ALONG_RUNS),
+    "seconds": _Curve("training", "seconds", "seconds of training", _ALONG_RUNS),
     "guidance": _Curve(
+        "guidance",
         "guidance",
         "guidance scale",
         {"fid": "FID", "fd_efficientnet_lite0": "Fréchet distance (EfficientNet-Lite0)"},
     ),
     "locations": _Curve(
+        "locations",
         "place",
         "block.layer (block 1 is next to the data)",
         {"linear": "accuracy of a linear probe", "knn": "accuracy of nearest neighbours"},
@@ -44,7 +53,7 @@ _CURVES = {
 
 
 def draw(table: Table, folder: Path) -> None:
-    """Write NAME.svg, and NAME-training.svg, -guidance.svg and -locations.svg where there is such a curve.
+    """Write NAME.svg, and NAME-KIND.svg for training, seconds, guidance and locations, where it has points.
 
     Points are means over seeds, small dots are seeds; bars and bands reach one standard deviation each way.
     """
@@ -53,9 +62,9 @@ def draw(table: Table, folder: Path) -> None:
         return
     _save(_by_row(table, rows), folder / f"{table.file_name}.svg")
     for name, kind in _CURVES.items():
-        drawn = [row for row in rows if len(row.curves.get(name, [[]])[0]) > 1]
+        drawn = [row for row in rows if len(row.curves.get(kind.points, [[]])[0]) > 1]
         if drawn:
-            _save(_along(drawn, name, kind), folder / f"{table.file_name}-{name}.svg")
+            _save(_along(drawn, kind), folder / f"{table.file_name}-{name}.svg")
 
 
 def _by_row(table: Table, rows: list[Row]) -> Figure:
@@ -79,16 +88,20 @@ def _by_row(table: Table, rows: list[Row]) -> Figure:
     return figure
 
 
-def _along(rows: list[Row], name: str, kind: _Curve) -> Figure:
+def _along(rows: list[Row], kind: _Curve) -> Figure:
     """One panel a figure of the curves, one line a row."""
-    first = rows[0].curves[name][0]
+    first = rows[0].curves[kind.points][0]
     figures = {key: label for key, label in kind.figures.items() if any(key in point for point in first)}
-    figure = Figure(figsize=(4.8 * len(figures), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(figures), squeeze=False)[0]
-    for axes, (key, label) in zip(panels, figures.items(), strict=True):
+    wide = min(3, len(figures))
+    high = -(-len(figures) // wide)
+    figure = Figure(figsize=(4.8 * wide, 0.4 + 3.2 * high), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).flatten()
+    for unused in panels[len(figures) :]:
+        unused.set_axis_off()
+    for axes, (key, label) in zip(panels, figures.items(), strict=False):
         for number, row in enumerate(rows):
-            _band(axes, row, name, kind.x, key, "-" if number < 10 else "--")  # ten colours
-        if name == "locations":
+            _band(axes, row, kind, key, "-" if number < 10 else "--")  # ten colours
+        if kind.points == "locations":
             axes.set_xticks(range(len(first)), [f"{p['block']:g}.{p['layer']:g}" for p in first], fontsize=7)
             for row, line in zip(rows, list(axes.get_lines()), strict=True):  # the training-free score
                 axes.axhline(row.mean["top1_gradient"], ls="--", lw=1, color=line.get_color())
@@ -99,11 +112,11 @@ def _along(rows: list[Row], name: str, kind: _Curve) -> Figure:
     return figure
 
 
-def _band(axes: Axes, row: Row, name: str, x: str, key: str, style: str) -> None:
+def _band(axes: Axes, row: Row, kind: _Curve, key: str, style: str) -> None:
     """Mean over seeds, and a band of one standard deviation."""
-    runs = [[point for point in run if key in point] for run in row.curves[name]]
+    runs = [[point for point in run if key in point] for run in row.curves[kind.points]]
     points = list(zip(*runs, strict=False))  # a run of other evaluations is drawn as far as all go
-    places = [at[0].get(x, float(number)) for number, at in enumerate(points)]
+    places = [statistics.fmean(p.get(kind.x, float(number)) for p in at) for number, at in enumerate(points)]
     values = [[point[key] for point in at] for at in points]
     means = [statistics.fmean(each) for each in values]
     (line,) = axes.plot(places, means, marker=".", ls=style, label=row.preset)

@@ -423,9 +423,10 @@ def _measure(flow: Flow, images: ImageSet, test: ImageSet, settings: dict[str, A
 def _curve(file: Path) -> list[dict[str, float]]:
     """The evaluations along a run: images seen, seconds of training, and the test figures."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    kept = ("images", "seconds", "test_")
+    measured = ("test_", "fd_")
+    kept = ("images", "seconds", *measured)
     return [
         {name: float(value) for name, value in row.items() if name.startswith(kept) and value is not None}
         for row in rows
-        if any(name.startswith("test_") for name in row)
+        if any(name.startswith(measured) for name in row)
     ]

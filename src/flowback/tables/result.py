@@ -69,7 +69,8 @@ class Row:
     difference: dict[str, Difference] = field(default_factory=dict)
     """This row minus its baseline, for each figure."""
     sooner: dict[str, Difference] = field(default_factory=dict)
-    """How many times fewer images than its baseline the row needs to reach the baseline's last value."""
+    """How many times fewer images than its baseline the row needs until it first reaches the baseline's last
+    value."""
     failures: dict[int, str] = field(default_factory=dict)
     """What stopped a run, by seed."""
     records: list[str] = field(default_factory=list)
@@ -146,7 +147,11 @@ class Table:
         sooner = [row for row in self.rows if row.sooner]
         if sooner:
             names = list(dict.fromkeys(name for row in sooner for name in row.sooner))
-            lines += ["", "How many times fewer images a row needs to reach its baseline's last value:", ""]
+            lines += [
+                "",
+                "How many times fewer images than its baseline a row needs until it has the baseline's last value:",
+                "",
+            ]
             lines += _grid(
                 ["row", *names],
                 [

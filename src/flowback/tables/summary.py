@@ -19,7 +19,13 @@ COLUMNS = (
 )
 """Figures of a row, where the evaluation gives them."""
 
-_HIGHER_IS_BETTER = {"test_nll": False, "test_top1_gradient": True, "test_top1_normalised": True}
+_HIGHER_IS_BETTER = {
+    "test_nll": False,
+    "test_top1_gradient": True,
+    "test_top1_normalised": True,
+    "test_top1_exhaustive": True,
+    "fd_efficientnet_lite0": False,
+}
 """Figures along a run that tell how much sooner it reaches what its baseline ends with."""
 
 
@@ -93,9 +99,11 @@ def _compared(row: Row, baseline: Row) -> Row:
 
 
 def _sooner(row: Row, baseline: Row) -> dict[str, Difference]:
-    """Ratio of images, baseline over row, to reach the baseline's last value; by seed.
+    """Ratio of images, baseline over row, until each first reaches the baseline's last value; by seed.
 
-    Where a seed never gets there the figure is left out: a mean over the others would flatter.
+    Both are read from their curves: a baseline that has long been at its last value, but for the noise of the
+    evaluations, gains nothing by a longer run. Where a seed never gets there the figure is left out: a mean
+    over the others would flatter.
     """
     theirs = dict(zip(baseline.seeds, baseline.curves.get("training", ()), strict=False))
     ours = zip(row.seeds, row.curves.get("training", ()), strict=False)
@@ -107,9 +115,11 @@ def _sooner(row: Row, baseline: Row) -> dict[str, Difference]:
             if min(len(curve), len(other)) < 2:
                 continue  # a single evaluation is no curve
             last = next((point for point in reversed(other) if figure in point), None)
-            needed = images_needed(curve, figure, last[figure], higher) if last else None
-            if last and needed:
-                ratios.append(last["images"] / needed)
+            if last is None:
+                continue
+            needed, its_own = (images_needed(each, figure, last[figure], higher) for each in (curve, other))
+            if needed and its_own:
+                ratios.append(its_own / needed)
         if ratios and len(ratios) == len(pairs):
             sooner[figure] = Difference.of(ratios)
     return sooner

@@ -1,4 +1,4 @@
-"""What is measured while a flow trains: likelihood, accuracy, pictures, and hooks of your own."""
+"""What is measured while a flow trains: likelihood, accuracy, samples, pictures, and hooks of your own."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flowback.config import RunConfig
+from flowback.config import EvaluateConfig, RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.vae import open_codec
 from flowback.evaluation.held_out import held_out_figures
+from flowback.evaluation.pipeline import evaluate
 from flowback.model import Flow
 from flowback.sampling import sample
 from flowback.sampling.image_files import grid, save_png
 
-__all__ = ["Evaluator", "likelihood_evaluator", "picture_evaluator"]
+__all__ = ["Evaluator", "frechet_evaluator", "likelihood_evaluator", "picture_evaluator"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,32 @@ class Evaluator:
 
 
 def likelihood_evaluator(config: RunConfig, test: ImageSet) -> Evaluator:
-    """Test nll and accuracy by the gradient rule every ``--train.eval-every`` steps."""
+    """Test nll and accuracy without a classifier every ``--train.eval-every`` steps."""
 
     def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
         del step
-        figures = held_out_figures(flow, test, config.train.eval_images)
+        figures = held_out_figures(flow, test, config.train.eval_images, config.train.eval_exhaustive)
         return {f"test_{name}": value for name, value in figures.items()}
 
     return Evaluator(config.train.eval_every, call)
+
+
+def frechet_evaluator(config: RunConfig, images: ImageSet) -> Evaluator:
+    """Fréchet distance of samples to the training images every ``--train.frechet-every`` steps.
+
+    That of :func:`flowback.evaluate`, without guidance: sample i has seed i and class i modulo their number.
+    The reference's statistics are made at the first call, and kept on disk for later runs.
+    """
+    options = EvaluateConfig(
+        samples=config.train.frechet_samples, likelihood=False, classification=False, protocol="none"
+    )
+
+    def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
+        del step
+        figures = evaluate(flow, images, reference=images, config=options).figures
+        return {"fd_efficientnet_lite0": figures["fd_efficientnet_lite0"]}
+
+    return Evaluator(config.train.frechet_every, call)
 
 
 def picture_evaluator(config: RunConfig, folder: Path) -> Evaluator:

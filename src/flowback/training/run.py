@@ -18,7 +18,12 @@ from flowback.errors import InputError
 from flowback.files import cache_folder
 from flowback.model import Flow
 from flowback.training.distributed import noticing_loss, start
-from flowback.training.evaluators import Evaluator, likelihood_evaluator, picture_evaluator
+from flowback.training.evaluators import (
+    Evaluator,
+    frechet_evaluator,
+    likelihood_evaluator,
+    picture_evaluator,
+)
 from flowback.training.loop import train_loop
 from flowback.training.objective import Targets
 
@@ -73,7 +78,7 @@ def train(
             those of ``config.data`` if the training images come from there too; otherwise there are no such
             figures.
         targets: gives the encoder's features of a batch; None makes them from ``config.alignment``.
-        evaluators: called at their intervals, beside those for ``train.eval_every`` and ``sample_every``.
+        evaluators: called at their intervals, beside those of ``config.train``.
         description: shown beside the progress bar.
 
     Raises:
@@ -104,6 +109,8 @@ def train(
     if test is not None:
         test = match_classes(test, config.classes)
     built_in = [] if test is None else [likelihood_evaluator(config, test)]
+    if config.train.frechet_every:
+        built_in.append(frechet_evaluator(config, images))
     if config.train.sample_every:
         built_in.append(picture_evaluator(config, out / "samples"))
     if targets is None:

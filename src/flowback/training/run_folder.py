@@ -38,6 +38,7 @@ log = logging.getLogger("flowback")
 
 MAY_CHANGE = {
     "train": {"steps", "micro_batch", "device", "log_every", "eval_every", "save_every", "sample_every"}
+    | {"eval_exhaustive", "frechet_every", "frechet_samples"}
     | {"diagnose_every", "eval_images", "keep_last", "keep_every", "trackers", "timeout"}
     | {"checkpoint_activations", "shard"},
     "data": {"path", "workers", "download", "bad_images"},
