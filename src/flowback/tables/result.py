@@ -149,7 +149,7 @@ class Table:
             names = list(dict.fromkeys(name for row in sooner for name in row.sooner))
             lines += [
                 "",
-                "How many times fewer images than its baseline a row needs until it has the baseline's last value:",
+                "Images that the baseline needs until its last value, over those that the row needs:",
                 "",
             ]
             lines += _grid(
