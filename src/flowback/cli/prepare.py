@@ -40,7 +40,7 @@ class Options:
     data: tyro.conf.Positional[str]
     """A folder of images (one sub-folder per class), a folder of tar shards (webdataset) or one shard,
     `hf:NAME` or a folder saved by Hugging Face `datasets`, or digits, mnist, fashion-mnist, kmnist,
-    emnist, cifar10, cifar100, fake."""
+    emnist, cifar10, cifar100, emoji, fake."""
     out: Annotated[Path, tyro.conf.arg(help_behavior_hint="")]
     """The prepared set's folder."""
     image_size: int = 64

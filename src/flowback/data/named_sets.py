@@ -1,4 +1,4 @@
-"""Data sets known by name: digits, MNIST and its like, CIFAR-10/100, FakeData, and what users register."""
+"""Data sets known by name: digits, MNIST and its like, CIFAR, emoji, FakeData, and what users register."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from flowback.config import DataConfig
+from flowback.data.emoji import read_emoji
 from flowback.data.image_set import ImageSet, MemoryImages, numbered
 from flowback.data.mnist import MNIST_LIKE, read_mnist_like
 from flowback.data.pixels import fit
@@ -180,6 +181,11 @@ def _mnist_like(data: DataConfig, image_size: int, channels: int, split: Split) 
     return Pictures(*read_mnist_like(data, split))
 
 
+def _emoji(data: DataConfig, image_size: int, channels: int, split: Split) -> Pictures:
+    del image_size, channels
+    return Pictures(*read_emoji(data, split))
+
+
 def _cifar(data: DataConfig, image_size: int, channels: int, split: Split) -> Pictures:
     """torchvision's CIFAR-10 or CIFAR-100, from ``data.path`` or the user's cache folder."""
     del image_size, channels
@@ -206,6 +212,7 @@ _LOADERS: dict[str, Loader] = {
     "fake": _fake,
     "cifar10": _cifar,
     "cifar100": _cifar,
+    "emoji": _emoji,
     **dict.fromkeys(MNIST_LIKE, _mnist_like),
 }
 

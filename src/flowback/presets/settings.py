@@ -78,6 +78,9 @@ PHOTOS = RunConfig(
     ),
 )
 
+EMOJI = replace(PHOTOS, data=DataConfig("emoji", flip=True))
+"""Nine classes of 3,655 drawings; made from Debian's packages."""
+
 FASHION = RunConfig(
     model=ModelConfig(
         image_size=28,
@@ -275,6 +278,11 @@ _DIGITS: _Rows = (
     ),
 )
 
+_EMOJI: _Rows = (
+    ("emoji", "emoji at 32×32 in colour, likelihood alone"),
+    ("emoji-reverse", "emoji at 32×32 with exact reverse alignment", _EXACT),
+)
+
 _PHOTOS: _Rows = (
     ("folder-32", "a folder of images at 32×32 (--data.path), likelihood alone"),
     ("folder-32-reverse", "a folder of images at 32×32 with reverse alignment", _EXACT),
@@ -319,6 +327,7 @@ def _settings() -> dict[str, tuple[str, RunConfig]]:
         (DIGITS, _DIGITS),
         (PHOTOS, _PHOTOS),
         (FASHION, _FASHION),
+        (EMOJI, _EMOJI),
         (IMAGENET64, _IMAGENET64),
         (IMAGENET256, _IMAGENET256),
         (IMAGENET64, _TARFLOW),
