@@ -128,6 +128,11 @@ class DataConfig(Checked):
     """Share of a folder's images kept for evaluation, if it has no `train` and `test` (or `val`) inside."""
     workers: int = 0
     """Processes that decode images; 0 decodes in the training process."""
+    limit: int | None = None
+    """Train on only this many images, spread evenly over the set; None takes all."""
+    labelled: int | None = None
+    """Training images that keep their label, the same number of each class; all others are seen without. None
+    leaves all labels."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
@@ -135,6 +140,8 @@ class DataConfig(Checked):
             0 <= self.holdout < 1, "--data.holdout must be in [0, 1); 0 evaluates on the training images."
         )
         require(self.workers >= 0, "--data.workers must not be negative.")
+        require(self.limit is None or self.limit > 0, "--data.limit must be at least 1.")
+        require(self.labelled is None or self.labelled > 0, "--data.labelled must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from flowback import DataConfig, InputError, image_set, register_dataset
 from flowback.data import named_sets
+from flowback.data.image_set import labelled
 from flowback.data.load import load_images
 from flowback.data.named_sets import dataset_names
 from flowback.data.sources import open_source
@@ -185,3 +186,25 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         load_images(DataConfig("fashon-mnist"), 8, 1, "train")
     with pytest.raises(InputError, match=r"--data.name xyz is not known; known: cifar10, .*folder, "):
         load_images(DataConfig("xyz"), 8, 1, "train")
+
+
+def test_a_limit_is_spread_over_the_training_images_alone():
+    whole = load_images(DataConfig(), 8, 1, "train")
+    few, test = (load_images(DataConfig(limit=100), 8, 1, split) for split in ("train", "test"))
+    assert (len(few), len(test)) == (100, 360)
+    assert torch.equal(few.read(torch.tensor([50])), whole.read(torch.tensor([1437 // 2])))
+    assert few.fingerprint != whole.fingerprint
+    assert len(load_images(DataConfig(limit=5000), 8, 1, "train")) == 1437
+
+
+def test_labels_are_kept_by_the_same_number_of_each_class():
+    images = load_images(DataConfig(), 8, 1, "train")
+    kept = labelled(images, 23)
+    assert torch.bincount(images.labels[kept]).tolist() == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert labelled(images, 10_000).all()
+    with pytest.raises(
+        InputError, match=r"--data\.labelled 9: digits-train has 10 classes, and each needs one"
+    ):
+        labelled(images, 9)
+    with pytest.raises(InputError, match=r"--data\.labelled 9: images has no labels"):
+        labelled(image_set(torch.zeros(2, 1, 8, 8)), 9)

@@ -2,6 +2,7 @@ import dataclasses
 
 import torch
 
+from flowback.data.image_set import labelled
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
 from flowback.training.batches import batches, generator, global_indices
@@ -92,3 +93,12 @@ def test_the_encoder_sees_the_same_images_at_its_own_size(config, digits):
     assert torch.equal(batch.seen, torch.where(batch.flipped[:, None, None, None], plain.flip(3), plain))
     assert torch.equal(batch.clean, first(digits, config).clean)
     assert torch.equal(first(digits, config).seen, batch.clean)
+
+
+def test_images_without_a_label_are_always_seen_without(config, digits):
+    few = dataclasses.replace(config, data=dataclasses.replace(config.data, labelled=20))
+    kept = labelled(digits, 20)
+    plain, found = (next(batches(digits, each, 5, 0, 1, CPU)) for each in (config, few))
+    assert torch.equal(found.drop, plain.drop | ~kept[found.indices])
+    assert found.drop.sum() > plain.drop.sum()
+    assert torch.equal(found.noised, plain.noised)

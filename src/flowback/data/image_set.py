@@ -29,6 +29,7 @@ __all__ = [
     "evenly",
     "image_set",
     "in_batches",
+    "labelled",
     "match_classes",
     "numbered",
 ]
@@ -541,6 +542,28 @@ def evenly(total: int, limit: int | None = None, share: tuple[int, int] = (0, 1)
     """
     count = total if limit is None else min(limit, total)
     return (torch.arange(count) * total // max(count, 1)).tensor_split(share[1])[share[0]]
+
+
+def labelled(images: ImageSet, count: int) -> Bool[Tensor, " n"]:
+    """True for the ``count`` images that keep their labels, spread evenly over each class.
+
+    Raises:
+        InputError: the set has no labels, or ``count`` leaves a class without any.
+
+    Example:
+        >>> images = image_set(torch.zeros(5, 1, 8, 8), labels=[0, 1, 0, 1, 1], classes=("cat", "dog"))
+        >>> labelled(images, 3).tolist()
+        [True, True, True, False, False]
+    """
+    labels, classes = images.labels, len(images.classes)
+    if labels is None or count < classes:
+        what = "has no labels" if labels is None else f"has {classes} classes, and each needs one"
+        raise InputError(f"--data.labelled {count}: {images.name} {what}.")
+    kept = torch.zeros(len(images), dtype=torch.bool)
+    for k in range(classes):
+        own = torch.nonzero(labels == k)[:, 0]
+        kept[own[evenly(len(own), count // classes + (k < count % classes))]] = True
+    return kept
 
 
 def in_batches(indices: Int64[Tensor, " n"], size: int) -> tuple[Int64[Tensor, " _"], ...]:

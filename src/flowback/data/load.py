@@ -7,7 +7,7 @@ from typing import Literal
 
 from flowback.config import DataConfig
 from flowback.data.image_folder import load_folder
-from flowback.data.image_set import ImageSet
+from flowback.data.image_set import ImageSet, Subset, evenly
 from flowback.data.named_sets import load_named
 from flowback.data.prepared import is_prepared, load_latents, load_prepared, read_summary
 from flowback.errors import InputError
@@ -41,6 +41,8 @@ def load_images(
     images = _load(data, image_size, channels, split)
     if split == "train":
         _show_order(images)
+        if data.limit is not None and data.limit < len(images):
+            images = Subset(images, evenly(len(images), data.limit))
     return images
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowback.config import RunConfig
-from flowback.data.image_set import ImageSet
+from flowback.data.image_set import ImageSet, labelled
 from flowback.errors import InputError
 from flowback.flow.likelihood import dequantise
 
@@ -143,6 +143,9 @@ def batches(
     size = train.batch_size // processes
     share = slice(rank * size, (rank + 1) * size)
     workers = config.data.workers
+    unlabelled = None
+    if model.num_classes and config.data.labelled is not None:
+        unlabelled = ~labelled(images, config.data.labelled)
     loader = DataLoader(
         _Reader(images, originals),
         batch_size=None,
@@ -174,6 +177,8 @@ def batches(
         if model.num_classes:
             assert images.labels is not None
             labels = images.labels[indices].to(device, non_blocking=True)
+            if unlabelled is not None:
+                drop = drop | unlabelled[indices].to(device, non_blocking=True)
         yield Batch(indices, flipped, clean, seen, noised, labels, drop if labels is not None else None)
 
 
