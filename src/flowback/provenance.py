@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["environment"]
+__all__ = ["code_hash", "environment"]
 
 _PACKAGES = (
     "flowback-nf",
@@ -46,6 +48,21 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def code_hash() -> str:
+    """Hash of all source files of flowback: unlike the commit, an installed package has it too.
+
+    Example:
+        >>> len(code_hash())
+        16
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _processor() -> str:

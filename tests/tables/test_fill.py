@@ -2,16 +2,20 @@
 
 import json
 import logging
+import pickle
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from flowback import InputError, ModelConfig, RunConfig, SampleConfig, TrainConfig, reproduce
 from flowback.config import AlignmentConfig
 from flowback.presets import PRESETS, TABLES, PaperTable, Preset
-from flowback.tables import fill, rows_of
+from flowback.tables import charts, fill, row_run, rows_of
 
 ENVIRONMENT = {"device": "cpu: test", "commit": "abc"}
 
@@ -32,7 +36,8 @@ def runs(monkeypatch):
     def train(config, images, folder, *, test, description):
         trained.append((folder.name, description))
         rows = [
-            {"step": s, "images": 8 * s, "test_nll": -s / config.train.steps} for s in (2, config.train.steps)
+            {"step": s, "images": 8 * s, "seconds": 0.5 * s, "test_nll": -s / config.train.steps}
+            for s in (2, config.train.steps)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return SimpleNamespace(flow=config)
@@ -49,12 +54,14 @@ def runs(monkeypatch):
             "environment": ENVIRONMENT,
         }
 
-    monkeypatch.setattr(fill, "train", train)
-    monkeypatch.setattr(fill, "_measure", measure)
+    monkeypatch.setattr(fill, "draw", lambda table, folder: None)  # it takes longer than all the rest
+    monkeypatch.setattr(row_run, "train", train)
+    monkeypatch.setattr(row_run, "_measure", measure)
     return trained, measured
 
 
-def test_a_table_is_filled_in_and_what_is_done_is_not_done_again(runs, tmp_path, caplog):
+def test_a_table_is_filled_in_and_what_is_done_is_not_done_again(runs, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(fill, "draw", charts.draw)
     trained, _ = runs
     with caplog.at_level(logging.INFO, "flowback"):
         table = reproduce("tiny", "mini", 2, tmp_path)
@@ -70,6 +77,8 @@ def test_a_table_is_filled_in_and_what_is_done_is_not_done_again(runs, tmp_path,
     assert json.loads((tmp_path / "tiny-mini.json").read_text())["rows"][1]["seeds"] == [0, 1]
     assert (tmp_path / "tiny-mini.svg").is_file()
     assert (tmp_path / "tiny-mini-training.svg").is_file()
+    assert (tmp_path / "tiny-mini-seconds.svg").is_file()
+    monkeypatch.setattr(fill, "draw", lambda table, folder: None)
     again = reproduce("tiny", "mini", range(3), tmp_path)
     assert [name for name, _ in trained[4:]] == ["tiny-mini-seed2", "tiny-reverse-mini-seed2"]
     assert again.row("tiny-mini").values["nll"][:2] == table.row("tiny-mini").values["nll"]
@@ -77,14 +86,14 @@ def test_a_table_is_filled_in_and_what_is_done_is_not_done_again(runs, tmp_path,
 
 def test_the_table_is_written_after_every_row(runs, tmp_path, monkeypatch):
     seen = []
-    measure = fill._measure
+    measure = row_run._measure
 
     def look(*arguments):
         file = tmp_path / "tiny-mini.json"
         seen.append(len(json.loads(file.read_text())["rows"]) if file.exists() else 0)
         return measure(*arguments)
 
-    monkeypatch.setattr(fill, "_measure", look)
+    monkeypatch.setattr(row_run, "_measure", look)
     reproduce("tiny", "mini", 1, tmp_path)
     assert seen == [0, 1]
 
@@ -111,7 +120,7 @@ def test_a_run_that_was_stopped_is_not_taken_up_with_other_settings(runs, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fill, "train", stopped)
+        patch.setattr(row_run, "train", stopped)
         with pytest.raises(KeyboardInterrupt):
             reproduce("tiny", "mini", 1, tmp_path, steps=3)
     with pytest.raises(InputError, match="steps was 3, now 4"):
@@ -175,21 +184,21 @@ def test_a_setting_that_is_newer_than_the_run_stood_at_its_default(runs, tmp_pat
 
 
 def test_a_row_that_fails_stands_in_its_cell_and_stops_no_other(runs, tmp_path, monkeypatch):
-    train = fill.train
+    train = row_run.train
 
     def diverging(config, images, folder, **more):
         if not config.alignment.active:
             raise InputError("Step 3: the gradient is not finite.")
         return train(config, images, folder, **more)
 
-    monkeypatch.setattr(fill, "train", diverging)
+    monkeypatch.setattr(row_run, "train", diverging)
     table = reproduce("tiny", "mini", 1, tmp_path)
     assert table.row("tiny-mini").failures == {0: "Step 3: the gradient is not finite."}
     assert table.row("tiny-reverse-mini").values["nll"] == [-1.5]
     text = (tmp_path / "tiny-mini.md").read_text()
     assert "| tiny-mini | failed |" in text
     assert "tiny-mini, seed 0, failed: Step 3: the gradient is not finite." in text
-    monkeypatch.setattr(fill, "train", train)  # mended: the row is tried again
+    monkeypatch.setattr(row_run, "train", train)  # mended: the row is tried again
     assert reproduce("tiny", "mini", 1, tmp_path).row("tiny-mini").seeds == [0]
 
 
@@ -197,7 +206,7 @@ def test_a_table_without_a_single_run_is_an_error(runs, tmp_path, monkeypatch):
     def fails(*arguments, **more):
         raise InputError("No encoder.")
 
-    monkeypatch.setattr(fill, "train", fails)
+    monkeypatch.setattr(row_run, "train", fails)
     with pytest.raises(InputError, match=r"No row of tiny-mini could be run: No encoder\."):
         reproduce("tiny", "mini", 1, tmp_path)
 
@@ -230,6 +239,90 @@ def test_rows_of_several_commits_are_told(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "commit", "def")
     table = reproduce("tiny", "mini", 2, tmp_path)
     assert table.warnings == ["The rows come from several commits: abc, def."]
+
+
+def test_other_code_is_refused_before_anything_runs(runs, tmp_path, monkeypatch):
+    trained, _ = runs
+    monkeypatch.setattr(fill, "code_hash", lambda: "old")
+    reproduce("tiny", "mini", 1, tmp_path)
+    monkeypatch.setattr(fill, "code_hash", lambda: "new")
+    with pytest.raises(
+        InputError, match=r"code was old, now new\. Give .* or --any-code to take it as it is"
+    ):
+        reproduce("tiny", "mini", 2, tmp_path)
+    assert len(trained) == 2
+    table = reproduce("tiny", "mini", 2, tmp_path, any_code=True)
+    assert len(trained) == 4
+    assert table.row("tiny-mini").seeds == [0, 1]
+
+
+class Pool:
+    """A pool whose processes are this one; what goes in and comes out is pickled as between processes."""
+
+    broken = False
+
+    def __init__(self, jobs, *, mp_context, initializer, initargs):
+        assert mp_context.get_start_method() == "spawn"
+        self.started = (jobs, initializer, initargs)
+        POOLS.append(self)
+
+    def submit(self, function, row):
+        future = Future()
+        try:
+            if self.broken:
+                raise BrokenProcessPool
+            function, row = pickle.loads(pickle.dumps((function, row)))
+            future.set_result(pickle.loads(pickle.dumps(function(row))))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, *, cancel_futures):
+        self.started = None
+
+
+POOLS = []
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    POOLS.clear()
+    monkeypatch.setattr(row_run, "ProcessPoolExecutor", Pool)
+    kept = []
+    monkeypatch.setattr(row_run, "make_targets", lambda config, *_: kept.append(config.alignment.strategy))
+    monkeypatch.setattr(row_run, "create_encoder", lambda name: name)
+    monkeypatch.setattr(row_run, "Judge", lambda reference, encoder: kept.append(encoder))
+    return kept
+
+
+def test_rows_at_once_give_the_same_table_and_speak_into_files(runs, tmp_path, pool, capsys):
+    one = reproduce("tiny", "mini", 2, tmp_path / "one")
+    assert not POOLS
+    said = capsys.readouterr().err
+    two = reproduce("tiny", "mini", 2, tmp_path / "two", jobs=3)
+    assert [row.values for row in one.rows] == [row.values for row in two.rows]
+    assert len(POOLS) == 1
+    assert pool == ["none", "efficientnet_lite0", "reverse", "efficientnet_lite0"]  # once, whatever the seed
+    logs = sorted(file.name for file in (tmp_path / "two").rglob("*.log"))
+    assert logs[:2] == ["tiny-mini-seed0.log", "tiny-mini-seed1.log"]
+    assert capsys.readouterr().err == said
+
+
+def test_more_jobs_than_rows_are_not_started_and_share_the_cores(runs, tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(row_run, "cpu_cores", lambda: 8)
+    seen = []
+    shutdown = Pool.shutdown
+    monkeypatch.setattr(
+        Pool, "shutdown", lambda self, **more: (seen.append(self.started), shutdown(self, **more))
+    )
+    reproduce("tiny", "mini", 1, tmp_path, jobs=9)
+    assert seen == [(2, torch.set_num_threads, (4,))]
+
+
+def test_a_row_that_dies_beside_others_says_how_to_go_on(runs, tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(Pool, "broken", True)
+    with pytest.raises(InputError, match=r"A process that ran a row died.*fewer --jobs"):
+        reproduce("tiny", "mini", 1, tmp_path, jobs=2)
 
 
 def test_a_figure_of_several_sizes_needs_both_sets(tmp_path):

@@ -29,10 +29,11 @@ def deciding(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(stored: dict[str, Any], now: dict[str, Any], any_code: bool = False) -> list[str]:
     """What differs, each as `name was X, now Y`.
 
-    A setting that the stored ones do not have yet stood at its default.
+    A setting that the stored ones do not have yet stood at its default. ``any_code`` takes figures of other
+    source code for the same.
     """
     before, after = _flat(plain(stored)), _flat(plain(now))
     defaults = _flat(
@@ -44,6 +45,8 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     )
     changes = []
     for name in sorted({*before, *after}):
+        if any_code and name.split(".")[-1] == "code":
+            continue
         default = next((value for end, value in defaults.items() if f".{name}".endswith(f".{end}")), None)
         if before.get(name, default) != after.get(name, default):
             changes.append(f"{name} was {before.get(name, default)}, now {after.get(name, default)}")

@@ -1,18 +1,18 @@
-"""Fill in a table: train and evaluate its rows one after the other, and rewrite it after each.
+"""Fill in a table: train and evaluate its rows, and rewrite it after each.
 
 OUT/runs/PRESET-seedN         a run, shared by all tables that have its row, and settings.json
 OUT/TABLE/PRESET-seedN.json   the full record of its evaluation, and all that decided the figures
+OUT/TABLE/PRESET-seedN.log    what a row said that ran beside others
 OUT/TABLE.{json,md,svg}       the table
 
 A run or a record counts as done only if everything that decides its figures is what is asked for now: all
-settings of the run, the images, the evaluation, the sampling. A run of other settings is refused, with what
-differs; a record of another evaluation is made again from the run.
+settings of the run, the source code, the images, the evaluation, the sampling. A run of other settings is
+refused, with what differs; a record of another evaluation is made again from the run.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,32 +21,24 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from flowback.checked import Checked, from_dict, require, to_dict
+from flowback.checked import Checked, require, to_dict
 from flowback.config import EvaluateConfig, RunConfig, SampleConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.errors import InputError, nearest
-from flowback.evaluation.linear_probe import probe
-from flowback.evaluation.pipeline import evaluate
-from flowback.evaluation.report import Report, weights_of
-from flowback.files import plain, write_json
-from flowback.model import Flow
 from flowback.presets import PRESETS, TABLES, Preset
-from flowback.provenance import environment
+from flowback.provenance import code_hash, environment
 from flowback.tables.charts import draw
 from flowback.tables.done import FORMAT, deciding, differences, read
 from flowback.tables.result import Row, Table
+from flowback.tables.row_run import RowRun, run_rows
 from flowback.tables.summary import COLUMNS, compared, mixed, summarise
-from flowback.training import train
 
 __all__ = ["ReproduceConfig", "Scale", "reproduce", "rows_of"]
 
 log = logging.getLogger("flowback")
 
 Scale = Literal["paper", "mini", "fashion"]
-
-PROBED = 5000
-"""Test images of a linear probe, at most."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +65,18 @@ class ReproduceConfig(Checked):
     """Training steps instead of the preset's, to try the command out."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
+    jobs: int = 1
+    """Rows that run at once, each in a process of its own with an equal share of the cores."""
     redo: bool = False
     """Remove runs with other settings, and train them again."""
+    any_code: bool = False
+    """Take runs and records of other versions of the code too; the table says which commits it is of."""
     note: tuple[str, ...] = ()
     """Sentences to print under the table: what it supports, and what it does not."""
 
     def check(self) -> None:
         """Refuse values out of range."""
+        require(self.jobs >= 1, "--jobs must be at least 1.")
         require(self.samples is None or self.samples >= 2, "--samples must be at least 2.")
         require(self.steps is None or self.steps >= 1, "--steps must be at least 1.")
         require(
@@ -153,26 +150,13 @@ def reproduce(
         raise InputError(f"No row of {job.name} can be run: {job.first_failure}")
     for row in wanted:  # before hours are spent
         job.refuse_other_runs(row)
-    for number, row in enumerate(wanted, start=1):
-        log.info("Row %d of %d, seed %d: %s", number, len(wanted), row.seed, row.preset)
-        job.run(row, f"{row.preset}, seed {row.seed} ({number} of {len(wanted)})")
-        filled = job.table()
-        filled.save(job.out)
-        draw(filled, job.out)
+    left = [row for row in wanted if not job.is_done(row)]
+    filled = None
+    for row, outcome in run_rows(left, job.config.jobs):
+        filled = job.take(row, outcome)
     if not job.records:
         raise InputError(f"No row of {job.name} could be run: {job.first_failure}")
-    return filled
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A row at a seed."""
-
-    preset: str
-    seed: int
-    config: RunConfig
-    settings: dict[str, Any]
-    """All that decides its figures: `run` those of the weights, `evaluation` the rest."""
+    return filled or job.save()
 
 
 def _chosen(presets: dict[str, Preset], config: ReproduceConfig) -> dict[str, Preset]:
@@ -232,7 +216,7 @@ class _Job:
         """Of each evaluation."""
         return self.config.samples or (1000 if self.small else self.paper.samples)
 
-    def wanted(self) -> Iterator[_Wanted]:
+    def wanted(self) -> Iterator[RowRun]:
         """Every row at every seed, row by row, but for those whose images are not there."""
         for name, preset in self.presets.items():
             for seed in self.seeds:
@@ -244,11 +228,15 @@ class _Job:
                     continue
                 run = {
                     "format": FORMAT,
+                    "code": code_hash(),
                     "config": deciding(config),
                     "images": images.fingerprint,
                     "test": test.fingerprint,
                 }
-                yield _Wanted(name, seed, config, {"run": run, "evaluation": self._evaluation(config)})
+                settings = {"run": run, "evaluation": self._evaluation(config)}
+                label = f"{name}-seed{seed}"
+                folder, file = self.out / "runs" / label, self.out / self.name / f"{label}.json"
+                yield RowRun(name, seed, config, settings, folder, file)
 
     def _run_config(self, config: RunConfig, seed: int) -> RunConfig:
         latent = config.codec.vae is not None
@@ -297,15 +285,9 @@ class _Job:
             return (0.0, (0.0, 0.5, 1.0, 1.5, 2.0)) if about_guidance else (0.3, ())
         return 0.0, self.paper.search or tuple(step / 2 for step in range(9))
 
-    def _folder(self, row: _Wanted) -> Path:
-        return self.out / "runs" / f"{row.preset}-seed{row.seed}"
-
-    def _record_file(self, row: _Wanted) -> Path:
-        return self.out / self.name / f"{row.preset}-seed{row.seed}.json"
-
-    def refuse_other_runs(self, row: _Wanted) -> None:
+    def refuse_other_runs(self, row: RowRun) -> None:
         """Raise InputError if the folder holds a run of other settings; with `redo`, remove it."""
-        folder = self._folder(row)
+        folder = row.folder
         if not folder.exists():
             return
         stored = read(folder / "settings.json")
@@ -314,46 +296,53 @@ class _Job:
                 f"{folder} was not made by this command, or its settings.json is damaged; "
                 "give another --out, or --redo to train it again."
             )
-        different = ["all of it"] if stored is None else differences(stored, row.settings["run"])
+        different = (
+            ["all of it"]
+            if stored is None
+            else differences(stored, row.settings["run"], self.config.any_code)
+        )
         if different and not self.config.redo:
             raise InputError(
                 f"{folder} holds a run of other settings: {'; '.join(different)}. "
-                "Give another --out, or --redo to train it again."
+                f"Give another --out, or --redo to train it again{self._or_any_code(different)}."
             )
         if different:
             log.warning("%s is removed and trained again: %s.", folder, "; ".join(different))
             shutil.rmtree(folder)
 
-    def run(self, row: _Wanted, description: str) -> None:
-        """Train and evaluate a row at a seed, unless that is done; a failure is noted."""
-        folder, file = self._folder(row), self._record_file(row)
+    def _or_any_code(self, different: list[str]) -> str:
+        """What else helps where the code alone is another."""
+        code_alone = all(each.startswith("code was") for each in different)
+        return ", or --any-code to take it as it is" if code_alone else ""
+
+    def is_done(self, row: RowRun) -> bool:
+        """Whether the row's record is that of what is asked for; it is then part of the table."""
+        stored = read(row.file)
+        if stored is None:
+            return False
+        different = differences(stored.get("settings", {}), row.settings, self.config.any_code)
+        if different:
+            log.info("%s is evaluated again: %s.", row.file, "; ".join(different))
+            return False
+        self.records[row.preset, row.seed] = (row.file, stored)
+        return True
+
+    def take(self, row: RowRun, outcome: dict[str, Any] | str) -> Table:
+        """Put a record into the table, or what stopped the row, and write the table."""
         key = (row.preset, row.seed)
-        stored = read(file)
-        if stored is not None:
-            different = differences(stored.get("settings", {}), row.settings)
-            if not different:
-                self.records[key] = (file, stored)
-                return
-            log.info("%s is evaluated again: %s.", file, "; ".join(different))
-        try:
-            write_json(folder / "settings.json", row.settings["run"])
-            images, test = self._images(row.config)
-            flow = train(row.config, images, folder, test=test, description=description).flow
-            report = _measure(flow, images, test, row.settings["evaluation"])
-        except InputError as error:
-            self.failures[key] = str(error)
-            log.warning("%s, seed %d failed: %s", row.preset, row.seed, error)
-            return
-        record = {
-            "preset": row.preset,
-            "seed": row.seed,
-            "settings": row.settings,
-            "run": str(folder),
-            "training": _curve(folder / "metrics.jsonl"),
-            "report": report,
-        }
-        write_json(file, record)
-        self.records[key] = (file, plain(record))
+        if isinstance(outcome, str):
+            self.failures[key] = outcome
+            log.warning("%s, seed %d failed: %s", row.preset, row.seed, outcome)
+        else:
+            self.records[key] = (row.file, outcome)
+        return self.save()
+
+    def save(self) -> Table:
+        """Write the table and its pictures as far as they go."""
+        filled = self.table()
+        filled.save(self.out)
+        draw(filled, self.out)
+        return filled
 
     def table(self) -> Table:
         """The rows that have been run, or have failed."""
@@ -366,7 +355,9 @@ class _Job:
         aligned = {name: preset.config.alignment.active for name, preset in self.presets.items()}
         rows = compared(rows, aligned, self.config.baseline)
         columns = [column for column in COLUMNS if any(column in row.mean for row in rows)]
-        settings = {k: v for k, v in to_dict(self.config).items() if k not in {"note", "redo"}}
+        settings = {
+            k: v for k, v in to_dict(self.config).items() if k not in {"note", "redo", "jobs", "any_code"}
+        }
         settings |= {"samples": self.samples, "seeds": self.seeds, "sampling": to_dict(self.sampling)}
         return self._table(columns, rows, settings, mixed(rows))
 
@@ -398,35 +389,3 @@ class _Job:
             rows.append(Row(name, preset.about, [], values, mean, dict.fromkeys(mean), published))
         columns = [figure for figure in self.paper.figures if figure in rows[0].mean]
         return self._table(columns, rows, {}, [])
-
-
-def _measure(flow: Flow, images: ImageSet, test: ImageSet, settings: dict[str, Any]) -> dict[str, Any]:
-    """The report of a flow, as plain data."""
-    if settings["kind"] == "probe":
-        probed = probe(
-            flow, images, test, seed=settings["seed"], test_limit=PROBED, encoder=None, progress=True
-        )
-        figures: dict[str, Any] = {
-            "best_linear": probed.best.linear,
-            "top1_gradient": probed.top1_gradient,
-            "locations": {
-                f"{p.location[0]}.{p.location[1]}": {"linear": p.linear, "knn": p.knn}
-                for p in probed.locations
-            },
-        }
-        return Report("probe", figures, {**settings, **weights_of(flow)}).to_dict()
-    config = from_dict(EvaluateConfig, settings["options"])
-    sampling = from_dict(SampleConfig, settings["sampling"])
-    return evaluate(flow, test, reference=images, config=config, sampling=sampling, progress=True).to_dict()
-
-
-def _curve(file: Path) -> list[dict[str, float]]:
-    """The evaluations along a run: images seen, seconds of training, and the test figures."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    measured = ("test_", "fd_")
-    kept = ("images", "seconds", *measured)
-    return [
-        {name: float(value) for name, value in row.items() if name.startswith(kept) and value is not None}
-        for row in rows
-        if any(name.startswith(measured) for name in row)
-    ]
