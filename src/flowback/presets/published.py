@@ -89,8 +89,8 @@ TABLES: dict[str, PaperTable] = {
             ("imagenet256-reverse-1000k", 12.79, 56.24),
         ),
         fashion=(
-            *("fashion", "fashion-reverse-last-1880", "fashion-reverse-last-2820"),
-            *("fashion-reverse-last-3760", "fashion-reverse-last"),
+            *("fashion", "fashion-reverse-last-1200", "fashion-reverse-last-1800"),
+            *("fashion-reverse-last-2400", "fashion-reverse-last"),
         ),
         note="Each row is a run of its own, whose learning rate ends with it.",
     ),
@@ -169,8 +169,8 @@ TABLES: dict[str, PaperTable] = {
             ("imagenet256-reverse-weight0.5", 13.74),
         ),
         fashion=(
-            *("fashion", "fashion-reverse-last-weight0.03", "fashion-reverse-last"),
-            *("fashion-reverse-last-weight0.5", "fashion-reverse-last-weight1"),
+            *("fashion", "fashion-reverse-last-weight0.03", "fashion-reverse-last-weight0.1"),
+            *("fashion-reverse-last", "fashion-reverse-last-weight1"),
         ),
     ),
     "figure4": PaperTable(
