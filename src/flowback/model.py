@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowback import checkpoint
-from flowback.config import ModelConfig, RunConfig
+from flowback.config import DataConfig, ModelConfig, RunConfig
+from flowback.data.load import UNNAMED
 from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
@@ -142,7 +143,7 @@ class Flow(TARFlow):
         Raises:
             InputError: the folder holds something else, or cannot be written.
         """
-        run = self.run or RunConfig()
+        run = self.run or RunConfig(data=DataConfig(UNNAMED))
         config = RunConfig(self.config, run.data, run.alignment, run.train, run.codec, self.classes)
         checkpoint.save(Path(folder), config, self.state_dict())
 

@@ -8,6 +8,7 @@ with the same number of threads.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +26,8 @@ from flowback.config import RunConfig, SampleConfig
 from flowback.data.pixels import to_bytes, to_unit_range
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
-from flowback.files import check_file, write_json
+from flowback.files import check_file, foreign_file, write_json
+from flowback.folder_lock import folder_lock
 from flowback.model import Flow
 from flowback.progress import bar
 from flowback.provenance import environment
@@ -48,6 +50,9 @@ __all__ = [
 
 _SHOWN = 8
 """Images in the picture of the way from noise to image."""
+
+_OWN_FILES = re.compile(r"\d{6,}\.png|[^/]+\.(npz|json)")
+"""What a folder of samples may hold; ``--npz`` and ``--json`` may name a place beside the images."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,13 @@ class FolderConfig(Checked):
             path = getattr(self, name)
             if path is not None:
                 check_file(path, f"--{name}")
+
+    def check_place(self, out: Path) -> None:
+        """Refuse pictures among the images, where they would count as two of them."""
+        for name in ("grid", "trajectory"):
+            path = getattr(self, name)
+            if path is not None and out.resolve() in path.resolve().parents:
+                raise InputError(f"--{name} {path} lies in {out}, among the images; give another place.")
 
 
 @dataclass(frozen=True)
@@ -207,22 +219,19 @@ def draw_folder(
     state = PartialState(cpu=flow.device.type == "cpu")
     settings = _settings(flow, sampler, sampling, codec, labels, config)
     folder = SampleFolder(Path(out), settings, config.count, sampling.batch_size)
+    config.check_place(folder.path)
     state.wait_for_everyone()  # all have looked at the folder before the first one changes it
-    if state.is_main_process:
-        folder.begin()
-    state.wait_for_everyone()
-    missing = folder.missing()
-    state.wait_for_everyone()
-    started, done = time.perf_counter(), []
-    with bar() as progress:
-        task = progress.add_task("sampling", total=-(-len(missing) // state.num_processes), note="")
-        for part in folder.fill(job, missing, state.process_index, state.num_processes, config.redraws):
-            done.append(part)
-            progress.advance(task, part.images + len(part.failed))
-    parts: list[Drawn] = gather_object(done) if state.num_processes > 1 else done
-    seconds = time.perf_counter() - started
-    if state.is_main_process:
-        _write_pictures(job, folder)
+    with folder_lock(folder.path, state.is_main_process):
+        if state.is_main_process:
+            folder.begin()
+        state.wait_for_everyone()
+        missing = folder.missing()
+        state.wait_for_everyone()
+        started = time.perf_counter()
+        parts = _draw_all(job, folder, missing, state)
+        seconds = time.perf_counter() - started
+        if state.is_main_process:
+            _write_pictures(job, folder)
     notices = []
     if sampling.denoise and not denoises(flow):
         notices.append("Not denoised: this model was trained without Gaussian noise.")
@@ -237,6 +246,17 @@ def draw_folder(
         notices=tuple(notices),
         environment=environment(flow.device),
     )
+
+
+def _draw_all(job: _Job, folder: SampleFolder, missing: Sequence[int], state: PartialState) -> list[Drawn]:
+    """Draw this process's share of the missing images; what all processes did."""
+    done = []
+    with bar() as progress:
+        task = progress.add_task("sampling", total=-(-len(missing) // state.num_processes), note="")
+        for part in folder.fill(job, missing, state.process_index, state.num_processes, job.config.redraws):
+            done.append(part)
+            progress.advance(task, part.images + len(part.failed))
+    return gather_object(done) if state.num_processes > 1 else done
 
 
 def class_ids(flow: Flow, labels: Sequence[str | int]) -> list[int]:
@@ -371,15 +391,25 @@ class SampleFolder:
                         f"{self.path} holds images drawn with {key} = {was}, not {now}; "
                         "choose another --out, or continue with the same settings."
                     )
-        elif self.path.is_dir() and any(self.path.glob("*.png")):
-            raise InputError(f"{self.path} holds other images; choose an empty folder with --out.")
+        begun = note.is_file()
+        other = foreign_file(self.path, lambda name: begun and _OWN_FILES.fullmatch(name) is not None)
+        if other is not None:
+            raise InputError(
+                f"{self.path} holds something else ({other}); choose an empty folder with --out, or move "
+                "it away."
+            )
 
     def file(self, index: int) -> Path:
         """Path of an image."""
         return self.path / f"{index:06d}.png"
 
     def begin(self) -> None:
-        """Make the folder, note the settings, and remove what a killed run left half-written."""
+        """Make the folder, note the settings, and remove what a killed run left half-written.
+
+        Raises:
+            InputError: since this object was made, another process wrote something else into the folder.
+        """
+        self._check()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "sampling.json", self.settings)
         for leftover in self.path.glob(".*.png.*"):

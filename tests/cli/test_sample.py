@@ -118,7 +118,7 @@ def test_other_images_in_the_folder(flowback, checkpoint, tmp_path):
     (tmp_path / "mine.png").write_bytes(b"")
     code, _, err = flowback("sample", checkpoint[0], "--out", tmp_path)
     assert code == 2
-    assert "other images" in err
+    assert "holds something else" in err
 
 
 def test_two_processes_killed_and_finished(flowback, checkpoint, tmp_path):

@@ -12,8 +12,10 @@ differs; a record of another evaluation is made again from the run.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,18 +27,19 @@ from flowback.checked import Checked, from_dict, require, to_dict
 from flowback.config import EvaluateConfig, RunConfig, SampleConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
-from flowback.errors import InputError, nearest
+from flowback.errors import InputError, Interrupted, ProcessLostError, nearest
 from flowback.evaluation.linear_probe import probe
 from flowback.evaluation.pipeline import evaluate
 from flowback.evaluation.report import Report, weights_of
 from flowback.files import plain, write_json
+from flowback.folder_lock import folder_lock
 from flowback.model import Flow
 from flowback.presets import PRESETS, TABLES, Preset
 from flowback.provenance import environment
 from flowback.tables.charts import draw
 from flowback.tables.done import FORMAT, deciding, differences, read
 from flowback.tables.result import Row, Table
-from flowback.tables.summary import COLUMNS, compared, mixed, summarise
+from flowback.tables.summary import COLUMNS, DISTANCES, compared, mixed, summarise
 from flowback.training import train
 
 __all__ = ["ReproduceConfig", "Scale", "reproduce", "rows_of"]
@@ -151,14 +154,15 @@ def reproduce(
     wanted = list(job.wanted())
     if not wanted:
         raise InputError(f"No row of {job.name} can be run: {job.first_failure}")
-    for row in wanted:  # before hours are spent
-        job.refuse_other_runs(row)
-    for number, row in enumerate(wanted, start=1):
-        log.info("Row %d of %d, seed %d: %s", number, len(wanted), row.seed, row.preset)
-        job.run(row, f"{row.preset}, seed {row.seed} ({number} of {len(wanted)})")
-        filled = job.table()
-        filled.save(job.out)
-        draw(filled, job.out)
+    with folder_lock(job.out, active=os.environ.get("RANK", "0") == "0"):
+        for row in wanted:  # before hours are spent
+            job.refuse_other_runs(row)
+        for number, row in enumerate(wanted, start=1):
+            log.info("Row %d of %d, seed %d: %s", number, len(wanted), row.seed, row.preset)
+            job.run(row, f"{row.preset}, seed {row.seed} ({number} of {len(wanted)})")
+            filled = job.table()
+            filled.save(job.out)
+            draw(filled, job.out)
     if not job.records:
         raise InputError(f"No row of {job.name} could be run: {job.first_failure}")
     return filled
@@ -215,6 +219,7 @@ class _Job:
             )
         self.records: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
         self.failures: dict[tuple[str, int], str] = {}
+        self.warnings: list[str] = []
         self.images = functools.cache(load_images)
 
     @property
@@ -271,6 +276,8 @@ class _Job:
         if self.paper.kind == "probe":
             return {"kind": "probe", "seed": seed}
         weights = self.config.inception_weights
+        if weights is not None and not weights.is_file():
+            raise InputError(f"--inception-weights {weights} does not exist.")
         guidance, search = self.config.guidance, self.config.search
         if guidance is None and not search:
             guidance, search = self._usual_guidance()
@@ -278,6 +285,7 @@ class _Job:
             guidance, search = 0.0, ()  # nothing to guide towards
         return {
             "kind": "quality",
+            "inception": weights and _sha256(weights),
             "options": to_dict(
                 EvaluateConfig(
                     samples=self.samples,
@@ -332,17 +340,23 @@ class _Job:
         if stored is not None:
             different = differences(stored.get("settings", {}), row.settings)
             if not different:
-                self.records[key] = (file, stored)
+                self._keep(key, file, stored)
                 return
             log.info("%s is evaluated again: %s.", file, "; ".join(different))
         try:
             write_json(folder / "settings.json", row.settings["run"])
             images, test = self._images(row.config)
-            flow = train(row.config, images, folder, test=test, description=description).flow
+            flow = train(row.config, out=folder, description=description).flow
             report = _measure(flow, images, test, row.settings["evaluation"])
         except InputError as error:
             self.failures[key] = str(error)
             log.warning("%s, seed %d failed: %s", row.preset, row.seed, error)
+            return
+        except (Interrupted, ProcessLostError):
+            raise
+        except Exception as error:  # no memory for a large row, say, or a defect: the others go on
+            self.failures[key] = f"{type(error).__name__}: {error}"
+            log.exception("%s, seed %d failed.", row.preset, row.seed)
             return
         record = {
             "preset": row.preset,
@@ -353,7 +367,18 @@ class _Job:
             "report": report,
         }
         write_json(file, record)
-        self.records[key] = (file, plain(record))
+        self._keep(key, file, plain(record))
+
+    def _keep(self, key: tuple[str, int], file: Path, record: dict[str, Any]) -> None:
+        """Take a record's figures into the table; those of a flow that diverged are a failure."""
+        figures = record["report"]["figures"]
+        if figures.get("nll", 0.0) is None:
+            self.failures[key] = f"its nll is not finite (see {file})"
+            return
+        self.records[key] = (file, record)
+        lost = [name for name in DISTANCES if figures.get(name, 0.0) is None]
+        if lost:
+            self.warnings.append(f"{key[0]}, seed {key[1]}: {', '.join(lost)} is not finite (see {file}).")
 
     def table(self) -> Table:
         """The rows that have been run, or have failed."""
@@ -368,7 +393,7 @@ class _Job:
         columns = [column for column in COLUMNS if any(column in row.mean for row in rows)]
         settings = {k: v for k, v in to_dict(self.config).items() if k not in {"note", "redo"}}
         settings |= {"samples": self.samples, "seeds": self.seeds, "sampling": to_dict(self.sampling)}
-        return self._table(columns, rows, settings, mixed(rows))
+        return self._table(columns, rows, settings, [*mixed(rows), *self.warnings])
 
     def _table(
         self, columns: list[str], rows: list[Row], settings: dict[str, Any], warnings: list[str]
@@ -398,6 +423,11 @@ class _Job:
             rows.append(Row(name, preset.about, [], values, mean, dict.fromkeys(mean), published))
         columns = [figure for figure in self.paper.figures if figure in rows[0].mean]
         return self._table(columns, rows, {}, [])
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _measure(flow: Flow, images: ImageSet, test: ImageSet, settings: dict[str, Any]) -> dict[str, Any]:
