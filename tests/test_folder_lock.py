@@ -46,7 +46,7 @@ def test_only_the_main_process_of_a_job_locks(tmp_path):
 
 
 def test_a_kill_releases_it(tmp_path):
-    """Its own process: what is tested is that the system lets go, and that the name left behind is no lock."""
+    """In a process of its own: the system lets go, and the name left behind is no lock."""
     holds = (
         "import sys; from pathlib import Path; from flowback.folder_lock import folder_lock\n"
         "with folder_lock(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"

@@ -1,6 +1,6 @@
 """One process at a time writes into a folder: a lock that a kill releases, and that says who holds it.
 
-The lock is the system's own, on the file ``.flowback.lock`` in the folder: flock, or on Windows a locked byte.
+The lock is the system's own, on the file ``.flowback.lock`` in the folder: flock; on Windows, a locked byte.
 It ends with the process, however that ends. Between machines it holds as far as the file system passes locks
 on: NFS does (version 4, or 3 with its lock service), Lustre if it is mounted with ``flock``. Where there are
 no locks, a warning says so. Where locks stay on each machine, both processes get one; then the second only

@@ -1,6 +1,5 @@
 """`flowback prepare`: the bytes, resuming after a kill, and what is refused."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -18,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.nn import functional
 
+from data.test_sources import write_shard
 from flowback import DataConfig, InputError
 from flowback.data import decode_pool
 from flowback.data import prepared_writer as module
@@ -283,14 +283,6 @@ def test_large_rows_are_committed_before_they_fill_the_memory(tmp_path, small_co
 # --- sources ---
 
 
-def write_shard(path, samples):
-    with tarfile.open(path, "w") as tar:
-        for name, content in samples:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
 def shards(folder, count=12, labels=True):
     """Three shards of four images, the last for the test, labelled by .cls or .json in turn."""
     images = sorted(write_images(folder / "images", count=count // 2).rglob("*.png"))
@@ -336,10 +328,8 @@ def test_labels_file_for_a_flat_test_folder(tmp_path):
     (tmp_path / "data/val").mkdir()
     for index, file in enumerate(sorted(flat.rglob("*.png"))):
         file.rename(tmp_path / f"data/val/v{index}.png")
-    rows = (
-        "ImageId,PredictionString\nv0,bee 1 2 3 4\nv1,ant 1 2 3 4\nv2,bee 0 0 1 1 bee 3 3\nv3,bee 1 1 1 1\n"
-    )
-    (tmp_path / "val.csv").write_text(rows)
+    rows = "v0,bee 1 2 3 4\nv1,ant 1 2 3 4 \nv2,bee 0 0 1 1 bee 3 3 4 4\nv3,bee 1 1 1 1"
+    (tmp_path / "val.csv").write_text(f"ImageId,PredictionString\n{rows}\n")
     make(tmp_path / "data", tmp_path / "out", labels=tmp_path / "val.csv")
     test = load_prepared(tmp_path / "out", 16, 3, "test")
     assert test.labels.tolist() == [1, 0, 1, 1]

@@ -211,9 +211,7 @@ def test_a_row_that_fails_stands_in_its_cell_and_stops_no_other(runs, tmp_path, 
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["at first", "read again"])
-def test_a_flow_that_diverged_is_a_failure_and_a_lost_distance_a_warning(
-    runs, tmp_path, monkeypatch, again
-):
+def test_a_flow_that_diverged_is_a_failure_and_a_lost_distance_a_warning(runs, tmp_path, monkeypatch, again):
     measure = fill._measure
 
     def diverged(config, *arguments):

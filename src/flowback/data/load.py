@@ -74,7 +74,7 @@ def _load(data: DataConfig, image_size: int, channels: int, split: Literal["trai
         return load_folder(data, image_size, channels, split)
     if data.name == UNNAMED:
         raise InputError(
-            "The model's settings name no data: its images were given in Python, or its weights were imported; "
+            "The model's settings name no data: its images were given in Python, or its weights imported; "
             "name the data with --data NAME or --data FOLDER."
         )
     return load_named(data, image_size, channels, split)

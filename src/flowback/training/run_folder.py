@@ -37,7 +37,7 @@ __all__ = ["RunFolder", "Stored", "Writer"]
 log = logging.getLogger("flowback")
 
 _BESIDE = re.compile(r"settings\.json|[^/]+\.(log|out|err)")
-"""What may lie in the folder of a new run: what `flowback reproduce` notes, and a shell's or scheduler's log."""
+"""What may lie in the folder of a new run: notes of `flowback reproduce`, a shell's or scheduler's log."""
 
 
 MAY_CHANGE = {
