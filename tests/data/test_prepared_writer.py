@@ -28,6 +28,7 @@ from flowback.data.pixels import decode, fit, read_image
 from flowback.data.prepared import load_prepared
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
+from flowback.folder_lock import folder_lock
 
 BICUBIC = Settings(image_size=16, channels=3, crop="bicubic", holdout=0.25)
 
@@ -434,8 +435,30 @@ def test_other_settings_and_other_folders(tmp_path):
     make(data, tmp_path / "out")
     with pytest.raises(InputError, match=r"other settings: image_size \(was 16, now 8\)"):
         make(data, tmp_path / "out", Settings(8, 3, "bicubic", 0.25))
-    with pytest.raises(InputError, match="is not empty and holds no prepared set"):
+    with pytest.raises(InputError, match=r"holds something else \(.*000.png\)"):
         make(data, data)
+    (tmp_path / "out/train/notes.txt").touch()
+    with pytest.raises(InputError, match=r"holds something else \(.*train/notes.txt\)"):
+        make(data, tmp_path / "out")
+
+
+def test_only_one_process_prepares_into_a_folder(tmp_path):
+    data = write_images(tmp_path / "data", count=8)
+    with folder_lock(tmp_path / "out"), pytest.raises(InputError, match="is in use by process"):
+        make(data, tmp_path / "out")
+    make(data, tmp_path / "out")
+    with folder_lock(tmp_path / "out"), pytest.raises(InputError, match="is in use by process"):
+        make(data, tmp_path / "out")
+
+
+def test_a_source_that_moved_is_the_same(tmp_path, monkeypatch):
+    """Typed from another folder, or moved with its files' times."""
+    data = write_images(tmp_path / "data", count=8)
+    first = make(data, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert make("data", tmp_path / "out") == first
+    data.rename(tmp_path / "moved")
+    assert make(tmp_path / "moved", tmp_path / "out") == first
 
 
 def spoil_labels(split):
