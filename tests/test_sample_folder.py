@@ -229,7 +229,26 @@ def test_the_report_names_block_and_token(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_the_grid_has_rows_for_the_classes_drawn(flow, tmp_path):
-    """Two images of a model of five classes: two rows, not five."""
-    draw_folder(flow, tmp_path / "s", count=2, grid=tmp_path / "g.png")
-    assert read_png(tmp_path / "g.png")[0].shape[1:] == (2 + 2 * 66, 2 + 66)
+def test_the_grid_has_rows_for_the_classes_drawn(flow, tmp_path, monkeypatch):
+    """Two images of a model of five classes: two rows, not five, with their classes' names."""
+    written = []
+    monkeypatch.setattr(folders, "save_grid", lambda *arguments, names: written.append(names))
+    draw_folder(flow, tmp_path / "s", count=2, labels=[3, 1], grid=tmp_path / "g.png")
+    monkeypatch.setattr(flow, "classes", tuple("abcde"))
+    draw_folder(flow, tmp_path / "s", count=2, labels=[3, 1], grid=tmp_path / "g.png")
+    assert written == [["3", "1"], ["d", "b"]]
+    monkeypatch.undo()
+    draw_folder(flow, tmp_path / "s", count=2, labels=[3, 1], grid=tmp_path / "g.png")
+    assert read_png(tmp_path / "g.png")[0].shape[1] == 2 + 2 * 66
+
+
+def test_images_out_of_range_are_written_counted_and_named(flow, tmp_path, monkeypatch):
+    def bright(self, labels, seeds, redraw=0):
+        return torch.stack([torch.full((1, 4, 4), -1.6 if seed == 2 else 1.4) for seed in seeds])
+
+    monkeypatch.setattr(folders.Sampler, "__call__", bright)
+    report = draw_folder(flow, tmp_path, count=4, batch_size=3)
+    assert (report.drawn, report.out_of_range) == (4, 1)
+    assert "1 of 4 images leave [-1, 1] by far: image 2." in report.notices
+    assert report.to_dict()["result"]["out_of_range"] == 1
+    assert read_png(tmp_path / "000002.png")[0].max() == 0
