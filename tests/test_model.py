@@ -85,6 +85,8 @@ def test_an_unknown_name_is_refused(flow):
         flow.labels(["dgo"], 1)
     with pytest.raises(InputError, match="does not know the names of its classes; give 'dog' as an id"):
         Flow(CONFIG).labels(["dog"], 1)
+    with pytest.raises(InputError, match="2 classes called dog; give an id"):
+        Flow(CONFIG, ("dog", "cat", "dog")).labels(["dog"], 1)
     with pytest.raises(InputError, match="2 class names for a model of 3 classes"):
         Flow(CONFIG, ("cat", "dog"))
 

@@ -78,6 +78,8 @@ class Flow(TARFlow):
         return super().labels(labels, batch)
 
     def _class_id(self, name: str) -> int:
+        if self.classes.count(name) > 1:
+            raise InputError(f"The model has {self.classes.count(name)} classes called {name}; give an id.")
         if name in self.classes:
             return self.classes.index(name)
         if not self.classes:

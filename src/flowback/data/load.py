@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
+from flowback.checked import require_one_of
 from flowback.config import DataConfig
 from flowback.data.image_folder import load_folder
 from flowback.data.image_set import ImageSet
@@ -41,6 +42,7 @@ def load_images(
         >>> len(images), images.read(torch.tensor([0, 5])).shape
         (360, torch.Size([2, 1, 8, 8]))
     """
+    require_one_of(split, Literal["train", "test"], "split")
     images = _load(data, image_size, channels, split)
     if split == "train":
         _show_order(images)

@@ -260,8 +260,8 @@ def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, st
     table: dict[str, str] = {}
     columns = 2
     for number, row in enumerate(rows, start=1):
-        meant = [row[0]] if row[0] in exact else stems.get(row[0]) or stems.get(_stem(row[0])) or [None]
-        name = meant[0]
+        meant = [row[0]] if row[0] in exact else stems.get(row[0]) or stems.get(_stem(row[0])) or []
+        name = meant[0] if meant else None
         if name is None and number == 1:
             columns = max(columns, len(row))
             continue
