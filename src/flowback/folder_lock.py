@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -126,9 +127,9 @@ def _holder(handle: int) -> dict[str, object]:
 def _named(holder: dict[str, object]) -> str:
     if not holder:
         return "another process"
+    command = textwrap.shorten(str(holder.get("command")), 60, placeholder=" ...")
     return (
-        f"process {holder.get('process')} on {holder.get('host')} since {holder.get('since')} "
-        f"(`{holder.get('command')}`)"
+        f"process {holder.get('process')} on {holder.get('host')} since {holder.get('since')} (`{command}`)"
     )
 
 

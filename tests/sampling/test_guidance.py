@@ -65,7 +65,9 @@ def test_bad_options(bad):
 def test_a_formula_that_does_not_exist_is_not_tarflows():
     """Without the check of types that tests have, and users have not."""
     made = SimpleNamespace(formula="star", temperature=1.0, blocks=None, scale=0.0)
-    with pytest.raises(InputError, match=r"There is no guidance formula star; did you mean starflow or tarflow"):
+    with pytest.raises(
+        InputError, match=r"There is no guidance formula star; did you mean starflow or tarflow"
+    ):
         Guidance.__post_init__(made)
     for plan, sentence in (
         (SimpleNamespace(window=4, init="noise"), "There is no start of sweeps noise; known: z, zeros"),

@@ -16,6 +16,7 @@ import runs
 from flowback import Evaluator, Flow, InputError, checkpoint
 from flowback.config import AlignmentConfig
 from flowback.data.image_set import MemoryImages, Subset
+from flowback.data.vae import located
 from flowback.errors import Interrupted
 from flowback.folder_lock import folder_lock
 from flowback.training import train_loop
@@ -95,8 +96,18 @@ def test_paths_are_stored_so_that_they_hold_from_anywhere(open_config, tmp_path,
     assert f"The test images are the 3 of {tmp_path}/photos, as the model's settings say" in caplog.text
 
 
+def test_a_vae_in_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert located("vae") == str(tmp_path / "vae")
+    assert located("stabilityai/sd-vae-ft-ema") == "stabilityai/sd-vae-ft-ema"  # a name on the hub
+
+
 @pytest.mark.parametrize("name", ["mine.txt", "deep/er/mine.png", "metrics.jsonl", "model.safetensors"])
-def test_a_folder_with_something_else_is_refused_before_the_work(open_config, pets, tmp_path, name):
+def test_a_folder_with_something_else_is_refused_before_the_work(
+    open_config, pets, tmp_path, name, monkeypatch
+):
+    monkeypatch.setattr("flowback.training.run.train_loop", None)
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True)
     file.touch()
