@@ -87,6 +87,25 @@ def test_saving_again_replaces(folder):
     assert [entry.name for entry in folder.parent.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step-00000002/model.safetensors", "metrics.jsonl", ".git/config", "README.md"]
+)
+def test_a_folder_that_holds_more_is_not_replaced(folder, name):
+    """It would be removed with all that is in it: a run's folder has a config.json, too."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+    assert "holds something other than a checkpoint" in sentence(checkpoint.save, folder, CONFIG, weights(1))
+    assert same(load(folder), weights(0))
+
+
+def test_what_other_verbs_wrote_goes_with_the_weights(folder):
+    for name in ("sampling-plan.json", "evaluation/evaluate.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    checkpoint.save(folder, CONFIG, weights(1))
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def full_disk(*_) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

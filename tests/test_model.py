@@ -53,9 +53,18 @@ def test_loading_draws_no_weights(position, tmp_path, monkeypatch):
     assert torch.equal(loaded(images).z, saved(images).z)
 
 
+def test_a_saved_flow_names_no_data(flow, tmp_path):
+    """Nobody knows on what it was trained: certainly not on the default of the settings."""
+    flow.save_pretrained(tmp_path / "saved")
+    loaded = Flow.from_pretrained(tmp_path / "saved")
+    assert loaded.run.data.name == "none"
+    with pytest.raises(InputError, match="settings name no data"):
+        flowback.evaluate(loaded, samples=0)
+
+
 def test_a_folder_of_something_else_is_left_alone(flow, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds something other than a checkpoint; choose another folder"):
+    with pytest.raises(InputError, match=r"other than a checkpoint \(.*thesis.tex\); choose another"):
         flow.save_pretrained(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -76,6 +85,8 @@ def test_an_unknown_name_is_refused(flow):
         flow.labels(["dgo"], 1)
     with pytest.raises(InputError, match="does not know the names of its classes; give 'dog' as an id"):
         Flow(CONFIG).labels(["dog"], 1)
+    with pytest.raises(InputError, match="2 classes called dog; give an id"):
+        Flow(CONFIG, ("dog", "cat", "dog")).labels(["dog"], 1)
     with pytest.raises(InputError, match="2 class names for a model of 3 classes"):
         Flow(CONFIG, ("cat", "dog"))
 

@@ -8,6 +8,7 @@ import torch
 from flowback import Flow, InputError, ModelConfig, draw_folder, sample
 from flowback import sample_folder as folders
 from flowback.data.pixels import to_bytes
+from flowback.folder_lock import folder_lock
 from flowback.sample_folder import Failed, FolderConfig, SampleFolder, class_ids
 from flowback.sampling.image_files import read_png
 from flowback.sampling.sampler import Overflow
@@ -86,10 +87,37 @@ def test_non_finite_images_are_drawn_again(tmp_path):
     assert not (tmp_path / "000006.png").exists()
 
 
-def test_other_images_are_left_alone(tmp_path):
-    (tmp_path / "holiday.png").write_bytes(b"mine")
-    with pytest.raises(InputError, match="other images"):
-        SampleFolder(tmp_path, SETTINGS, 4, 4)
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+@pytest.mark.parametrize("name", ["holiday.png", "cat/000000.png", "cat/deep/mine.txt", "grid.png"])
+def test_a_folder_with_something_else_is_left_alone(tmp_path, name, begun):
+    """At any depth: samples written into a folder of images for training would become a part of it."""
+    if begun:
+        fill(tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match=f"holds something else .*{name}"):
+        SampleFolder(tmp_path, SETTINGS, 10, 4)
+
+
+def test_records_and_hidden_files_may_lie_beside_samples(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    fill(tmp_path)
+    for name in ("report.json", "all.npz"):
+        (tmp_path / name).touch()
+    assert fill(tmp_path) == [[]]
+
+
+def test_only_one_process_draws_into_a_folder(flow, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(InputError, match="is in use by process"):
+        draw_folder(flow, tmp_path, count=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_came_in_between_is_seen_under_the_lock(tmp_path):
+    folder = SampleFolder(tmp_path, SETTINGS, 4, 4)
+    (tmp_path / "mine.png").touch()
+    with pytest.raises(InputError, match="holds something else"):
+        folder.begin()
 
 
 def test_other_settings_are_refused(tmp_path):
@@ -160,10 +188,14 @@ def test_images_of_other_weights_do_not_mix(flow, tmp_path):
         ({"unconditional": True, "guidance": 1.0}, "give labels"),
         ({"guided_blocks": 3}, "guided blocks"),
         ({"grid": "."}, "is a folder"),
+        ({"grid": "OUT/grid.png"}, "lies in .*among the images"),
+        ({"trajectory": "OUT/deep/t.png"}, "lies in .*among the images"),
         ({"npz": f"{__file__}/s.npz"}, "is not a folder"),
     ],
 )
 def test_nothing_is_written_before_everything_is_checked(flow, tmp_path, options, message):
+    place = str(tmp_path / "out")
+    options = {k: v.replace("OUT", place) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(InputError, match=message):
         draw_folder(flow, tmp_path / "out", count=4, **options)
     assert not (tmp_path / "out").exists()
@@ -197,7 +229,26 @@ def test_the_report_names_block_and_token(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_the_grid_has_rows_for_the_classes_drawn(flow, tmp_path):
-    """Two images of a model of five classes: two rows, not five."""
-    draw_folder(flow, tmp_path / "s", count=2, grid=tmp_path / "g.png")
-    assert read_png(tmp_path / "g.png")[0].shape[1:] == (2 + 2 * 66, 2 + 66)
+def test_the_grid_has_rows_for_the_classes_drawn(flow, tmp_path, monkeypatch):
+    """Two images of a model of five classes: two rows, not five, with their classes' names."""
+    written = []
+    monkeypatch.setattr(folders, "save_grid", lambda *arguments, names: written.append(names))
+    draw_folder(flow, tmp_path / "s", count=2, labels=[3, 1], grid=tmp_path / "g.png")
+    monkeypatch.setattr(flow, "classes", tuple("abcde"))
+    draw_folder(flow, tmp_path / "s", count=2, labels=[3, 1], grid=tmp_path / "g.png")
+    assert written == [["3", "1"], ["d", "b"]]
+    monkeypatch.undo()
+    draw_folder(flow, tmp_path / "s", count=2, labels=[3, 1], grid=tmp_path / "g.png")
+    assert read_png(tmp_path / "g.png")[0].shape[1] == 2 + 2 * 66
+
+
+def test_images_out_of_range_are_written_counted_and_named(flow, tmp_path, monkeypatch):
+    def bright(self, labels, seeds, redraw=0):
+        return torch.stack([torch.full((1, 4, 4), -1.6 if seed == 2 else 1.4) for seed in seeds])
+
+    monkeypatch.setattr(folders.Sampler, "__call__", bright)
+    report = draw_folder(flow, tmp_path, count=4, batch_size=3)
+    assert (report.drawn, report.out_of_range) == (4, 1)
+    assert "1 of 4 images leave [-1, 1] by far: image 2." in report.notices
+    assert report.to_dict()["result"]["out_of_range"] == 1
+    assert read_png(tmp_path / "000002.png")[0].max() == 0

@@ -153,8 +153,10 @@ def test_what_is_written_and_said(imported, capsys):
     folder = imported(original())
     printed = capsys.readouterr().out
     assert "2 blocks of 2 layers, width 128, 3x12x12 images, 16 tokens, 5 classes" in printed
-    config = flowback.load(folder).config
+    flow = flowback.load(folder)
+    config = flow.config
     assert (config.noise, config.noise_std, config.head_dim) == ("gaussian", 0.05, 64)
+    assert flow.run.data.name == "none"  # the file does not say; certainly not the default
 
 
 def test_noise_is_stored(tmp_path):

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flowback.errors import InputError, nearest
 
-__all__ = ["Checked", "from_dict", "replaced", "require", "to_dict"]
+__all__ = ["Checked", "from_dict", "replaced", "require", "require_one_of", "to_dict"]
 
 T = TypeVar("T")
 
@@ -29,6 +29,19 @@ def require(condition: bool, message: str) -> None:
     """Raise InputError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise InputError(message)
+
+
+def require_one_of(value: object, choices: Any, what: str) -> None:
+    """Raise InputError unless ``value`` is one of ``choices``, the values of a Literal.
+
+    Example:
+        >>> require_one_of("tset", Literal["train", "test"], "split")
+        Traceback (most recent call last):
+        ...
+        flowback.errors.InputError: There is no split tset; did you mean test?
+    """
+    known = typing.get_args(choices)
+    require(value in known, f"There is no {what} {value}; {nearest(str(value).lower(), map(str, known))}")
 
 
 class Checked:

@@ -36,7 +36,7 @@ from flowback.checked import from_dict, to_dict
 from flowback.config import RunConfig
 from flowback.devices import pick_device
 from flowback.errors import InputError
-from flowback.files import write_json
+from flowback.files import foreign_file, write_json
 
 __all__ = [
     "FORMAT",
@@ -54,6 +54,10 @@ FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 _SHOWN = 8
 """Most runs that a message names."""
+_OWN_FILES = re.compile(
+    r"config\.json|(model|ema-[\d.e-]+)\.safetensors|training\.pt|sampling-plan\.json|evaluation/.*"
+)
+"""What a checkpoint's folder may hold: its own files, and what other verbs write beside them."""
 
 log = logging.getLogger("flowback")
 
@@ -140,10 +144,14 @@ def save(
         InputError: the folder holds something else, or the disk is full.
     """
     folder = Path(folder)
-    known = _is_checkpoint(folder) or (folder / "config.json").is_file()  # damaged ones are replaced, too
-    foreign = folder.exists() and not known
-    if foreign and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder} holds something other than a checkpoint; choose another folder.")
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; choose a folder.")
+    hidden = (place for place in folder.glob(".*") if place.is_dir())  # a clone's .git, say
+    other = foreign_file(folder, lambda name: _OWN_FILES.fullmatch(name) is not None) or next(hidden, None)
+    if other is not None:  # the folder is replaced as a whole: a run would lose its checkpoints
+        raise InputError(
+            f"{folder} holds something other than a checkpoint ({other}); choose another folder."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -114,7 +114,8 @@ class DataConfig(Checked):
 
     name: str = "digits"
     """Data set: `digits` (scikit-learn's), `folder` (of images), `prepared` (by `flowback prepare`), `mnist`,
-    `fashion-mnist`, `kmnist`, `emnist`, `cifar10`, `cifar100`, `emoji`, `fake`, or one you registered."""
+    `fashion-mnist`, `kmnist`, `emnist`, `cifar10`, `cifar100`, `emoji`, `fake`, or one you registered.
+    `none`: the images were given in Python, or nobody knows them."""
     path: Path | None = None
     """Folder of images (one sub-folder per class; none: unconditional), prepared set, or folder with the
     files of a named set. A path with the name left at `digits` means `folder`."""

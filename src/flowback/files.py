@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,7 @@ import torch
 
 from flowback.errors import InputError
 
-__all__ = ["cache_folder", "check_file", "check_folder", "plain", "replacing", "write_json"]
+__all__ = ["cache_folder", "check_file", "check_folder", "foreign_file", "plain", "replacing", "write_json"]
 
 
 def check_folder(folder: Path, option: str, file: Path | None = None) -> None:
@@ -47,6 +47,24 @@ def check_file(file: Path, option: str) -> None:
     if os.path.isdir(file):
         raise InputError(f"{option} {file} is a folder; give the name of a file.")
     check_folder(file.parent, option, file)
+
+
+def foreign_file(folder: Path, known: Callable[[str], bool]) -> Path | None:
+    """A file in ``folder``, at any depth, that is not ``known`` by its path inside it; None if there is none.
+
+    Files and folders whose name begins with a dot are not looked at: systems and editors leave them.
+
+    Args:
+        folder: it need not exist.
+        known: takes the path from ``folder`` on, with forward slashes.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            file = Path(place, name)
+            if not name.startswith(".") and not known(file.relative_to(folder).as_posix()):
+                return file
+    return None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowback import checkpoint
-from flowback.config import ModelConfig, RunConfig
+from flowback.config import DataConfig, ModelConfig, RunConfig
+from flowback.data.load import UNNAMED
 from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
@@ -77,6 +78,8 @@ class Flow(TARFlow):
         return super().labels(labels, batch)
 
     def _class_id(self, name: str) -> int:
+        if self.classes.count(name) > 1:
+            raise InputError(f"The model has {self.classes.count(name)} classes called {name}; give an id.")
         if name in self.classes:
             return self.classes.index(name)
         if not self.classes:
@@ -142,7 +145,7 @@ class Flow(TARFlow):
         Raises:
             InputError: the folder holds something else, or cannot be written.
         """
-        run = self.run or RunConfig()
+        run = self.run or RunConfig(data=DataConfig(UNNAMED))
         config = RunConfig(self.config, run.data, run.alignment, run.train, run.codec, self.classes)
         checkpoint.save(Path(folder), config, self.state_dict())
 

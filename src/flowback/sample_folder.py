@@ -7,7 +7,9 @@ with the same number of threads.
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from flowback.checked import Checked, require
 from flowback.config import RunConfig, SampleConfig
-from flowback.data.pixels import to_bytes, to_unit_range
+from flowback.data.pixels import Faults, quantise, to_unit_range
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
-from flowback.files import check_file, write_json
+from flowback.files import check_file, foreign_file, write_json
+from flowback.folder_lock import folder_lock
 from flowback.model import Flow
 from flowback.progress import bar
 from flowback.provenance import environment
@@ -48,6 +51,9 @@ __all__ = [
 
 _SHOWN = 8
 """Images in the picture of the way from noise to image."""
+
+_OWN_FILES = re.compile(r"\d{6,}\.png|[^/]+\.(npz|json)")
+"""What a folder of samples may hold; ``--npz`` and ``--json`` may name a place beside the images."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,13 @@ class FolderConfig(Checked):
             if path is not None:
                 check_file(path, f"--{name}")
 
+    def check_place(self, out: Path) -> None:
+        """Refuse pictures among the images, where they would count as two of them."""
+        for name in ("grid", "trajectory"):
+            path = getattr(self, name)
+            if path is not None and out.resolve() in path.resolve().parents:
+                raise InputError(f"--{name} {path} lies in {out}, among the images; give another place.")
+
 
 @dataclass(frozen=True)
 class Failed:
@@ -118,6 +131,8 @@ class SampleReport:
     """Images that were there before."""
     redrawn: int
     """Of those drawn, the ones that had non-finite values at first."""
+    out_of_range: int
+    """Of those drawn, the ones with values more than 0.5 outside [-1, 1]; their files hold the ends."""
     failed: tuple[Failed, ...]
     """Images that stayed non-finite; they were not written."""
     seconds: float
@@ -143,7 +158,7 @@ class SampleReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Environment, settings and result, ready for JSON."""
-        result = {name: getattr(self, name) for name in ("drawn", "present", "redrawn")}
+        result = {name: getattr(self, name) for name in ("drawn", "present", "redrawn", "out_of_range")}
         return {
             "environment": self.environment,
             "settings": self.settings,
@@ -207,36 +222,47 @@ def draw_folder(
     state = PartialState(cpu=flow.device.type == "cpu")
     settings = _settings(flow, sampler, sampling, codec, labels, config)
     folder = SampleFolder(Path(out), settings, config.count, sampling.batch_size)
+    config.check_place(folder.path)
     state.wait_for_everyone()  # all have looked at the folder before the first one changes it
-    if state.is_main_process:
-        folder.begin()
-    state.wait_for_everyone()
-    missing = folder.missing()
-    state.wait_for_everyone()
-    started, done = time.perf_counter(), []
-    with bar() as progress:
-        task = progress.add_task("sampling", total=-(-len(missing) // state.num_processes), note="")
-        for part in folder.fill(job, missing, state.process_index, state.num_processes, config.redraws):
-            done.append(part)
-            progress.advance(task, part.images + len(part.failed))
-    parts: list[Drawn] = gather_object(done) if state.num_processes > 1 else done
-    seconds = time.perf_counter() - started
-    if state.is_main_process:
-        _write_pictures(job, folder)
+    with folder_lock(folder.path, state.is_main_process):
+        if state.is_main_process:
+            folder.begin()
+        state.wait_for_everyone()
+        missing = folder.missing()
+        state.wait_for_everyone()
+        started = time.perf_counter()
+        parts = _draw_all(job, folder, missing, state)
+        seconds = time.perf_counter() - started
+        if state.is_main_process:
+            _write_pictures(job, folder)
     notices = []
     if sampling.denoise and not denoises(flow):
         notices.append("Not denoised: this model was trained without Gaussian noise.")
+    faults = functools.reduce(Faults.merge, (part.faults for part in parts), Faults())
+    notices += faults.sentences()
     return SampleReport(
         folder.path,
         drawn=sum(part.images for part in parts),
         present=config.count - len(missing),
         redrawn=sum(part.redrawn for part in parts),
+        out_of_range=faults.out_of_range,
         failed=tuple(sorted((failed for part in parts for failed in part.failed), key=lambda f: f.image)),
         seconds=seconds,
         settings={**folder.settings, "count": config.count},
         notices=tuple(notices),
         environment=environment(flow.device),
     )
+
+
+def _draw_all(job: _Job, folder: SampleFolder, missing: Sequence[int], state: PartialState) -> list[Drawn]:
+    """Draw this process's share of the missing images; what all processes did."""
+    done = []
+    with bar() as progress:
+        task = progress.add_task("sampling", total=-(-len(missing) // state.num_processes), note="")
+        for part in folder.fill(job, missing, state.process_index, state.num_processes, job.config.redraws):
+            done.append(part)
+            progress.advance(task, part.images + len(part.failed))
+    return gather_object(done) if state.num_processes > 1 else done
 
 
 def class_ids(flow: Flow, labels: Sequence[str | int]) -> list[int]:
@@ -308,6 +334,11 @@ class _Job:
         """Class ids of the images, or None."""
         return [self.ids[number % len(self.ids)] for number in numbers] if self.ids else None
 
+    def class_name(self, number: int) -> str:
+        """Name of an image's class; its id where the model does not know the names."""
+        class_id = self.ids[number % len(self.ids)]
+        return self.flow.classes[class_id] if self.flow.classes else str(class_id)
+
     def seeds(self, numbers: Sequence[int]) -> list[int]:
         """Seeds of the images."""
         return [self.config.seed + number for number in numbers]
@@ -335,6 +366,8 @@ class Drawn:
     """Of these, the ones that had non-finite values at first and were drawn again."""
     failed: tuple[Failed, ...]
     """Images that stayed non-finite; they were not written."""
+    faults: Faults
+    """Of the images written, those that leave [-1, 1] by far."""
 
 
 class SampleFolder:
@@ -371,15 +404,25 @@ class SampleFolder:
                         f"{self.path} holds images drawn with {key} = {was}, not {now}; "
                         "choose another --out, or continue with the same settings."
                     )
-        elif self.path.is_dir() and any(self.path.glob("*.png")):
-            raise InputError(f"{self.path} holds other images; choose an empty folder with --out.")
+        begun = note.is_file()
+        other = foreign_file(self.path, lambda name: begun and _OWN_FILES.fullmatch(name) is not None)
+        if other is not None:
+            raise InputError(
+                f"{self.path} holds something else ({other}); choose an empty folder with --out, or move "
+                "it away."
+            )
 
     def file(self, index: int) -> Path:
         """Path of an image."""
         return self.path / f"{index:06d}.png"
 
     def begin(self) -> None:
-        """Make the folder, note the settings, and remove what a killed run left half-written."""
+        """Make the folder, note the settings, and remove what a killed run left half-written.
+
+        Raises:
+            InputError: since this object was made, another process wrote something else into the folder.
+        """
+        self._check()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "sampling.json", self.settings)
         for leftover in self.path.glob(".*.png.*"):
@@ -409,7 +452,10 @@ class SampleFolder:
             images, attempts = _finite_draw(draw, numbers, redraws)
             finite = images.flatten(1).isfinite().all(1).tolist()
             written = [row for row, number in enumerate(numbers) if finite[row] and number in wanted]
-            for row, pixels in zip(written, to_bytes(images[written]), strict=True):
+            faults = Faults()
+            names = [f"image {numbers[row]}" for row in written]
+            pictures = quantise(images[written], names, faults).cpu()
+            for row, pixels in zip(written, pictures, strict=True):
                 text = {**draw.notes(numbers[row]), **({"redraw": attempts[row]} if attempts[row] else {})}
                 save_png(pixels, self.file(numbers[row]), text)
             bad = [number for row, number in enumerate(numbers) if not finite[row] and number in wanted]
@@ -418,6 +464,7 @@ class SampleFolder:
                 len(written),
                 sum(attempts[row] > 0 for row in written),
                 tuple(Failed(number, place) for number, place in zip(bad, places, strict=True)),
+                faults,
             )
 
 
@@ -442,10 +489,11 @@ def _write_pictures(job: _Job, folder: SampleFolder) -> None:
     if (config.grid or config.npz) and there:
         pixels = {number: read_png(folder.file(number))[0] for number in there}
         if config.grid:
-            order, columns = _grid_order(there, config.count, len(job.ids))
-            black = torch.zeros_like(pixels[there[0]])
-            shown = torch.stack([pixels.get(number, black) for number in order])
-            save_grid(to_unit_range(shown), config.grid, columns)
+            rows = _grid_rows(there, len(job.ids))
+            black, columns = torch.zeros_like(pixels[there[0]]), len(rows[0])
+            shown = torch.stack([pixels.get(number, black) for row in rows for number in row])
+            names = [job.class_name(row[0]) for row in rows] if job.ids else []
+            save_grid(to_unit_range(shown), config.grid, columns, names=names)
         if config.npz:
             save_npz(torch.stack([pixels[number] for number in there]), config.npz, job.labels(there))
     if config.trajectory:
@@ -454,14 +502,15 @@ def _write_pictures(job: _Job, folder: SampleFolder) -> None:
         save_trajectory([job.codec.decode(state) for state in states], config.trajectory)
 
 
-def _grid_order(there: Sequence[int], count: int, classes: int) -> tuple[list[int], int]:
-    """Numbers of the images row after row, and how many make a row.
+def _grid_rows(there: Sequence[int], classes: int) -> list[list[int]]:
+    """Numbers of the images, row by row, all rows equally long.
 
     Each class that was drawn has a row; where it has fewer images than another, numbers without an image
     fill it up.
     """
     if not classes:
-        return list(there), max(1, round(len(there) ** 0.5))
-    columns = -(-count // classes)
-    rows = [range(first, columns * classes, classes) for first in range(classes)]
-    return [number for row in rows if not set(there).isdisjoint(row) for number in row], columns
+        columns = max(1, round(len(there) ** 0.5))
+        return [list(there[first : first + columns]) for first in range(0, len(there), columns)]
+    columns = max(there) // classes + 1
+    rows = [list(range(first, columns * classes, classes)) for first in range(classes)]
+    return [row for row in rows if not set(there).isdisjoint(row)]

@@ -179,6 +179,22 @@ def test_own_names_are_taken(name):
         register_dataset(name)
 
 
+def test_an_unknown_split_is_not_the_other_one():
+    with pytest.raises(InputError, match=r"There is no split tset; did you mean test\?"):
+        load_images.__wrapped__(DataConfig(), 8, 1, "tset")  # without the check of types that tests have
+
+
+@pytest.mark.parametrize("path", [None, "here"])
+def test_data_without_a_name(tmp_path, path):
+    """A path names it, as it does where the name is the default."""
+    if path is None:
+        with pytest.raises(InputError, match=r"settings name no data: .* name the data with --data NAME or"):
+            load_images(DataConfig("none"), 8, 1)
+    else:
+        Image.new("L", (8, 8)).save(tmp_path / "a.png")
+        assert len(load_images(DataConfig("none", path=tmp_path, holdout=0.0), 8, 1)) == 1
+
+
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(
         InputError, match=r"^--data.name fashon-mnist is not known; did you mean fashion-mnist"

@@ -1,6 +1,5 @@
 """`flowback prepare`: the bytes, resuming after a kill, and what is refused."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -18,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.nn import functional
 
+from data.test_sources import write_shard
 from flowback import DataConfig, InputError
 from flowback.data import decode_pool
 from flowback.data import prepared_writer as module
@@ -28,6 +28,7 @@ from flowback.data.pixels import decode, fit, read_image
 from flowback.data.prepared import load_prepared
 from flowback.data.prepared_writer import prepare
 from flowback.data.sources import open_source
+from flowback.folder_lock import folder_lock
 
 BICUBIC = Settings(image_size=16, channels=3, crop="bicubic", holdout=0.25)
 
@@ -283,14 +284,6 @@ def test_large_rows_are_committed_before_they_fill_the_memory(tmp_path, small_co
 # --- sources ---
 
 
-def write_shard(path, samples):
-    with tarfile.open(path, "w") as tar:
-        for name, content in samples:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
 def shards(folder, count=12, labels=True):
     """Three shards of four images, the last for the test, labelled by .cls or .json in turn."""
     images = sorted(write_images(folder / "images", count=count // 2).rglob("*.png"))
@@ -336,10 +329,8 @@ def test_labels_file_for_a_flat_test_folder(tmp_path):
     (tmp_path / "data/val").mkdir()
     for index, file in enumerate(sorted(flat.rglob("*.png"))):
         file.rename(tmp_path / f"data/val/v{index}.png")
-    rows = (
-        "ImageId,PredictionString\nv0,bee 1 2 3 4\nv1,ant 1 2 3 4\nv2,bee 0 0 1 1 bee 3 3\nv3,bee 1 1 1 1\n"
-    )
-    (tmp_path / "val.csv").write_text(rows)
+    rows = "v0,bee 1 2 3 4\nv1,ant 1 2 3 4 \nv2,bee 0 0 1 1 bee 3 3 4 4\nv3,bee 1 1 1 1"
+    (tmp_path / "val.csv").write_text(f"ImageId,PredictionString\n{rows}\n")
     make(tmp_path / "data", tmp_path / "out", labels=tmp_path / "val.csv")
     test = load_prepared(tmp_path / "out", 16, 3, "test")
     assert test.labels.tolist() == [1, 0, 1, 1]
@@ -444,8 +435,30 @@ def test_other_settings_and_other_folders(tmp_path):
     make(data, tmp_path / "out")
     with pytest.raises(InputError, match=r"other settings: image_size \(was 16, now 8\)"):
         make(data, tmp_path / "out", Settings(8, 3, "bicubic", 0.25))
-    with pytest.raises(InputError, match="is not empty and holds no prepared set"):
+    with pytest.raises(InputError, match=r"holds something else \(.*000.png\)"):
         make(data, data)
+    (tmp_path / "out/train/notes.txt").touch()
+    with pytest.raises(InputError, match=r"holds something else \(.*train/notes.txt\)"):
+        make(data, tmp_path / "out")
+
+
+def test_only_one_process_prepares_into_a_folder(tmp_path):
+    data = write_images(tmp_path / "data", count=8)
+    with folder_lock(tmp_path / "out"), pytest.raises(InputError, match="is in use by process"):
+        make(data, tmp_path / "out")
+    make(data, tmp_path / "out")
+    with folder_lock(tmp_path / "out"), pytest.raises(InputError, match="is in use by process"):
+        make(data, tmp_path / "out")
+
+
+def test_a_source_that_moved_is_the_same(tmp_path, monkeypatch):
+    """Typed from another folder, or moved with its files' times."""
+    data = write_images(tmp_path / "data", count=8)
+    first = make(data, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert make("data", tmp_path / "out") == first
+    data.rename(tmp_path / "moved")
+    assert make(tmp_path / "moved", tmp_path / "out") == first
 
 
 def spoil_labels(split):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from torch_fidelity.fidelity import calculate_metrics
 
 from flowback.errors import InputError
+from flowback.evaluation import inception
 from flowback.evaluation.inception import load_inception, spatial_features
 from flowback.evaluation.protocol import InceptionStatistics, adm_figures
 from random_inception import random_weights
@@ -102,13 +104,23 @@ def frechet_of_few(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_grey_images_are_three_equal_channels(weights):
-    inception = load_inception(weights)
+    network = load_inception(weights)
+    assert not network.published  # random, which the figures' report says
     grey = crops(2)[:, :1, :32, :32]
-    one, three = inception(grey), inception(grey.repeat(1, 3, 1, 1))
+    one, three = network(grey), network(grey.repeat(1, 3, 1, 1))
     assert torch.equal(one.pool, three.pool)
     assert one.spatial.shape == (2, 2023)
     assert one.logits.shape == (2, 1008)
-    assert not any(module._forward_hooks for module in inception.modules())  # nothing is left behind
+    assert not any(module._forward_hooks for module in network.modules())  # nothing is left behind
+
+
+def test_the_published_file_is_known_by_its_hash(tmp_path):
+    """PyTorch's hub writes the first digits of a file's SHA-256 into its name."""
+    file = tmp_path / "renamed.pth"
+    file.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert inception._is_published(file, f"https://example.org/weights-2015-12-05-{digest[:8]}.pth")
+    assert not inception._is_published(file, "https://example.org/weights-2015-12-05-6726825d.pth")
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

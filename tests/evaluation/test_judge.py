@@ -122,13 +122,22 @@ def test_judge_with_and_without_inception():
     samples = image_set(10, seed=8)
     figures = plain.figures(plain.gather(batches(samples, 4), 10))
     assert list(figures) == ["fd_efficientnet_lite0"]
-    assert plain.warnings(10) == []
+    assert plain.warnings(10) == [
+        "fd_efficientnet_lite0 from 10 samples: it is larger than from more, and comparable only with "
+        "figures from 10 samples against the same reference.",
+        "10 samples do not fill a covariance of 112 features; fd_efficientnet_lite0 is crude.",
+    ]
+    assert plain.warnings(50_000) == [
+        "12 images of the reference do not fill a covariance of 112 features; fd_efficientnet_lite0 is crude."
+    ]
     adm = Judge(reference, encoder, "adm", FakeInception())
     found = adm.figures(adm.gather(batches(samples, 4), 10))
     assert found["fd_efficientnet_lite0"] == pytest.approx(figures["fd_efficientnet_lite0"], rel=1e-6)
     assert {"fid", "sfid", "inception_score", "precision", "recall"} <= set(found)
-    assert "FID from 10 samples" in adm.warnings(10)[0]
-    assert adm.warnings(50_000) == []
+    assert "FID from 10 samples" in adm.warnings(10)[2]
+    assert adm.warnings(50_000) == plain.warnings(50_000)
+    adm.inception.published = False
+    assert "weights are not those of the published file (by its SHA-256): FID" in adm.warnings(50_000)[1]
     statistics = Reference("mu and sigma", "0", None, Moments.of(torch.randn(9, 12)))
     with pytest.raises(InputError, match="no images; give --protocol adm"):
         Judge(statistics, encoder)

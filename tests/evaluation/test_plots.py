@@ -18,7 +18,9 @@ def test_class_names_of_any_script(tmp_path, classes):
 
 def test_a_font_for_other_scripts_is_taken_where_there_is_one(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("flowback.evaluation.plots._installed", lambda: {"DejaVu Sans", "Noto Sans CJK JP"})
+    monkeypatch.setattr(
+        matplotlib.font_manager, "get_font_names", lambda: ["DejaVu Sans", "Noto Sans CJK JP"]
+    )
     find = matplotlib.font_manager.fontManager._find_fonts_by_props
     monkeypatch.setattr(
         matplotlib.font_manager.fontManager,

@@ -1,9 +1,12 @@
 """The formulas of guidance, and where they apply."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from flowback import Guidance, InputError
+from flowback.sampling import BlockPlan
 from flowback.sampling.guidance import starflow, tarflow
 
 C = (torch.tensor([[[0.5]]], dtype=torch.float64), torch.tensor([[[-0.2]]], dtype=torch.float64))
@@ -57,6 +60,21 @@ def test_blocks_nearest_the_noise():
 def test_bad_options(bad):
     with pytest.raises(InputError):
         Guidance(**bad)
+
+
+def test_a_formula_that_does_not_exist_is_not_tarflows():
+    """Without the check of types that tests have, and users have not."""
+    made = SimpleNamespace(formula="star", temperature=1.0, blocks=None, scale=0.0)
+    with pytest.raises(
+        InputError, match=r"There is no guidance formula star; did you mean starflow or tarflow"
+    ):
+        Guidance.__post_init__(made)
+    for plan, sentence in (
+        (SimpleNamespace(window=4, init="noise"), "There is no start of sweeps noise; known: z, zeros"),
+        (SimpleNamespace(window=0, init="z"), "window of a block's plan is 0; it must be at least 1"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            BlockPlan.__post_init__(plan)
 
 
 def test_wrong_number_of_scales():

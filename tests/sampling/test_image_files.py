@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flowback.data.pixels import to_bytes
-from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
+from flowback.sampling.image_files import grid, read_png, save_grid, save_npz, save_png, save_trajectory
 
 
 def test_bytes_are_rounded_not_truncated():
@@ -45,6 +45,27 @@ def test_grid_places_images_row_after_row(tmp_path):
     assert (sheet[2:66, 2:66] == 0).all()
     assert (sheet[2:66, 68:132] == 128).all()
     assert (sheet[68:132, 68:132] == 255).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rows_of_a_grid_have_names(channels):
+    """To the left of the images, each beside its row; a name that is too long is cut."""
+    images = torch.full((3, channels, 64, 64), -1.0)
+    plain, named = grid(images, 1), grid(images, 1, names=["", "a name", "x" * 500])
+    width = named.shape[2] - plain.shape[2]
+    assert torch.equal(named[:, :, width:], plain)
+    rows = [(named[:, 2 + 66 * row : 68 + 66 * row, :width] < 128).any() for row in range(3)]
+    assert rows == [False, True, True]
+    assert 100 < width < 300
+    assert (named[:, :, width - 3 : width] == 255).all()  # nothing is cut off
+
+
+def test_many_rows_have_names(monkeypatch):
+    """They are drawn in several pictures, since matplotlib's have less than 2^16 pixels along a side."""
+    images, names = torch.ones(5, 1, 64, 64), [f"row {row}" for row in range(5)]
+    whole = grid(images, 1, names=names)
+    monkeypatch.setattr("flowback.sampling.image_files._ROWS", 2)
+    assert torch.equal(grid(images, 1, names=names), whole)
 
 
 def test_trajectory_shows_each_image_in_a_row(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pickle
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +15,8 @@ import torch
 
 from flowback import InputError, ModelConfig, RunConfig, SampleConfig, TrainConfig, reproduce
 from flowback.config import AlignmentConfig
+from flowback.errors import Interrupted
+from flowback.folder_lock import folder_lock
 from flowback.presets import PRESETS, TABLES, PaperTable, Preset
 from flowback.tables import charts, fill, row_run, rows_of
 
@@ -33,7 +36,8 @@ def runs(monkeypatch):
     monkeypatch.setitem(TABLES, "tiny", PaperTable("Tiny", ("fid",), (("tiny", 2.0), ("tiny-reverse", 1.0))))
     trained, measured = [], []
 
-    def train(config, images, folder, *, test, description):
+    def train(config, out, description):
+        folder = out
         trained.append((folder.name, description))
         rows = [
             {"step": s, "images": 8 * s, "seconds": 0.5 * s, "test_nll": -s / config.train.steps}
@@ -136,7 +140,10 @@ OTHER = {
         {"sampling": SampleConfig(denoise=False)},
         "evaluation.sampling.denoise was True, now False",
     ),
-    "inception": ({"inception_weights": Path("w")}, "evaluation.options.protocol was none, now adm"),
+    "inception": (
+        {"inception_weights": Path(__file__)},  # any file: nothing reads it here
+        "evaluation.options.protocol was none, now adm",
+    ),
 }
 
 
@@ -183,23 +190,75 @@ def test_a_setting_that_is_newer_than_the_run_stood_at_its_default(runs, tmp_pat
     assert len(trained) == 2
 
 
-def test_a_row_that_fails_stands_in_its_cell_and_stops_no_other(runs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InputError("Step 3: the gradient is not finite."), "Step 3: the gradient is not finite."),
+        (TypeError("a defect"), "TypeError: a defect"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+    ],
+    ids=["bad input", "a defect", "no memory"],
+)
+def test_a_row_that_fails_stands_in_its_cell_and_stops_no_other(runs, tmp_path, monkeypatch, error, said):
     train = row_run.train
 
-    def diverging(config, images, folder, **more):
+    def diverging(config, **more):
         if not config.alignment.active:
-            raise InputError("Step 3: the gradient is not finite.")
-        return train(config, images, folder, **more)
+            raise error
+        return train(config, **more)
 
     monkeypatch.setattr(row_run, "train", diverging)
     table = reproduce("tiny", "mini", 1, tmp_path)
-    assert table.row("tiny-mini").failures == {0: "Step 3: the gradient is not finite."}
+    assert table.row("tiny-mini").failures == {0: said}
     assert table.row("tiny-reverse-mini").values["nll"] == [-1.5]
     text = (tmp_path / "tiny-mini.md").read_text()
     assert "| tiny-mini | failed |" in text
-    assert "tiny-mini, seed 0, failed: Step 3: the gradient is not finite." in text
+    assert f"tiny-mini, seed 0, failed: {said}" in text
     monkeypatch.setattr(row_run, "train", train)  # mended: the row is tried again
     assert reproduce("tiny", "mini", 1, tmp_path).row("tiny-mini").seeds == [0]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at first", "read again"])
+def test_a_flow_that_diverged_is_a_failure_and_a_lost_distance_a_warning(runs, tmp_path, monkeypatch, again):
+    measure = row_run._measure
+
+    def diverged(config, *arguments):
+        report = measure(config, *arguments)
+        lost = "fd_efficientnet_lite0" if config.alignment.active else "nll"
+        return report | {"figures": {**report["figures"], lost: math.nan}}
+
+    monkeypatch.setattr(row_run, "_measure", diverged)
+    table = reproduce("tiny", "mini", 1, tmp_path)
+    if again:
+        table = reproduce("tiny", "mini", 1, tmp_path)
+    assert table.row("tiny-mini").failures[0].startswith("its nll is not finite (see ")
+    assert table.row("tiny-reverse-mini").values["nll"] == [-1.5]
+    assert "tiny-reverse-mini, seed 0: fd_efficientnet_lite0 is not finite" in table.warnings[0]
+
+
+def test_a_stopped_table_is_no_failed_row(runs, tmp_path, monkeypatch):
+    def stopped(*arguments, **more):
+        raise Interrupted("Stopped")
+
+    monkeypatch.setattr(row_run, "train", stopped)
+    with pytest.raises(Interrupted):
+        reproduce("tiny", "mini", 1, tmp_path)
+
+
+def test_only_one_process_fills_a_folder(runs, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(InputError, match="is in use by process"):
+        reproduce("tiny", "mini", 1, tmp_path)
+
+
+def test_other_weights_in_the_same_file_are_another_evaluation(runs, tmp_path):
+    _, measured = runs
+    file = tmp_path / "w.pth"
+    for content, evaluations in (b"one", 2), (b"one", 2), (b"two", 4):
+        file.write_bytes(content)
+        reproduce("tiny", "mini", 1, tmp_path / "out", inception_weights=file)
+        assert len(measured) == evaluations
+    with pytest.raises(InputError, match=r"--inception-weights .*none\.pth does not exist"):
+        reproduce("tiny", "mini", 1, tmp_path / "out", inception_weights=tmp_path / "none.pth")
 
 
 def test_a_table_without_a_single_run_is_an_error(runs, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import signal
@@ -9,14 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import flowback
 import runs
 from flowback import Evaluator, Flow, InputError, checkpoint
 from flowback.config import AlignmentConfig, EvaluateConfig
 from flowback.data.image_set import MemoryImages, Subset
+from flowback.data.vae import located
 from flowback.errors import Interrupted
+from flowback.folder_lock import folder_lock
 from flowback.training import evaluators, train_loop
+from flowback.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -65,6 +70,65 @@ def test_images_of_ones_own(open_config, pets, tmp_path):
     held_out = flowback.train(open_config, pets, tmp_path / "two", test=pets)
     assert held_out.metrics["test_nll"] > 0
     assert held_out.test is pets
+    assert result.flow.run.data.name == "none"  # and not scikit-learn's digits, the default
+    with pytest.raises(InputError, match="settings name no data: its images were given in Python"):
+        flowback.evaluate(result.flow, samples=0)
+    with pytest.raises(InputError, match=r"other settings: .*--data\.name \(was none, now digits\)"):
+        flowback.train(open_config, out=tmp_path / "run")
+
+
+def test_paths_are_stored_so_that_they_hold_from_anywhere(open_config, tmp_path, monkeypatch, caplog):
+    """A run that was started beside its data is evaluated from another folder; the data are named."""
+    caplog.set_level(logging.INFO, "flowback")
+    for number in range(12):
+        picture = Image.new("L", (8, 8), 20 * number)
+        (tmp_path / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png")
+    data = flowback.DataConfig("folder", path="photos", holdout=0.3)
+    config = dataclasses.replace(
+        open_config, data=data, train=dataclasses.replace(open_config.train, steps=2)
+    )
+    monkeypatch.chdir(tmp_path)
+    flow = flowback.train(config, out="run").flow
+    assert flow.run.data.path == tmp_path / "photos"
+    monkeypatch.chdir("/")
+    report = flowback.evaluate(flow, samples=0, classification=False, draws=1)
+    assert report.settings["held_out"]["images"] == "photos-test"
+    assert f"The test images are the 3 of {tmp_path}/photos, as the model's settings say" in caplog.text
+
+
+def test_a_vae_in_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert located("vae") == str(tmp_path / "vae")
+    assert located("stabilityai/sd-vae-ft-ema") == "stabilityai/sd-vae-ft-ema"  # a name on the hub
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "deep/er/mine.png", "metrics.jsonl", "model.safetensors"])
+def test_a_folder_with_something_else_is_refused_before_the_work(
+    open_config, pets, tmp_path, name, monkeypatch
+):
+    monkeypatch.setattr("flowback.training.run.train_loop", None)
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(InputError, match=rf"--out .* holds (something else \(.*{name}\)|a checkpoint)"):
+        flowback.train(open_config, pets, tmp_path / "run")
+    assert [each for each in (tmp_path / "run").rglob("*") if each.is_file()] == [file]
+
+
+def test_a_log_may_lie_in_the_folder_of_a_new_run(open_config, pets, tmp_path):
+    """`flowback train ... > runs/mine/train.log` makes it before the run begins."""
+    (tmp_path / "run").mkdir()
+    for name in ("train.log", "slurm-7.out", ".hidden"):
+        (tmp_path / "run" / name).touch()
+    RunFolder(tmp_path / "run", open_config).check()
+
+
+def test_only_one_process_trains_in_a_folder(open_config, pets, tmp_path):
+    with folder_lock(tmp_path / "run"), pytest.raises(InputError, match="is in use by process"):
+        flowback.train(open_config, pets, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_function_and_the_package_have_names_of_their_own():

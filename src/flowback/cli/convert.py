@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from flowback import checkpoint
 from flowback.cli.console import say
 from flowback.cli.options import parse
-from flowback.config import RunConfig
+from flowback.config import DataConfig, RunConfig
+from flowback.data.load import UNNAMED
 from flowback.errors import InputError
 from flowback.flow.cost import parameters
 from flowback.model import Flow
@@ -54,7 +55,7 @@ def run_import(argv: list[str]) -> None:
     model, weights = read_tarflow(
         options.weights, options.image_size, options.patch_size, options.noise, options.noise_std
     )
-    checkpoint.save(options.out, RunConfig(model=model), weights)
+    checkpoint.save(options.out, RunConfig(model, DataConfig(UNNAMED)), weights)
     classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
     say(
         f"{options.out}: {model.blocks} blocks of {model.layers} layers, width {model.width}, "

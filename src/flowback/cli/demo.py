@@ -122,7 +122,9 @@ def _draw_samples(flows: dict[str, Flow], options: Options) -> None:
         labels = [k for k in range(10) for _ in range(10)]
         drawn = sample(flow, labels, seeds=range(100), guidance=options.guidance)
         shown = functional.interpolate(drawn, scale_factor=8, mode="bicubic")  # 8 pixels are hard to read
-        axis.imshow(grid(shown, columns=10)[0].numpy(), cmap="gray", interpolation="nearest")
+        axis.imshow(
+            grid(shown, columns=10, names=flow.classes)[0].numpy(), cmap="gray", interpolation="nearest"
+        )
         axis.set_title(RUNS[name][1])
         axis.set_axis_off()
     figure.suptitle(f"Samples, one class in each row, guidance {options.guidance:g}")

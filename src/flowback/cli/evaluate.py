@@ -106,7 +106,7 @@ def _show(report: Report, title: str) -> None:
     rows = []
     for name, value in figures.items():
         if isinstance(value, float) and not name.endswith("_error"):
-            few = "fid" in name and samples < COMPARABLE
+            few = ("fid" in name or name.startswith("fd_")) and samples < COMPARABLE
             note = f"from {samples:,} samples only" if few else ""
             rows.append([name, value, figures.get(f"{name}_error"), note])
     show_table(title, ["figure", "value", "standard error", ""], rows)

@@ -72,7 +72,8 @@ def _show(report: SampleReport) -> None:
     if report.present:
         say(f"{report.present} images were there already.")
     rows = [["images drawn", report.drawn], ["redrawn (non-finite)", report.redrawn]]
-    rows += [["failed", len(report.failed)], ["seconds", report.seconds]]
+    rows += [["out of range", report.out_of_range], ["failed", len(report.failed)]]
+    rows += [["seconds", report.seconds]]
     show_table(str(report.out), ["", "value"], [*rows, ["images/s", report.drawn / report.seconds]])
     if report.failed:
         places = [[failed.image, str(failed.overflow or "decoder")] for failed in report.failed]

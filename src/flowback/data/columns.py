@@ -18,7 +18,10 @@ from flowback.data.decode_pool import Settings
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 
-__all__ = ["Column", "Maker", "bytes_of_image", "derive", "open_columns", "settings_of"]
+__all__ = ["FILES", "Column", "Maker", "bytes_of_image", "derive", "open_columns", "settings_of"]
+
+FILES = ("images.npy", "labels.npy", "ends.npy", "names.txt", "latents.npy", "features.npy")
+"""All that a split's folder may hold when it is complete."""
 
 HEADER = 128
 """Bytes of the header: NumPy pads it so that a growing number of rows never changes its length."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from flowback.errors import InputError
 __all__ = ["HubSource", "is_saved", "open_hub"]
 
 _TESTS = ("test", "validation", "val", "valid")
+_IMAGES, _LABELS = ("image", "img"), ("label", "labels", "class")
+"""Names that decide between several columns of images or of classes."""
 
 
 @dataclass(frozen=True)
@@ -74,32 +76,88 @@ def open_hub(data: str, holdout: float) -> dict[Literal["train", "test"], HubSou
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{data} cannot be loaded by `datasets` ({reason}); check its name.") from None
     parts: dict[str, Any] = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-    test = next((name for name in _TESTS if name in parts), None)
-    train = parts["train"] if "train" in parts else next(iter(parts.values()))
+    if "train" not in parts and len(parts) > 1:
+        raise InputError(f"{data} has the splits {', '.join(parts)}, none called train; save it with one.")
+    train = parts.get("train", next(iter(parts.values())))
+    columns = _columns(data, train)
     short = Path(data.removeprefix("hf:")).name.partition("@")[0]
-    if test is not None and parts[test] is not train:
-        return {
-            "train": _source(data, f"{short}-train", train),
-            "test": _source(data, f"{short}-test", parts[test]),
-        }
+    source = _source(f"{short}-train", train, columns)
+    tests = {name: parts[name] for name in _TESTS if name in parts and parts[name] is not train}
+    if tests:
+        return {"train": source, "test": _first_usable(f"{short}-test", tests, columns)}
     if holdout == 0:
-        return {"train": _source(data, f"{short}-train", train)}
+        return {"train": source}
     tested = np.asarray(held_out([str(row) for row in range(len(train))], holdout), dtype=bool)
     return {
-        "train": _source(data, f"{short}-train", train.select(np.flatnonzero(~tested))),
-        "test": _source(data, f"{short}-test", train.select(np.flatnonzero(tested))),
+        "train": _source(f"{short}-train", train.select(np.flatnonzero(~tested)), columns),
+        "test": _source(f"{short}-test", train.select(np.flatnonzero(tested)), columns),
     }
 
 
-def _source(data: str, name: str, table: Any) -> HubSource:
+class _Columns(NamedTuple):
+    """The columns of a data set that are used."""
+
+    data: str
+    """What the data set is called."""
+    image: str
+    label: str | None
+    classes: tuple[str, ...]
+
+
+def _columns(data: str, table: Any) -> _Columns:
+    """Those of the training split; what could be read in two ways is refused."""
     import datasets
 
-    columns = table.features
-    image = next((key for key, kind in columns.items() if isinstance(kind, datasets.Image)), None)
-    if image is None:
-        raise InputError(f"{data} has no column of images; its columns are {', '.join(columns)}.")
-    label = next((key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)), None)
-    classes = tuple(columns[label].names) if label is not None else ()
-    labels = None if label is None else torch.tensor(np.asarray(table[label]), dtype=torch.int64)
+    kinds = table.features
+    remedy = "save the set with `datasets` so that it has one, and give that folder"
+    images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise InputError(f"{data} has no column of images; its columns are {', '.join(kinds)}.")
+    if len(images) > 1:
+        images = [name for name in images if name in _IMAGES] or images
+    labels = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(labels) > 1:
+        labels = [name for name in labels if name in _LABELS] or labels
+    for what, names in ("images", images), ("classes", labels):
+        if len(names) > 1:
+            raise InputError(f"{data} has several columns of {what} ({', '.join(names)}); {remedy}.")
+    unnamed = [name for name in kinds if name in _LABELS and name not in labels]
+    if unnamed and not labels:
+        raise InputError(
+            f"{data}: the column {unnamed[0]} has no names of classes; make it one of them with "
+            f"`class_encode_column` of `datasets`, or remove it, and give the folder that you save."
+        )
+    label = labels[0] if labels else None
+    return _Columns(data, images[0], label, tuple(kinds[label].names) if label else ())
+
+
+def _first_usable(name: str, splits: dict[str, Any], columns: _Columns) -> HubSource:
+    """The first of the splits whose images have the labels of the training images."""
+    refusals = []
+    for split in splits.values():
+        try:
+            return _source(name, split, columns)
+        except InputError as refusal:  # ImageNet's `test` has no labels, but its `validation` has
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def _source(name: str, table: Any, columns: _Columns) -> HubSource:
+    import datasets
+
+    data, image, label, classes = columns
+    kinds = table.features
+    if image not in kinds or (label is not None and not isinstance(kinds.get(label), datasets.ClassLabel)):
+        raise InputError(f"{data}: {name} has other columns ({', '.join(kinds)}) than the training images.")
+    labels = None
+    if label is not None:
+        unknown = [str(each) for each in kinds[label].names if each not in classes]
+        if unknown:
+            raise InputError(f"{data}: {name} has the class {unknown[0]}, which no training image has.")
+        ids = list(table[label])
+        if any(each is None or each < 0 for each in ids):
+            raise InputError(f"{data}: images of {name} have no label; remove them, or the column {label}.")
+        number = torch.tensor([classes.index(each) for each in kinds[label].names])
+        labels = number[torch.tensor(ids, dtype=torch.int64)]
     plain = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     return HubSource(name, plain, image, classes, labels)

@@ -1,10 +1,10 @@
 """Any folder of images: what is in it, which part is for training, and reading it.
 
 A class is a sub-folder (images may lie deeper inside it); a folder without sub-folders is unconditional.
-Where the folder has `train` and `test` (or `val`) inside, these are the split. Otherwise (or with a
-`train` alone) the test images
-are those whose relative name hashes below `--data.holdout`: a property of the name alone, so that files
-added later move no image from one side to the other.
+Where the folder has `train` and `test` or `val` inside, these are the split; `val` counts if there is no
+`test`, or none with the class folders of `train`. Otherwise (or with a `train` alone) the test images are
+those whose relative name hashes below `--data.holdout`: a property of the name alone, so that files added
+later move no image from one side to the other.
 
 Files count as images by their ending, hidden files do not count. A set that fits in memory is decoded at
 once, so that every bad file is known before training starts; a larger one is decoded on read, and the same
@@ -47,6 +47,7 @@ __all__ = [
     "list_images",
     "load_folder",
     "split_folder",
+    "test_folders",
 ]
 
 MEMORY_LIMIT = 512 * 2**20
@@ -159,18 +160,19 @@ def split_folder(root: Path, holdout: float, split: Literal["train", "test"]) ->
     Raises:
         InputError: no images, sub-folders that do not fit together, or a split without images.
     """
-    train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if train.is_dir() and test is not None:
+    train, tests = root / "train", test_folders(root)
+    if train.is_dir() and tests:
         listing = list_images(train)
         if split == "train":
             return train, listing
-        found = list_images(test)
-        if not set(found.classes) <= set(listing.classes) or bool(found.classes) != bool(listing.classes):
-            raise InputError(
-                f"The class folders of {test} are not those of {train}; give both the same sub-folders."
-            )
-        return test, Listing(listing.classes, found.files)
+        for test in tests:
+            found = list_images(test)
+            fits = set(found.classes) <= set(listing.classes) and bool(found.classes) == bool(listing.classes)
+            if fits:
+                return test, Listing(listing.classes, found.files)
+        raise InputError(
+            f"The class folders of {tests[0]} are not those of {train}; give both the same sub-folders."
+        )
     listing = list_images(root)
     if listing.classes == ("train",):
         root, listing = train, list_images(train)
@@ -188,6 +190,11 @@ def split_folder(root: Path, holdout: float, split: Literal["train", "test"]) ->
             "for training; lower it."
         )
     return root, Listing(listing.classes, tuple(files))
+
+
+def test_folders(root: Path) -> list[Path]:
+    """The folders that may be the test: `test`, and after it `val`, which is the labelled one in ImageNet."""
+    return [root / name for name in ("test", "val") if (root / name).is_dir()]
 
 
 def held_out(names: Sequence[str], holdout: float) -> list[bool]:

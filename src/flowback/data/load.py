@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
+from flowback.checked import require_one_of
 from flowback.config import DataConfig
 from flowback.data.image_folder import load_folder
 from flowback.data.image_set import ImageSet, Subset, evenly
@@ -12,7 +13,10 @@ from flowback.data.named_sets import load_named
 from flowback.data.prepared import is_prepared, load_latents, load_prepared, read_summary
 from flowback.errors import InputError
 
-__all__ = ["load_images"]
+__all__ = ["UNNAMED", "load_images"]
+
+UNNAMED = "none"
+"""The name of data that were given in Python, or that nobody knows, as those of imported weights."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ def load_images(
         >>> len(images), images.read(torch.tensor([0, 5])).shape
         (360, torch.Size([2, 1, 8, 8]))
     """
+    require_one_of(split, Literal["train", "test"], "split")
     images = _load(data, image_size, channels, split)
     if split == "train":
         _show_order(images)
@@ -69,6 +74,11 @@ def _load(data: DataConfig, image_size: int, channels: int, split: Literal["trai
             f"--model.channels {channels}: images have 1 (grey) or 3 (RGB) channels; "
             "for latents give --data.path a set that was prepared with --vae."
         )
-    if data.name == "folder" or (data.name == "digits" and data.path is not None):
+    if data.name == "folder" or (data.name in ("digits", UNNAMED) and data.path is not None):
         return load_folder(data, image_size, channels, split)
+    if data.name == UNNAMED:
+        raise InputError(
+            "The model's settings name no data: its images were given in Python, or its weights imported; "
+            "name the data with --data NAME or --data FOLDER."
+        )
     return load_named(data, image_size, channels, split)

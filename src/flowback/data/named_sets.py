@@ -75,7 +75,7 @@ def register_dataset(name: str) -> Callable[[_Function], _Function]:
         >>> len(images), images.classes
         (8, ('black', 'striped'))
     """
-    if name in _OWN or name in ("folder", "prepared"):
+    if name in _OWN or name in ("folder", "prepared", "none"):
         raise InputError(f"register_dataset: {name!r} is a data set of flowback's own; choose another name.")
 
     def register(function: _Function) -> _Function:

@@ -24,14 +24,15 @@ import numpy as np
 from PIL import __version__ as pillow
 
 from flowback.checked import to_dict
-from flowback.data.columns import Column, Maker, bytes_of_image, derive, open_columns, settings_of
+from flowback.data.columns import FILES, Column, Maker, bytes_of_image, derive, open_columns, settings_of
 from flowback.data.decode_pool import TASK, Part, Settings, decoded
 from flowback.data.pixels import Note
 from flowback.data.prepared import FORMAT
 from flowback.data.sources import Source, Split
 from flowback.data.vae import Codec
 from flowback.errors import InputError
-from flowback.files import write_json
+from flowback.files import foreign_file, write_json
+from flowback.folder_lock import folder_lock
 from flowback.progress import bar
 
 __all__ = ["prepare"]
@@ -40,6 +41,12 @@ logger = logging.getLogger(__name__)
 
 COMMIT = 16
 """Most tasks between commits."""
+
+
+_OWN_FILES = {"prepared.json", "preparing.json"} | {
+    f"{split}/{name}" for split in ("train", "test") for name in (*FILES, "journal.jsonl")
+}
+"""What the folder of a prepared set may hold."""
 
 
 COMMIT_BYTES = 2**28
@@ -100,8 +107,26 @@ def prepare(
         "pillow": pillow,
         "classes": list(sources["train"].classes),
     }
+    _check_folder(out, head)
+    with folder_lock(out):
+        _check_folder(out, head)  # again: what another process made of it meanwhile
+        makers: dict[str, Maker] = {} if codec is None else {"latents": codec.encode}
+        if encoder is not None:
+            makers["features"] = encoder
+        return _prepared(sources, out, head, settings, bad_images, workers, makers)
+
+
+def _prepared(
+    sources: Mapping[Split, Source],
+    out: Path,
+    head: dict[str, Any],
+    settings: Settings,
+    bad_images: Literal["refuse", "skip"],
+    workers: int,
+    makers: Mapping[str, Maker],
+) -> dict[str, Any]:
+    """The set, complete and checked."""
     done, begun = out / "prepared.json", out / "preparing.json"
-    _check_folder(out, head, sources, settings)
     if done.is_file():
         summary = json.loads(done.read_text())
         for split, stored in summary["splits"].items():
@@ -109,15 +134,19 @@ def prepare(
         _tidy(out)
         return summary
     if not begun.is_file():
+        _check_room(out, sources, settings)
         write_json(begun, head)
     splits = {}
     for split, source in sources.items():
         split_settings = settings_of(split, settings)
-        makers: dict[str, Maker] = {} if codec is None else {"latents": codec.encode}
-        if encoder is not None and split_settings.features is not None:
-            makers["features"] = encoder
-        commits = _fill(out / split, source, split, split_settings, bad_images, workers, makers)
+        makes = {
+            name: maker
+            for name, maker in makers.items()
+            if name != "features" or split_settings.features is not None
+        }
+        commits = _fill(out / split, source, split, split_settings, bad_images, workers, makes)
         if not commits or not commits[-1].images:
+            data = head["source"]["data"]
             raise InputError(f"{data} has no readable image for the {split} split; look at its files.")
         rows = [[state.images, state.names, state.digest] for state in commits]
         fingerprint = _verify(out / split, rows, split_settings)
@@ -140,10 +169,19 @@ def _tidy(out: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _check_folder(
-    out: Path, head: dict[str, Any], sources: Mapping[Split, Source], settings: Settings
-) -> None:
-    """Refuse a folder that holds something else; and a disk that is too small."""
+def _check_folder(out: Path, head: dict[str, Any]) -> None:
+    """Refuse a folder that holds something else.
+
+    A source is known by its content: it may lie elsewhere now.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; choose another folder.")
+    begun = any((out / name).is_file() for name in ("prepared.json", "preparing.json"))
+    other = foreign_file(out, lambda name: begun and name in _OWN_FILES)
+    if other is not None:
+        raise InputError(
+            f"--out {out} holds something else ({other}); choose another folder, or move it away."
+        )
     for file in (out / "prepared.json", out / "preparing.json"):
         if not file.is_file():
             continue
@@ -151,12 +189,12 @@ def _check_folder(
             before = {key: value for key, value in json.loads(file.read_text()).items() if key in head}
         except ValueError:
             raise InputError(f"{file} is damaged; choose an empty --out.") from None
-        if before.get("source") != head["source"]:
+        if _prints(before) != _prints(head):
             raise InputError(
                 f"{head['source']['data']} changed since {out} was prepared from it, or is another source; "
                 "prepare it into an empty --out."
             )
-        if before != head:
+        if {**before, "source": None} != {**head, "source": None}:
             changed = [
                 f"{name} (was {value}, now {head['settings'].get(name)})"
                 for name, value in before.get("settings", {}).items()
@@ -165,9 +203,15 @@ def _check_folder(
             what = ", ".join(changed) or "another version of flowback or Pillow"
             raise InputError(f"{out} was prepared with other settings: {what}; choose an empty --out.")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} is not empty and holds no prepared set; choose another folder.")
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def _prints(head: dict[str, Any]) -> dict[str, Any]:
+    """The hashes of the source, by split."""
+    return {split: value for split, value in head.get("source", {}).items() if split != "data"}
+
+
+def _check_room(out: Path, sources: Mapping[Split, Source], settings: Settings) -> None:
+    """Refuse a disk that is too small."""
     needed = sum(
         len(source) * bytes_of_image(settings_of(split, settings)) for split, source in sources.items()
     )

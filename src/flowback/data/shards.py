@@ -1,9 +1,9 @@
 """Tar shards in webdataset's layout, read in place.
 
-Members that share a name up to its first dot are one image. The image is the member with the ending of an
-image; `.cls` (a number) or `.json` (with "label") gives its class; without any of them, the folder inside the
-shard does. `classes.txt` beside the shards, one a line, names the classes. Only uncompressed shards: their
-images are then read by offset, in any process.
+Members of a shard that share a name up to its first dot are one sample, wherever they stand. Its image is
+the one member with the ending of an image; `.cls` (a number) or `.json` (with "label") gives its class;
+without any of them, the folder inside the shard does. `classes.txt` beside the shards, one a line, names the
+classes. Only uncompressed shards: their images are then read by offset, in any process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,9 @@ __all__ = ["ShardSource", "is_sharded", "open_shards"]
 
 _BLOCK = 512
 _TESTS = ("test", "val")
+
+_UNNAMED_CLASSES = 1000
+"""Without names, a label may be at least below this, or below the number of images."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,17 @@ class ShardSource:
             return file.read(length)
 
 
+@dataclass
+class _Sample:
+    """Members of a shard that belong together."""
+
+    image: tuple[str, int, int] | None = None
+    """Name, offset and length."""
+    label: int | None = None
+    labelled_by: str = ""
+    """The member that gave the label."""
+
+
 class _Index:
     """What lies where in some shards."""
 
@@ -85,28 +100,35 @@ def open_shards(root: Path, holdout: float) -> dict[Literal["train", "test"], Sh
     Raises:
         InputError: a shard cut short, labels for some images only, or no images.
     """
-    shards = _shards(root)
-    train, test = shards
-    indexed = _index(train), _index(test)
-    kinds = [kind for index in indexed for kind in {type(value) for value in index.classes}]
-    if len(set(kinds)) > 1:
+    files, tests = _shards(root)
+    index, indexed = _index(files), [(files, _index(files)) for files in tests]
+    kinds = _kinds(index)
+    fitting = [pair for pair in indexed if _kinds(pair[1]) == kinds]
+    if len(kinds) > 1 or (indexed and not fitting):
         raise InputError(
             f"{root}: some images have a class (.cls, .json or a folder) and others another kind or none; "
             "give all of them one."
         )
-    names = _class_names(root, [value for index in indexed for value in index.classes])
-    whole = [_source(shards[side], indexed[side], names) for side in (0, 1)]
+    parts = [(files, index), *fitting[:1]]
+    names = _class_names(root, [value for _, part in parts for value in part.classes])
+    train, *test = (_source(*part, names) for part in parts)
     if test:
-        return {"train": whole[0], "test": whole[1]}
+        return {"train": train, "test": test[0]}
     if holdout == 0:
-        return {"train": whole[0]}
-    tested = torch.tensor(held_out(whole[0].names, holdout))
+        return {"train": train}
+    tested = torch.tensor(held_out(train.names, holdout))
     if bool(tested.all()):
         raise InputError(f"--holdout {holdout} leaves no image of {root} for training; lower it.")
-    return {"train": _part(whole[0], ~tested), "test": _part(whole[0], tested)}
+    return {"train": _part(train, ~tested), "test": _part(train, tested)}
 
 
-def _shards(root: Path) -> tuple[list[Path], list[Path]]:
+def _kinds(index: _Index) -> set[type]:
+    """How the images say their class: by number, by folder, or not at all."""
+    return {type(value) for value in index.classes}
+
+
+def _shards(root: Path) -> tuple[list[Path], list[list[Path]]]:
+    """The shards for training, and those that may be the test: `test...`, and after them `val...`."""
     if root.suffix == ".tar":
         files = [root]
         if not root.is_file():
@@ -114,41 +136,54 @@ def _shards(root: Path) -> tuple[list[Path], list[Path]]:
     else:
         files = sorted(root.glob("*.tar"))
     if not files:
-        tests = [file for name in _TESTS for file in sorted((root / name).glob("*.tar"))]
-        return sorted((root / "train").glob("*.tar")), tests
-    tests = [file for file in files if file.name.startswith(_TESTS)]
-    if len(tests) == len(files):
-        tests = []
-    return [file for file in files if file not in tests], tests
+        tests = [sorted((root / name).glob("*.tar")) for name in _TESTS]
+        return sorted((root / "train").glob("*.tar")), [shards for shards in tests if shards]
+    train = [file for file in files if not file.name.startswith(_TESTS)]
+    if not train:
+        return files, []
+    tests = [[file for file in files if file.name.startswith(name)] for name in _TESTS]
+    return train, [shards for shards in tests if shards]
 
 
 def _index(shards: Iterable[Path]) -> _Index:
     """Read the headers of all members."""
     index = _Index()
     for number, shard in enumerate(shards):
-        key, image, label = "", None, None
+        samples: dict[str, _Sample] = {}
         for name, offset, length, text in _members(shard):
-            own, _, ending = name.rpartition("/")[2].partition(".")
-            own = name.removesuffix(f".{ending}") if ending else name
-            if own != key:
-                _keep(index, number, image, label)
-                key, image, label = own, None, None
+            _, _, ending = name.rpartition("/")[2].partition(".")
+            sample = samples.setdefault(name.removesuffix(f".{ending}"), _Sample())
             if "." + ending.lower().rpartition(".")[2] in EXTENSIONS:
-                image = (name, offset, length)
-            elif text is not None:
-                label = _label(shard, name, text)
-        _keep(index, number, image, label)
+                if sample.image is not None:
+                    raise InputError(
+                        f"{shard}: {sample.image[0]} and {name} are two images of one sample, whose name "
+                        "ends at the first dot; keep one of them."
+                    )
+                sample.image = (name, offset, length)
+            elif text is not None and (label := _label(shard, name, text)) is not None:
+                if sample.label not in (None, label):
+                    raise InputError(
+                        f"{shard}: {sample.labelled_by} and {name} give one image two classes; keep one."
+                    )
+                sample.label, sample.labelled_by = label, name
+        for sample in samples.values():
+            _keep(index, number, shard, sample)
     return index
 
 
-def _keep(index: _Index, shard: int, image: tuple[str, int, int] | None, label: int | None) -> None:
-    if image is None:
+def _keep(index: _Index, number: int, shard: Path, sample: _Sample) -> None:
+    if sample.image is None:
+        if sample.label is not None:
+            raise InputError(
+                f"{shard}: {sample.labelled_by} gives a class, but no image in this shard has its name; "
+                "put both into one shard."
+            )
         return
-    name, offset, length = image
+    name, offset, length = sample.image
     folder = name.rpartition("/")[0].rpartition("/")[2]
     index.names.append(name)
-    index.places.extend((shard, offset, length))
-    index.classes.append(label if label is not None else folder or None)
+    index.places.extend((number, offset, length))
+    index.classes.append(sample.label if sample.label is not None else folder or None)
 
 
 def _members(shard: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
@@ -186,7 +221,7 @@ def _label(shard: Path, name: str, text: bytes) -> int | None:
         value = value.get("label") if isinstance(value, dict) else None
         if value is None:
             return None
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise InputError(f"{shard}: {name} holds the label {value!r}; labels are numbers from 0.")
     return value
 
@@ -202,9 +237,17 @@ def _class_names(root: Path, values: list[int | str | None]) -> tuple[str, ...]:
     count = 1 + max(int(value) for value in values if value is not None)
     file = (root if root.is_dir() else root.parent) / "classes.txt"
     if not file.is_file():
+        if count > max(len(values), _UNNAMED_CLASSES):
+            raise InputError(
+                f"The shards in {root} hold the label {count - 1}, but only {len(values)} images; if it is "
+                f"right, name all classes in {file}, one a line."
+            )
         return tuple(map(str, range(count)))
     names = tuple(file.read_text(encoding="utf-8").split("\n"))
     names = names[:-1] if names[-1] == "" else names
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise InputError(f"{file} names two classes {twice[0]!r}; give each its own name.")
     if len(names) < count:
         raise InputError(f"{file} names {len(names)} classes, but the shards hold labels up to {count - 1}.")
     return names

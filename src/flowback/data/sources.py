@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +24,14 @@ from torch import Tensor
 
 from flowback.config import DataConfig
 from flowback.data.hf_datasets import is_saved, open_hub
-from flowback.data.image_folder import fingerprint_of, held_out, labels_of, list_images, split_folder
+from flowback.data.image_folder import (
+    fingerprint_of,
+    held_out,
+    labels_of,
+    list_images,
+    split_folder,
+    test_folders,
+)
 from flowback.data.named_sets import Pictures, dataset_names, pictures
 from flowback.data.shards import is_sharded, open_shards
 from flowback.errors import InputError
@@ -30,6 +39,9 @@ from flowback.errors import InputError
 __all__ = ["FileSource", "PictureSource", "Source", "Split", "open_source"]
 
 Split = Literal["train", "test"]
+
+_PREDICTION = re.compile(r"(\S+)(?: -?\d+){4}(?: \S+(?: -?\d+){4})*")
+"""ImageNet's prediction string: a class and the four numbers of its box, for each object in the image."""
 
 
 @runtime_checkable
@@ -185,23 +197,15 @@ def _folder(root: Path, holdout: float) -> dict[Split, Source]:
 
 def _labelled(root: Path, labels: Path, holdout: float) -> dict[Split, Source]:
     """A folder whose images, all or those of the test, get their classes from a file."""
-    train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if train.is_dir() and test is not None:
-        listings = {"train": list_images(train), "test": list_images(test)}
-        flat = [file for listing in listings.values() if not listing.classes for file in listing.files]
-        table = _read_labels(labels, flat, root)
-        classes = listings["train"].classes or tuple(sorted(set(table.values())))
-        sides: tuple[tuple[Split, Path], ...] = (("train", train), ("test", test))
-        return {
-            split: FileSource(
-                classes,
-                _numbers(listings[split].files, table, classes, labels),
-                folder,
-                listings[split].files,
-            )
-            for split, folder in sides
-        }
+    train, tests = root / "train", test_folders(root)
+    if train.is_dir() and tests:
+        refusals = []
+        for test in tests:  # ImageNet has both, and its list is of `val`
+            try:
+                return _labelled_split(train, test, labels)
+            except InputError as refusal:
+                refusals.append(refusal)
+        raise refusals[0]
     listing = list_images(root)
     if listing.classes:
         raise InputError(f"{root} has class folders; leave --labels {labels} out.")
@@ -218,29 +222,67 @@ def _labelled(root: Path, labels: Path, holdout: float) -> dict[Split, Source]:
     return sources
 
 
-def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, str]:
-    """Class of each of ``files``: the first word of the second column; the ending of a name may be left out.
+def _labelled_split(train: Path, test: Path, labels: Path) -> dict[Split, Source]:
+    """Two folders, of which at least one is flat and in the file."""
+    listings = {"train": list_images(train), "test": list_images(test)}
+    flat = [listing.files for listing in listings.values() if not listing.classes]
+    both = sorted(set(flat[0]) & set(flat[1])) if len(flat) == 2 else []
+    if both:
+        raise InputError(
+            f"{both[0]} is in {train} and in {test}, so --labels {labels} does not say which one it means; "
+            "give the images different names."
+        )
+    table = _read_labels(labels, [file for files in flat for file in files], train.parent)
+    classes = listings["train"].classes or tuple(sorted(set(table.values())))
+    sides: tuple[tuple[Split, Path], ...] = (("train", train), ("test", test))
+    return {
+        split: FileSource(
+            classes, _numbers(listings[split].files, table, classes, labels), folder, listings[split].files
+        )
+        for split, folder in sides
+    }
 
-    A first line that names none of the files is a heading.
+
+def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, str]:
+    """Class of each of ``files``: the second column; the ending of a name may be left out.
+
+    A first line that names none of the files is a heading; more columns need one. Of ImageNet's prediction
+    strings, the class is the first word.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             rows = [row for row in csv.reader(stream) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--labels {file} cannot be read ({error}).") from None
-    known = {_stem(name): name for name in files}
+    exact, stems = set(files), defaultdict(list)
+    for known in files:
+        stems[_stem(known)].append(known)
     table: dict[str, str] = {}
+    columns = 2
     for number, row in enumerate(rows, start=1):
-        name = known.get(_stem(row[0]))
+        meant = [row[0]] if row[0] in exact else stems.get(row[0]) or stems.get(_stem(row[0])) or []
+        name = meant[0] if meant else None
         if name is None and number == 1:
+            columns = max(columns, len(row))
             continue
+        if len(meant) > 1:
+            raise InputError(
+                f"--labels {file}, line {number}: {row[0]} may be {' or '.join(meant)}; give the ending, too."
+            )
         if name is None:
             raise InputError(
                 f"--labels {file}, line {number}: {row[0]} is not in {folder}; give the labels of its images."
             )
-        if len(row) < 2 or not row[1].split():
+        if len(row) < 2 or not row[1].strip():
             raise InputError(f"--labels {file}, line {number}: not `image,class`.")
-        if table.setdefault(name, row[1].split()[0]) != row[1].split()[0]:
+        if len(row) > columns:
+            raise InputError(
+                f"--labels {file}, line {number}: {len(row)} columns, not `image,class`; put a class with a "
+                "comma in quotes, or name the columns in a first line."
+            )
+        prediction = _PREDICTION.fullmatch(row[1].strip())
+        label = prediction[1] if prediction else " ".join(row[1].split())
+        if table.setdefault(name, label) != label:
             raise InputError(f"--labels {file}, line {number}: {row[0]} has two classes; keep one.")
     missing = [name for name in files if name not in table]
     if missing:

@@ -19,7 +19,7 @@ from torch import Tensor
 from flowback.config import CodecConfig
 from flowback.errors import InputError
 
-__all__ = ["Codec", "Pixels", "Vae", "open_codec"]
+__all__ = ["Codec", "Pixels", "Vae", "located", "open_codec"]
 
 CHUNK = 16
 """Images that a VAE encodes or decodes at once."""
@@ -131,7 +131,12 @@ def open_codec(
             f"{vae or config.vae} is not the VAE of the latents that this model was trained on "
             f"({config.vae}, SHA-256 {config.weights[:12]}...); give that one with --vae, or --force-vae."
         )
-    return Vae(replace(config, vae=vae or config.vae, weights=weights), model.to(device))
+    return Vae(replace(config, vae=located(vae or config.vae), weights=weights), model.to(device))
+
+
+def located(name: str) -> str:
+    """What a VAE's name means from any folder: that of a folder in full, one on the hub as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def _load(name: str, revision: str | None) -> Any:

@@ -9,6 +9,7 @@ All of it goes through :func:`held_out_batches`, the one loop over held-out imag
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ __all__ = [
     "run_images",
 ]
 
+
+log = logging.getLogger("flowback")
 
 _METHODS: tuple[Method, ...] = ("gradient", "normalised", "exhaustive")
 
@@ -86,13 +89,22 @@ class HeldOutBatch(NamedTuple):
 def run_images(flow: Flow, split: Literal["train", "test"], data: DataConfig | None = None) -> ImageSet:
     """The training or test images of a data set, by default of the run that the flow comes from.
 
+    The log says which data these are, if it is the run that names them.
+
     Raises:
-        InputError: a flow without a run, and no data set.
+        InputError: a flow without a run, and no data set; or a run that names none.
     """
-    data = data or (flow.run.data if flow.run is not None else None)
+    own = flow.run.data if flow.run is not None else None
+    data = data or own
     if data is None:
         raise InputError(f"The flow does not come from a run: give its {split} images, or a DataConfig.")
-    return load_images(data, flow.config.image_size, flow.config.channels, split)
+    images = load_images(data, flow.config.image_size, flow.config.channels, split)
+    if data == own:
+        log.info(
+            "The %s images are the %s of %s, as the model's settings say; --data takes others.",
+            *(split, f"{len(images):,}", data.path or data.name),
+        )
+    return images
 
 
 def matched(flow: Flow, images: ImageSet) -> ImageSet:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,15 +54,16 @@ class Inception(nn.Module):
     Args:
         network: torch-fidelity's extractor, asked for `2048` and `logits_unbiased`; it is changed in place.
         fingerprint: hash of the weights.
+        published: whether they are those of the published file, from which all published FIDs are.
     """
 
     pool_dim, spatial_dim = 2048, 2023
 
-    def __init__(self, network: nn.Module, fingerprint: str) -> None:
+    def __init__(self, network: nn.Module, fingerprint: str, published: bool = True) -> None:
         super().__init__()
         # Convolutions on a CPU are 1.5 times faster with the channels innermost.
         self.network = _fused(network.eval().requires_grad_(False)).to(memory_format=torch.channels_last)
-        self.fingerprint = fingerprint
+        self.fingerprint, self.published = fingerprint, published
 
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> InceptionFeatures:
@@ -94,7 +96,7 @@ def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def load_inception(weights: Path | None = None, device: torch.device | str = "cpu") -> Inception:
-    """The network with its published weights.
+    """The network with its published weights, or others of the same shapes, which it then says.
 
     Args:
         weights: local file of the weights; None takes torch-fidelity's download, which is kept by torch.hub.
@@ -124,7 +126,19 @@ def load_inception(weights: Path | None = None, device: torch.device | str = "cp
         raise InputError(
             f"{where} does not hold the weights of the 2015-12-05 Inception; {_REMEDY}."
         ) from None
-    return Inception(network.to(device), _fingerprint(state))
+    kept = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[1])
+    return Inception(
+        network.to(device), _fingerprint(state), _is_published(weights or kept, URL_INCEPTION_V3)
+    )
+
+
+def _is_published(file: Path, url: str) -> bool:
+    """Whether the file's SHA-256 begins as the name of the published one ends; True if nothing was kept."""
+    expected = re.search(r"-([0-9a-f]{8,})\.pth$", url)
+    if expected is None or not file.is_file():
+        return True
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest().startswith(expected[1])
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -140,7 +154,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _download(url: str) -> dict[str, Any]:
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True)
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
     except (URLError, OSError, RuntimeError) as error:
         raise InputError(f"The Inception weights cannot be downloaded ({error}); {_REMEDY}.") from None
 

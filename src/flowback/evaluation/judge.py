@@ -112,9 +112,14 @@ class Judge:
 
     def warnings(self, total: int) -> list[str]:
         """What belongs beside the figures of ``total`` samples."""
-        if self.protocol == "none":
-            return []
-        sentences = []
+        sentences = self._about_encoded(total)
+        if self.inception is None or self.protocol == "none":
+            return sentences
+        if not self.inception.published:
+            sentences.append(
+                "The Inception weights are not those of the published file (by its SHA-256): FID and all "
+                "else from them compare with no published figure."
+            )
         if total < COMPARABLE:
             sentences.append(
                 f"FID from {total:,} samples: it is larger than from {COMPARABLE:,}, "
@@ -123,5 +128,24 @@ class Judge:
         if total <= 2048:
             sentences.append(
                 f"{total:,} samples do not fill a covariance of 2048 features; FID and sFID are crude."
+            )
+        return sentences
+
+    def _about_encoded(self, total: int) -> list[str]:
+        """The same of the distance in the encoder's features."""
+        name, width = "fd_efficientnet_lite0", self.encoder.dim
+        if self.encoded is None:
+            return []
+        sentences = []
+        if total < COMPARABLE:
+            sentences.append(
+                f"{name} from {total:,} samples: it is larger than from more, and comparable only with "
+                f"figures from {total:,} samples against the same reference."
+            )
+        fewest = min(total, int(self.encoded.count))
+        if fewest <= width:
+            what = "samples" if fewest == total else "images of the reference"
+            sentences.append(
+                f"{fewest:,} {what} do not fill a covariance of {width} features; {name} is crude."
             )
         return sentences

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from flowback.evaluation.linear_probe import Probe
 from flowback.files import replacing
+from flowback.sampling.image_files import fonts
 
 __all__ = ["plot_confusion", "plot_guidance", "plot_probe"]
 
@@ -24,14 +24,6 @@ NAMED_CLASSES = 40
 
 NUMBERED_CLASSES = 20
 """Up to so many classes get the number of images in every cell."""
-
-
-OTHER_SCRIPTS = (
-    *("Noto Sans CJK JP", "Noto Sans JP", "Noto Sans CJK SC", "Noto Sans SC", "Noto Sans KR"),
-    *("Noto Sans Devanagari", "Noto Sans Arabic", "Noto Sans Thai", "WenQuanYi Zen Hei", "Unifont"),
-    *("Hiragino Sans", "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Nirmala UI"),
-)
-"""Fonts for scripts that matplotlib's own lacks, on Linux, macOS and Windows."""
 
 
 def plot_confusion(confusion: Int[Tensor, "k k"], classes: Sequence[str], title: str, path: Path) -> None:
@@ -45,7 +37,7 @@ def plot_confusion(confusion: Int[Tensor, "k k"], classes: Sequence[str], title:
     if len(classes) <= NAMED_CLASSES:
         ticks = range(len(classes))
         long = max(map(len, classes), default=0) > 3
-        plain: dict[str, Any] = {"fontfamily": _fonts(), "parse_math": False}  # a name may hold any sign
+        plain: dict[str, Any] = {"fontfamily": fonts(), "parse_math": False}  # a name may hold any sign
         axes.set_xticks(ticks, classes, rotation=90 if long else 0, **plain)
         axes.set_yticks(ticks, classes, **plain)
     if len(classes) <= NUMBERED_CLASSES:
@@ -106,15 +98,6 @@ def plot_guidance(
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def _fonts() -> list[str]:
-    """Matplotlib's own font, and for the signs that it lacks those of other scripts that are installed."""
-    return ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in _installed())]
-
-
-def _installed() -> set[str]:
-    return set(font_manager.get_font_names())
 
 
 def _save(figure: Figure, path: Path) -> None:

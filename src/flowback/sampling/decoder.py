@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowback.checked import require_one_of
 from flowback.flow import TARFlow, affine
 from flowback.flow.block import Block
 from flowback.nn.attention import KVCache
@@ -140,6 +141,7 @@ class Engine:
 
     def __init__(self, flow: TARFlow, precision: Precision = "fp32", native: bool = True) -> None:
         # Flows in float64 are for exactness: nothing of theirs is narrowed.
+        require_one_of(precision, Precision, "precision")
         self.flow, self.precision = flow, precision if flow.dtype == torch.float32 else "fp32"
         storage = torch.bfloat16 if self.precision == "bf16" else flow.dtype
         self._weights = [

@@ -22,10 +22,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowback.checked import require_one_of
 from flowback.config import SampleConfig
 from flowback.errors import InputError
 
 __all__ = ["Guidance", "ImageGuide", "Prediction", "starflow", "tarflow"]
+
+Formula = Literal["tarflow", "starflow"]
 
 Prediction = tuple[Tensor, Tensor]
 """Shift and log-scale, (b, n, d) each."""
@@ -54,7 +57,7 @@ class Guidance:
     """w; 0 is off. A sequence gives each image its own."""
     ramp: bool = False
     """Let w grow over the tokens in each block's order, from 0 at the first to w at the last."""
-    formula: Literal["tarflow", "starflow"] = "tarflow"
+    formula: Formula = "tarflow"
     """How the two predictions are joined."""
     temperature: float = 1.0
     """Temperature of the attention logits of the stream without label."""
@@ -62,6 +65,7 @@ class Guidance:
     """Guide only this many blocks, those nearest the noise; None guides all."""
 
     def __post_init__(self) -> None:
+        require_one_of(self.formula, Formula, "guidance formula")
         if self.temperature <= 0:
             raise InputError(f"The attention temperature is {self.temperature}; it must be above 0.")
         if self.blocks is not None and self.blocks < 0:

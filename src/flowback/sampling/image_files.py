@@ -5,6 +5,7 @@ Files appear whole or not at all.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,17 @@ from torch import Tensor
 from flowback.data.pixels import to_bytes
 from flowback.files import replacing
 
-__all__ = ["grid", "read_png", "save_grid", "save_npz", "save_png", "save_trajectory"]
+__all__ = ["fonts", "grid", "read_png", "save_grid", "save_npz", "save_png", "save_trajectory"]
+
+OTHER_SCRIPTS = (
+    *("Noto Sans CJK JP", "Noto Sans JP", "Noto Sans CJK SC", "Noto Sans SC", "Noto Sans KR"),
+    *("Noto Sans Devanagari", "Noto Sans Arabic", "Noto Sans Thai", "WenQuanYi Zen Hei", "Unifont"),
+    *("Hiragino Sans", "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Nirmala UI"),
+)
+"""Fonts for scripts that matplotlib's own lacks, on Linux, macOS and Windows."""
+
+_ROWS = 64
+"""Row names drawn at once: matplotlib's pictures have less than 2^16 pixels along a side."""
 
 
 def save_png(image: UInt8[Tensor, "c h w"], path: Path, text: dict[str, object] | None = None) -> None:
@@ -38,14 +49,19 @@ def read_png(path: Path) -> tuple[UInt8[Tensor, "c h w"], dict[str, str]]:
 
 
 def save_grid(
-    images: Float[Tensor, "b c h w"], path: Path, columns: int, gap: int = 2, scale: int = 0
+    images: Float[Tensor, "b c h w"],
+    path: Path,
+    columns: int,
+    gap: int = 2,
+    scale: int = 0,
+    names: Sequence[str] = (),
 ) -> None:
     """Write the images as one picture; arguments as in :func:`grid`."""
-    save_png(grid(images, columns, gap, scale), path)
+    save_png(grid(images, columns, gap, scale, names), path)
 
 
 def grid(
-    images: Float[Tensor, "b c h w"], columns: int, gap: int = 2, scale: int = 0
+    images: Float[Tensor, "b c h w"], columns: int, gap: int = 2, scale: int = 0, names: Sequence[str] = ()
 ) -> UInt8[Tensor, "c height width"]:
     """The images as one picture, row after row, on white.
 
@@ -54,6 +70,7 @@ def grid(
         columns: images in a row.
         gap: pixels between images.
         scale: how often each pixel is repeated; 0 enlarges small images to 64 pixels.
+        names: one for each row, written to the left of it; none: the images alone.
     """
     pixels = to_bytes(images)
     scale = scale or max(1, 64 // pixels.shape[-1])
@@ -66,7 +83,54 @@ def grid(
     for index, image in enumerate(pixels):
         top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         sheet[:, top : top + height, left : left + width] = image
-    return sheet
+    if not names:
+        return sheet
+    strip = _written(names, height + gap, gap).to(sheet)[:channels]  # grey: its channels are equal
+    return torch.cat([strip, sheet], dim=2)
+
+
+def _written(names: Sequence[str], height: int, gap: int) -> UInt8[Tensor, "3 height width"]:
+    """Names below each other, black on white, one in ``height`` pixels, with a gap above the first."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import: only where it is needed
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import IdentityTransform
+
+    families = fonts()
+
+    def draw(part: Sequence[str], width: int) -> tuple[np.ndarray, int]:
+        """The picture, and the width that its longest name takes."""
+        figure = Figure(figsize=(width / 100, len(part) * height / 100), dpi=100)
+        canvas = FigureCanvasAgg(figure)
+        texts = [
+            figure.text(
+                gap, (len(part) - row - 0.5) * height, name, transform=IdentityTransform(), va="center",
+                fontsize=8, fontfamily=families, parse_math=False,
+            )
+            for row, name in enumerate(part)
+        ]  # fmt: skip
+        canvas.draw()
+        widest = max(text.get_window_extent().width for text in texts)
+        return np.array(canvas.buffer_rgba())[:, :, :3], int(widest) + 3 * gap
+
+    parts = [[_short(name) for name in names[row : row + _ROWS]] for row in range(0, len(names), _ROWS)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands there
+        width = max(draw(part, 100)[1] for part in parts)
+        written = np.concatenate([draw(part, width)[0] for part in parts])
+    return torch.from_numpy(np.pad(written, ((gap, 0), (0, 0), (0, 0)), constant_values=255)).permute(2, 0, 1)
+
+
+def _short(name: str, most: int = 24) -> str:
+    line = " ".join(name.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def fonts() -> list[str]:
+    """Matplotlib's own font, and for the signs that it lacks those of other scripts that are installed."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)]
 
 
 def save_trajectory(states: Sequence[Float[Tensor, "b c h w"]], path: Path) -> None:

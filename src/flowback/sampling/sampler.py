@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowback.checked import require, require_one_of
 from flowback.config import SampleConfig
 from flowback.errors import InputError
 from flowback.flow import TARFlow
@@ -37,6 +38,10 @@ class BlockPlan:
     """What the sweeps start from."""
     tolerance: float | None = 1e-3
     """A window is done when no value changes by more than this in a sweep; None sweeps until exact."""
+
+    def __post_init__(self) -> None:
+        require(self.window >= 1, f"The window of a block's plan is {self.window}; it must be at least 1.")
+        require_one_of(self.init, Init, "start of sweeps")
 
     @property
     def new(self) -> int:

@@ -13,7 +13,9 @@ refused, with what differs; a record of another evaluation is made again from th
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,13 +28,14 @@ from flowback.config import EvaluateConfig, RunConfig, SampleConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.errors import InputError, nearest
+from flowback.folder_lock import folder_lock
 from flowback.presets import PRESETS, TABLES, Preset
 from flowback.provenance import code_hash, environment
 from flowback.tables.charts import draw
 from flowback.tables.done import FORMAT, deciding, differences, read
 from flowback.tables.result import Row, Table
 from flowback.tables.row_run import RowRun, run_rows
-from flowback.tables.summary import COLUMNS, compared, mixed, summarise
+from flowback.tables.summary import COLUMNS, DISTANCES, compared, mixed, summarise
 
 __all__ = ["ReproduceConfig", "Scale", "reproduce", "rows_of"]
 
@@ -142,18 +145,19 @@ def reproduce(
     config = replace(config or ReproduceConfig(), **options)
     job = _Job(table, scale, seeds, Path(out), config, sampling or SampleConfig())
     if job.paper.kind == "shown":
-        filled = job.shown()
-        filled.save(job.out)
-        return filled
+        shown = job.shown()
+        shown.save(job.out)
+        return shown
     wanted = list(job.wanted())
     if not wanted:
         raise InputError(f"No row of {job.name} can be run: {job.first_failure}")
-    for row in wanted:  # before hours are spent
-        job.refuse_other_runs(row)
-    left = [row for row in wanted if not job.is_done(row)]
-    filled = None
-    for row, outcome in run_rows(left, job.config.jobs):
-        filled = job.take(row, outcome)
+    filled: Table | None = None
+    with folder_lock(job.out, active=os.environ.get("RANK", "0") == "0"):
+        for row in wanted:  # before hours are spent
+            job.refuse_other_runs(row)
+        left = [row for row in wanted if not job.is_done(row)]
+        for row, outcome in run_rows(left, job.config.jobs):
+            filled = job.take(row, outcome)
     if not job.records:
         raise InputError(f"No row of {job.name} could be run: {job.first_failure}")
     return filled or job.save()
@@ -199,6 +203,7 @@ class _Job:
             )
         self.records: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
         self.failures: dict[tuple[str, int], str] = {}
+        self.warnings: list[str] = []
         self.images = functools.cache(load_images)
 
     @property
@@ -259,6 +264,8 @@ class _Job:
         if self.paper.kind == "probe":
             return {"kind": "probe", "seed": seed}
         weights = self.config.inception_weights
+        if weights is not None and not weights.is_file():
+            raise InputError(f"--inception-weights {weights} does not exist.")
         guidance, search = self.config.guidance, self.config.search
         if guidance is None and not search:
             guidance, search = self._usual_guidance()
@@ -266,6 +273,7 @@ class _Job:
             guidance, search = 0.0, ()  # nothing to guide towards
         return {
             "kind": "quality",
+            "inception": weights and _sha256(weights),
             "options": to_dict(
                 EvaluateConfig(
                     samples=self.samples,
@@ -324,7 +332,7 @@ class _Job:
         if different:
             log.info("%s is evaluated again: %s.", row.file, "; ".join(different))
             return False
-        self.records[row.preset, row.seed] = (row.file, stored)
+        self._keep((row.preset, row.seed), row.file, stored)
         return True
 
     def take(self, row: RowRun, outcome: dict[str, Any] | str) -> Table:
@@ -334,7 +342,7 @@ class _Job:
             self.failures[key] = outcome
             log.warning("%s, seed %d failed: %s", row.preset, row.seed, outcome)
         else:
-            self.records[key] = (row.file, outcome)
+            self._keep(key, row.file, outcome)
         return self.save()
 
     def save(self) -> Table:
@@ -343,6 +351,17 @@ class _Job:
         filled.save(self.out)
         draw(filled, self.out)
         return filled
+
+    def _keep(self, key: tuple[str, int], file: Path, record: dict[str, Any]) -> None:
+        """Take a record's figures into the table; those of a flow that diverged are a failure."""
+        figures = record["report"]["figures"]
+        if figures.get("nll", 0.0) is None:
+            self.failures[key] = f"its nll is not finite (see {file})"
+            return
+        self.records[key] = (file, record)
+        lost = [name for name in DISTANCES if figures.get(name, 0.0) is None]
+        if lost:
+            self.warnings.append(f"{key[0]}, seed {key[1]}: {', '.join(lost)} is not finite (see {file}).")
 
     def table(self) -> Table:
         """The rows that have been run, or have failed."""
@@ -359,7 +378,7 @@ class _Job:
             k: v for k, v in to_dict(self.config).items() if k not in {"note", "redo", "jobs", "any_code"}
         }
         settings |= {"samples": self.samples, "seeds": self.seeds, "sampling": to_dict(self.sampling)}
-        return self._table(columns, rows, settings, mixed(rows))
+        return self._table(columns, rows, settings, [*mixed(rows), *self.warnings])
 
     def _table(
         self, columns: list[str], rows: list[Row], settings: dict[str, Any], warnings: list[str]
@@ -389,3 +408,8 @@ class _Job:
             rows.append(Row(name, preset.about, [], values, mean, dict.fromkeys(mean), published))
         columns = [figure for figure in self.paper.figures if figure in rows[0].mean]
         return self._table(columns, rows, {}, [])
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from flowback.config import EvaluateConfig, RunConfig, SampleConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.devices import cpu_cores
-from flowback.errors import InputError
+from flowback.errors import InputError, Interrupted, ProcessLostError
 from flowback.evaluation.judge import Judge
 from flowback.evaluation.linear_probe import probe
 from flowback.evaluation.pipeline import evaluate
@@ -91,10 +91,15 @@ def _outcome(row: RowRun, images: ImageSet, test: ImageSet, description: str) ->
     """The record, or the sentence that stopped the row."""
     try:
         write_json(row.folder / "settings.json", row.settings["run"])
-        flow = train(row.config, images, row.folder, test=test, description=description).flow
+        flow = train(row.config, out=row.folder, description=description).flow
         report = _measure(flow, images, test, row.settings["evaluation"])
     except InputError as error:
         return str(error)
+    except (Interrupted, ProcessLostError):
+        raise
+    except Exception as error:  # no memory for a large row, say, or a defect: the others go on
+        log.exception("%s, seed %d failed.", row.preset, row.seed)
+        return f"{type(error).__name__}: {error}"
     record = {
         "preset": row.preset,
         "seed": row.seed,

@@ -11,11 +11,14 @@ from typing import Any
 from flowback.presets import Preset
 from flowback.tables.result import Difference, Row, images_needed, paired_difference
 
-__all__ = ["COLUMNS", "compared", "mixed", "summarise"]
+__all__ = ["COLUMNS", "DISTANCES", "compared", "mixed", "summarise"]
+
+DISTANCES = ("fd_efficientnet_lite0", "fid", "sfid", "inception_score")
+"""Figures of samples."""
 
 COLUMNS = (
-    *("nll", "top1_gradient", "top1_normalised", "top1_exhaustive", "fd_efficientnet_lite0"),
-    *("fid", "sfid", "inception_score", "best_linear"),
+    *("nll", "top1_gradient", "top1_normalised", "top1_exhaustive"),
+    *(*DISTANCES, "best_linear"),
 )
 """Figures of a row, where the evaluation gives them."""
 

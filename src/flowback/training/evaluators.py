@@ -72,7 +72,8 @@ def picture_evaluator(config: RunConfig, folder: Path) -> Evaluator:
         labels = [k for k in range(classes) for _ in range(8)] or None
         drawn = sample(flow, labels, seeds=range(8 * (classes or 8)))
         images = open_codec(config.codec, flow.device).decode(drawn)
-        sheet = grid(images, columns=8)
+        names = [flow.classes[k] if flow.classes else str(k) for k in range(classes)]
+        sheet = grid(images, columns=8, names=names)
         save_png(sheet, folder / f"step-{step:08d}.png")
         return {"samples": sheet}
 

@@ -13,9 +13,11 @@ import torch
 from flowback.alignment.targets import make_targets
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet, match_classes
-from flowback.data.load import load_images
+from flowback.data.load import UNNAMED, load_images
+from flowback.data.vae import located
 from flowback.errors import InputError
 from flowback.files import cache_folder
+from flowback.folder_lock import folder_lock
 from flowback.model import Flow
 from flowback.training.distributed import noticing_loss, start
 from flowback.training.evaluators import (
@@ -26,6 +28,7 @@ from flowback.training.evaluators import (
 )
 from flowback.training.loop import train_loop
 from flowback.training.objective import Targets
+from flowback.training.run_folder import RunFolder
 
 __all__ = ["TrainResult", "train"]
 
@@ -71,8 +74,9 @@ def train(
     Args:
         config: the settings, ``flowback.get_preset(name).config`` for example. Number and names of the
             classes and the VAE are taken from the images.
-        images: the training images; None loads those that ``config.data`` names. Of images of your own, the
-            checkpoint keeps only the class names, so ``flowback evaluate`` then needs ``--data``.
+        images: the training images; None loads those that ``config.data`` names. Of images that you give,
+            the checkpoint keeps only the class names (``data.name`` is `none`), so ``flowback evaluate`` then
+            needs ``--data``.
         out: the run's folder: config.json, environment.json, metrics.jsonl, checkpoints/.
         test: held-out images for the figures during training; their classes are matched by name. None takes
             those of ``config.data`` if the training images come from there too; otherwise there are no such
@@ -98,6 +102,9 @@ def train(
         (2, ('0', '1', '2'))
     """
     state, model, out = start(config.train), config.model, Path(out)
+    if state.is_main_process:
+        RunFolder(out, config).check()
+    config = replace(config, **_placed(config, named=images is None))
     if images is None:
         images, own_test = (
             load_images(config.data, model.image_size, model.channels, split) for split in ("train", "test")
@@ -113,11 +120,25 @@ def train(
         built_in.append(frechet_evaluator(config, images))
     if config.train.sample_every:
         built_in.append(picture_evaluator(config, out / "samples"))
-    if targets is None:
-        with noticing_loss(state), state.main_process_first():  # it computes the features that all read
-            targets = make_targets(config, images, cache_folder() / "features", state.device)
-    metrics = train_loop(config, images, out, targets, [*built_in, *evaluators], description)
+    with folder_lock(out, state.is_main_process):
+        if targets is None:
+            with noticing_loss(state), state.main_process_first():  # it computes the features that all read
+                targets = make_targets(config, images, cache_folder() / "features", state.device)
+        metrics = train_loop(config, images, out, targets, [*built_in, *evaluators], description)
     return TrainResult(config, out, images, test, metrics, state.device)
+
+
+def _placed(config: RunConfig, named: bool) -> dict[str, Any]:
+    """The sections with paths, as they are found from any folder; images that were given have no name."""
+    data, alignment, codec = config.data, config.alignment, config.codec
+    paths = {name: getattr(alignment, name) for name in ("weights", "originals_path")}
+    return {
+        "data": replace(data, path=data.path and data.path.absolute())
+        if named
+        else replace(data, name=UNNAMED, path=None),
+        "alignment": replace(alignment, **{name: path and path.absolute() for name, path in paths.items()}),
+        "codec": replace(codec, vae=codec.vae and located(codec.vae)),
+    }
 
 
 def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:

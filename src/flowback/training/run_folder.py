@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import secrets
 import shutil
 import sys
@@ -28,12 +29,15 @@ from flowback import checkpoint
 from flowback.checked import to_dict
 from flowback.config import RunConfig
 from flowback.errors import InputError
-from flowback.files import plain, replacing, write_json
+from flowback.files import foreign_file, plain, replacing, write_json
 from flowback.provenance import environment
 
 __all__ = ["RunFolder", "Stored", "Writer"]
 
 log = logging.getLogger("flowback")
+
+_BESIDE = re.compile(r"settings\.json|[^/]+\.(log|out|err)")
+"""What may lie in the folder of a new run: notes of `flowback reproduce`, a shell's or scheduler's log."""
 
 
 MAY_CHANGE = {
@@ -70,19 +74,36 @@ class RunFolder:
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
 
+    def check(self) -> None:
+        """Refuse, before the work begins, a folder that holds something other than a run.
+
+        Raises:
+            InputError: names what is there.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out {self.path} is a file; choose another folder.")
+        if (self.path / "model.safetensors").exists():
+            raise InputError(f"--out {self.path} holds a checkpoint, not a run; choose another folder.")
+        if (self.path / "config.json").exists() or checkpoint.step_folders(self.path):
+            return  # a run, which is compared before it is continued
+        other = foreign_file(self.path, lambda name: _BESIDE.fullmatch(name) is not None)
+        if other is not None:
+            raise InputError(
+                f"--out {self.path} holds something else ({other}); choose another folder, or move it away."
+            )
+
     def begin(self, device: torch.device, processes: int) -> None:
         """Describe a new run.
 
         Raises:
             InputError: the folder cannot be written, or holds something else.
         """
+        self.check()
         written = self.path / "config.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if written.exists():  # stopped before its first checkpoint: start over
                 self.compare(checkpoint.read_config(self.path))
-            elif (self.path / "metrics.jsonl").exists():
-                raise InputError(f"{self.path} holds the metrics of something else; choose another --out.")
             write_json(written, {"format": checkpoint.FORMAT, **to_dict(self.config)})
             identity = {"id": secrets.token_hex(4)}
             write_json(self.path / "environment.json", identity | _environment(device, processes))
