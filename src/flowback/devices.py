@@ -6,10 +6,11 @@ import os
 import re
 
 import torch
+from torch import Tensor
 
 from flowback.errors import InputError, nearest
 
-__all__ = ["cpu_cores", "pick_device"]
+__all__ = ["cpu_cores", "pick_device", "send"]
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 """Kinds of device that training and sampling run on."""
@@ -41,6 +42,17 @@ def pick_device(name: str | torch.device = "auto", option: str = "Device") -> to
     if index >= _count(kind):
         raise InputError(f"{option} {name} is not available: this machine has {_present()}.")
     return torch.device(name)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; for CUDA through pinned memory, so that nobody waits for the copy.
+
+    From memory that is not pinned, a copy either waits all the same (CUDA) or may read what is there later
+    (MPS).
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def cpu_cores() -> int:

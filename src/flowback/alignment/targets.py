@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,6 +29,7 @@ from flowback.data.image_set import FeatureTable, ImageSet, Subset
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
 from flowback.data.prepared import is_prepared, load_prepared, mapped, read_summary
+from flowback.devices import send
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.progress import track
@@ -60,7 +62,7 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
         InputError: the disk has no room, or the encoder fails on the images.
     """
     shape = [len(images), 2 if flip else 1, grid**2, encoder.dim]
-    content = {
+    content: dict[str, Any] = {
         "version": _VERSION,
         "encoder": encoder.name,
         "encoder_fingerprint": encoder.fingerprint,
@@ -68,6 +70,8 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
         "images_fingerprint": images.fingerprint,
         "shape": shape,
     }
+    if encoder.mean.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        content["convolutions"] = "tf32"  # PyTorch's default: ten bits of each factor
     key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
     path = folder / (re.sub(r"[^\w.-]+", "-", f"{images.name}-{encoder.name}-{grid}x{grid}-{key}") + ".npy")
     try:
@@ -137,7 +141,7 @@ class CachedTargets:
 
     def __call__(self, indices: Tensor, flipped: Tensor, seen: Tensor) -> Tensor:
         """Features of the images at ``indices``, mirrored where ``flipped``."""
-        return self.table.rows(indices, flipped).to(seen.device, non_blocking=True).float()
+        return send(self.table.rows(indices, flipped), seen.device).float()
 
 
 class ComputedTargets:
@@ -145,11 +149,16 @@ class ComputedTargets:
 
     def __init__(self, encoder: Encoder, grid: int, originals: ImageSet | None = None) -> None:
         self.encoder, self.grid, self.dim, self.originals = encoder, grid, encoder.dim, originals
+        self._looked = False
 
     def __call__(self, indices: Tensor, flipped: Tensor, seen: Tensor) -> Tensor:
         """Features of the images ``seen``."""
         del indices, flipped  # the images themselves are at hand
-        return self.encoder.to(seen.device)(seen, self.grid)
+        # To look waits for the device. After the first batch a GPU goes on without: broken features later make
+        # a step whose gradient is not finite, which never reaches the weights and is reported.
+        check = seen.device.type == "cpu" or not self._looked
+        self._looked = True
+        return self.encoder.to(seen.device)(seen, self.grid, check)
 
 
 def make_targets(
