@@ -67,7 +67,11 @@ class Accelerator(TorchDispatchMode):
 
     def __enter__(self):
         def autocast(device, *arguments, **options):
-            return contextlib.nullcontext() if device == "meta" else self._autocast(device, *arguments, **options)
+            return (
+                contextlib.nullcontext()
+                if device == "meta"
+                else self._autocast(device, *arguments, **options)
+            )
 
         self._autocast, torch.autocast = torch.autocast, autocast  # it does not know "meta"
         return super().__enter__()

@@ -62,6 +62,20 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
         InputError: the disk has no room, or the encoder fails on the images.
     """
     shape = [len(images), 2 if flip else 1, grid**2, encoder.dim]
+    content = _content(encoder, images, shape)
+    key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+    path = folder / (re.sub(r"[^\w.-]+", "-", f"{images.name}-{encoder.name}-{grid}x{grid}-{key}") + ".npy")
+    try:
+        values = mapped(path, np.float32, tuple(shape))
+    except InputError:  # none, or not a whole one
+        _write(path, encoder, images, grid, shape)
+        write_json(path.with_suffix(".json"), content)
+        values = mapped(path, np.float32, tuple(shape))
+    return FeatureTable(path, values)
+
+
+def _content(encoder: Encoder, images: ImageSet, shape: list[int]) -> dict[str, Any]:
+    """All that the features depend on: another content is another table."""
     content: dict[str, Any] = {
         "version": _VERSION,
         "encoder": encoder.name,
@@ -72,15 +86,7 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
     }
     if encoder.mean.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         content["convolutions"] = "tf32"  # PyTorch's default: ten bits of each factor
-    key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
-    path = folder / (re.sub(r"[^\w.-]+", "-", f"{images.name}-{encoder.name}-{grid}x{grid}-{key}") + ".npy")
-    try:
-        values = mapped(path, np.float32, tuple(shape))
-    except InputError:  # none, or not a whole one
-        _write(path, encoder, images, grid, shape)
-        write_json(path.with_suffix(".json"), content)
-        values = mapped(path, np.float32, tuple(shape))
-    return FeatureTable(path, values)
+    return content
 
 
 def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: list[int]) -> None:
