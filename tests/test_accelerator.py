@@ -1,4 +1,4 @@
-"""Every path on an accelerator that is not there: no tensors are mixed, and a training step waits for nothing."""
+"""Every path on an accelerator that is not there: no tensors are mixed, a training step waits for nothing."""
 
 import contextlib
 import dataclasses
@@ -299,7 +299,7 @@ def test_sampling(guidance, way, monkeypatch):
     assert images.device == META
     assert images.shape == (2, 1, 4, 4)
     labels = ["number to the CPU"] * 2  # least and largest, once a call
-    # A sweep asks which images have converged. "None" is the answer here: 2 blocks, windows of 2 and 1 tokens.
+    # A sweep asks which images have converged, and hears none: 2 blocks, windows of 2 and 1 tokens.
     sweeps = ["copy to the CPU"] * 2 * (2 + 1)
     assert machine.waits == labels + (sweeps if way == "jacobi" else [])
 

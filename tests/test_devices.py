@@ -84,6 +84,16 @@ def test_training_names_its_option(machine, device):
         start(TrainConfig(device=device))
 
 
+def test_several_processes_are_refused_where_they_cannot_be_joined(machine, monkeypatch):
+    """Accelerate takes each of them for a run of its own on MPS."""
+    machine(mps=1)
+    alone = SimpleNamespace(device=torch.device("mps"), num_processes=1)
+    monkeypatch.setattr("flowback.training.distributed.PartialState", lambda **_: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"^2 processes were launched, but flowback cannot train on mps"):
+        start(TrainConfig(device="mps"))
+
+
 # --- what this machine has ---
 
 

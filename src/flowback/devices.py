@@ -120,7 +120,7 @@ def _has_bf16_units(name: str) -> bool:
 
 def _cpu() -> dict[str, Any]:
     """What PyTorch knows of the processor; older versions know nothing."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def _version(package: str) -> str | None:

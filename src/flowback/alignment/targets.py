@@ -160,7 +160,7 @@ class ComputedTargets:
     def __call__(self, indices: Tensor, flipped: Tensor, seen: Tensor) -> Tensor:
         """Features of the images ``seen``."""
         del indices, flipped  # the images themselves are at hand
-        # To look waits for the device. After the first batch a GPU goes on without: broken features later make
+        # To look waits for the device, so a GPU looks at the first batch only. Features that break later make
         # a step whose gradient is not finite, which never reaches the weights and is reported.
         check = seen.device.type == "cpu" or not self._looked
         self._looked = True
