@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowback import InputError
 from flowback.alignment import targets as module
 from flowback.alignment.encoders import Encoder, Recipe
-from flowback.alignment.targets import cached_features
+from flowback.alignment.targets import _content, cached_features
 from flowback.data.image_set import MemoryImages
 from flowback.data.pixels import to_unit_range
 
@@ -169,3 +170,13 @@ def test_what_a_killed_process_left_is_removed(encoder, images, tmp_path, monkey
     cached_features(encoder, images, 2, True, tmp_path)
     assert set(tmp_path.iterdir()) == {alive, other, table.path, table.path.with_suffix(".json")}
     assert not killed.exists()
+
+
+def test_tables_of_rounded_convolutions_are_tables_of_their_own(encoder, images, monkeypatch):
+    """PyTorch rounds the factors of convolutions to TF32 on CUDA, unless it is told not to."""
+    here = _content(encoder, images, [5, 1, 4, 3])
+    with FakeTensorMode():
+        encoder.mean = torch.zeros(3, device="cuda")
+    assert _content(encoder, images, [5, 1, 4, 3]) == {**here, "convolutions": "tf32"}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert _content(encoder, images, [5, 1, 4, 3]) == here

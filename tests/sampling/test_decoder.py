@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowback.flow import affine
 from flowback.sampling import native
@@ -150,3 +151,42 @@ def test_a_failing_compiler_is_a_warning(monkeypatch, caplog, tmp_path):
 def test_odd_widths_fall_back():
     """A width that is no multiple of the panels goes to PyTorch."""
     assert not Engine(random_flow(torch.float32, width=24, head_dim=8)).native
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_bf16_matrices_are_converted_once(captured, monkeypatch):
+    """Same bits as autocast's own conversion, which comes again at every token; the rest stays fp32."""
+    if captured:
+        monkeypatch.setattr("flowback.sampling.decoder.captures", lambda _: True)
+        monkeypatch.setattr("flowback.sampling.cuda_graph.cuda_graph", lambda run: run)
+    flow = tame_flow(torch.float32)
+    z, block = noise_of(flow, 4), flow.blocks[0]
+    context = block.context(labels_of(flow, 4))
+    engine = Engine(flow, "bf16", native=False)
+    matrices = {tuple(p.shape) for p in block.parameters() if p.ndim == 2} - {(4, 4)}
+
+    class Conversions(TorchDispatchMode):
+        """Elements of weights that become bfloat16."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and tuple(args[0].shape) in matrices:
+                self.count += args[0].numel() if kwargs.get("dtype") == torch.bfloat16 else 0
+            return func(*args, **(kwargs or {}))
+
+    with Conversions() as conversions:
+        shift, log_scale = engine.decoder(1, 4, context).step(z[:, :1], 0)
+    assert conversions.count == 0
+    cache = block.body.empty_cache(4, 16, z.new_empty(0, dtype=torch.bfloat16))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = block.step(z[:, :1], context, cache)
+    if captured:  # attends to masked tokens too: other sums
+        torch.testing.assert_close(shift, expected[0], atol=1e-3, rtol=0.05)
+    else:
+        assert torch.equal(shift, expected[0])
+        assert torch.equal(log_scale, expected[1])
+    assert block.proj_in.weight.dtype == torch.float32
+    shared = engine._blocks[0]
+    assert shared.proj_out.weight is block.proj_out.weight
+    assert shared.position is block.position

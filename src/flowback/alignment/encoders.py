@@ -108,18 +108,23 @@ class Encoder(nn.Module):
         return self.recipe.fixed_size or self.recipe.stride * grid
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "b c h w"], grid: int) -> Float[Tensor, "b m {self.dim}"]:
+    def forward(
+        self, images: Float[Tensor, "b c h w"], grid: int, check: bool = True
+    ) -> Float[Tensor, "b m {self.dim}"]:
         """Features of grid x grid patches in raster order.
 
         Args:
             images: on [-1, 1], of any size; grey ones are repeated to three channels.
             grid: patches along one side.
+            check: look whether the features are finite, which waits for the device.
 
         Raises:
             InputError: the model cannot take such images, or gives values that are not finite.
         """
         with torch.autocast(images.device.type, enabled=False):
             features = self.feature_map(images.float(), self.input_size(grid))
+        if check:
+            self._refuse_broken(features)
         return resample(features.flatten(2).transpose(1, 2), grid)
 
     @torch.no_grad()
@@ -131,13 +136,21 @@ class Encoder(nn.Module):
         """
         with torch.autocast(images.device.type, enabled=False):
             size = self.recipe.fixed_size or self.recipe.pooled_size
-            return self.feature_map(images.float(), size).mean((2, 3))
+            features = self.feature_map(images.float(), size).mean((2, 3))
+        self._refuse_broken(features)
+        return features
+
+    def _refuse_broken(self, features: Tensor) -> None:
+        if not features.isfinite().all():
+            raise InputError(
+                f"Encoder {self.name} gives values that are not finite; check its weights and the images."
+            )
 
     def feature_map(self, images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b {self.dim} p q"]:
         """The model's features of images resized to ``size``; override it for models that timm does not make.
 
         Raises:
-            InputError: the model cannot take such images, or gives values that are not finite.
+            InputError: the model cannot take such images.
         """
         if images.shape[1] not in (1, 3):
             raise InputError(
@@ -164,10 +177,6 @@ class Encoder(nn.Module):
         if isinstance(fc_norm := getattr(self.model, "fc_norm", None), nn.LayerNorm) and self.recipe.norm:
             # Models trained with average pooling keep their final norm behind the pooling.
             features = fc_norm(features.movedim(1, -1)).movedim(-1, 1)
-        if not features.isfinite().all():
-            raise InputError(
-                f"Encoder {self.name} gives values that are not finite; check its weights and the images."
-            )
         return features
 
 

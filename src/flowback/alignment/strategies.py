@@ -128,7 +128,8 @@ def complete_series(
     one with the smallest remainder is taken, image by image: GMRES (Saad and Schultz 1986), in the form
     that orthogonalises the images A p of the directions, A = I - N^T. It is never behind the plain sum,
     needs some two thirds of its passes on trained flows, and does not follow terms that grow before they
-    vanish. With ``length`` vectors it is complete, since (N^T)^length = 0.
+    vanish. With ``length`` vectors it is complete, since (N^T)^length = 0. Each pass begins with one question
+    to the device, whether the remainder is small: a needless pass takes longer than the answer.
 
     Args:
         gradient: g.

@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,6 +30,7 @@ from flowback.data.image_set import FeatureTable, ImageSet, Subset, evenly
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
 from flowback.data.prepared import is_prepared, load_prepared, mapped, read_summary
+from flowback.devices import send
 from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.progress import track
@@ -64,14 +66,7 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
         InputError: the disk has no room, or the encoder fails on the images.
     """
     shape = [len(images), 2 if flip else 1, grid**2, encoder.dim]
-    content = {
-        "version": _VERSION,
-        "encoder": encoder.name,
-        "encoder_fingerprint": encoder.fingerprint,
-        "images": images.name,
-        "images_fingerprint": images.fingerprint,
-        "shape": shape,
-    }
+    content = _content(encoder, images, shape)
     key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
     path = folder / (re.sub(r"[^\w.-]+", "-", f"{images.name}-{encoder.name}-{grid}x{grid}-{key}") + ".npy")
     try:
@@ -81,6 +76,21 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
         write_json(path.with_suffix(".json"), content)
         values = mapped(path, np.float32, tuple(shape))
     return FeatureTable(path, values)
+
+
+def _content(encoder: Encoder, images: ImageSet, shape: list[int]) -> dict[str, Any]:
+    """All that the features depend on: another content is another table."""
+    content: dict[str, Any] = {
+        "version": _VERSION,
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "images": images.name,
+        "images_fingerprint": images.fingerprint,
+        "shape": shape,
+    }
+    if encoder.mean.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        content["convolutions"] = "tf32"  # PyTorch's default: ten bits of each factor
+    return content
 
 
 def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: list[int]) -> None:
@@ -141,7 +151,7 @@ class CachedTargets:
 
     def __call__(self, indices: Tensor, flipped: Tensor, seen: Tensor) -> Tensor:
         """Features of the images at ``indices``, mirrored where ``flipped``."""
-        return self.table.rows(indices, flipped).to(seen.device, non_blocking=True).float()
+        return send(self.table.rows(indices, flipped), seen.device).float()
 
 
 class ComputedTargets:
@@ -149,11 +159,16 @@ class ComputedTargets:
 
     def __init__(self, encoder: Encoder, grid: int, originals: ImageSet | None = None) -> None:
         self.encoder, self.grid, self.dim, self.originals = encoder, grid, encoder.dim, originals
+        self._looked = False
 
     def __call__(self, indices: Tensor, flipped: Tensor, seen: Tensor) -> Tensor:
         """Features of the images ``seen``."""
         del indices, flipped  # the images themselves are at hand
-        return self.encoder.to(seen.device)(seen, self.grid)
+        # To look waits for the device, so a GPU looks at the first batch only. Features that break later make
+        # a step whose gradient is not finite, which never reaches the weights and is reported.
+        check = seen.device.type == "cpu" or not self._looked
+        self._looked = True
+        return self.encoder.to(seen.device)(seen, self.grid, check)
 
 
 class CentredTargets:
@@ -221,7 +236,7 @@ class CentredTargets:
     ) -> Float[Tensor, "b m f"]:
         """Centred features of the images at ``indices``, mirrored where ``flipped``."""
         means = self.means[flipped.long().cpu(), self.groups[indices]]
-        return self.targets(indices, flipped, seen) - means.to(seen.device, non_blocking=True)
+        return self.targets(indices, flipped, seen) - send(means, seen.device)
 
 
 def make_targets(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowback.config import CodecConfig
 from flowback.data.pixels import to_bytes, to_unit_range
+from flowback.devices import send
 from flowback.errors import InputError, nearest
 
 __all__ = [
@@ -69,7 +70,7 @@ class FeatureTable:
     """What made them; None where the file's name says it."""
 
     def rows(self, indices: Int[Tensor, " b"], flipped: Bool[Tensor, " b"]) -> Float[Tensor, "b m c"]:
-        """Features of the images at ``indices``, of the mirror image where ``flipped``.
+        """Features of the images at ``indices``, of the mirror image where ``flipped``; all on the CPU.
 
         Raises:
             ValueError: a mirror image is asked for, and the table has none.
@@ -77,7 +78,7 @@ class FeatureTable:
         mirrors = self.values.shape[1]
         if mirrors == 1 and bool(flipped.any()):
             raise ValueError(f"{self.path} holds no features of mirror images.")
-        return self.values.flatten(0, 1).index_select(0, mirrors * indices.cpu() + flipped.cpu())
+        return self.values.flatten(0, 1).index_select(0, mirrors * indices + flipped)
 
 
 @runtime_checkable
@@ -197,7 +198,7 @@ class PixelSet:
     ) -> Float[Tensor, "b c h w"]:
         """The images on [-1, 1], mirrored where ``flipped``; nothing is random about them."""
         del noise
-        images = to_unit_range(stored.to(flipped.device, non_blocking=True))
+        images = to_unit_range(send(stored, flipped.device))
         return torch.where(flipped[:, None, None, None], images.flip(3), images)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from flowback.checked import from_dict
 from flowback.config import CodecConfig
 from flowback.data.image_set import FeatureSettings, FeatureTable, PixelSet
+from flowback.devices import send
 from flowback.errors import InputError
 
 __all__ = [
@@ -289,7 +290,7 @@ class PreparedLatents:
         self, stored: Float[Tensor, "b 2 2 c h w"], flipped: Bool[Tensor, " b"], noise: Callable[[], Tensor]
     ) -> Float[Tensor, "b c h w"]:
         """Latents drawn from the posterior, of the mirror image where ``flipped``."""
-        return sample_posterior(stored.to(flipped.device, non_blocking=True), flipped, noise())
+        return sample_posterior(send(stored, flipped.device), flipped, noise())
 
     def _finite(self, values: Tensor) -> Tensor:
         if not bool(values.isfinite().all()):

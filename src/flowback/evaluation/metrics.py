@@ -189,7 +189,7 @@ class InceptionScore:
 
     def add(self, logits: Float[Tensor, "n k"]) -> None:
         """Take in the next images."""
-        log_p = logits.double().cpu().log_softmax(dim=1)
+        log_p = logits.cpu().double().log_softmax(dim=1)  # MPS has no float64
         p = log_p.exp()
         index = torch.arange(self.next, self.next + len(logits))
         split = torch.bucketize(index, torch.tensor(self.bounds[1:-1]), right=True)

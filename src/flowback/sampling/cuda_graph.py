@@ -45,7 +45,8 @@ def cuda_graph(run: Run) -> Run:
             run()  # libraries set themselves up at their first call, which cannot be recorded
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, those that pin memory for example, may call CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = run()
     except RuntimeError as error:
         logger.warning("Decoding without CUDA graphs: %s", str(error).splitlines()[0])

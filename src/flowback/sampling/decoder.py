@@ -7,11 +7,12 @@ A :class:`Decoder` hides how a step is computed (PyTorch, compiled code or a CUD
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowback.checked import require_one_of
 from flowback.flow import TARFlow, affine
@@ -89,7 +90,7 @@ class TorchStep:
         block: the block.
         cache: keys and values, of as many rows as there are; overwritten.
         context: of each row, or None for a model without classes.
-        temperature: of each row's attention logits.
+        temperature: of each row's attention logits; None is 1.
         precision: of the Transformer.
     """
 
@@ -98,12 +99,11 @@ class TorchStep:
         block: Block,
         cache: KVCache,
         context: Float[Tensor, "r w"] | None,
-        temperature: Float[Tensor, " r"],
+        temperature: Float[Tensor, " r"] | None,
         precision: Precision = "fp32",
     ) -> None:
         self.block, self.cache, self.context = block, cache, context
         self.temperature, self.precision = temperature, precision
-        self.plain = bool((temperature == 1).all())
 
     def __call__(
         self, x: Float[Tensor, "b n d"], start: int, which: Int[Tensor, " r"]
@@ -115,10 +115,10 @@ class TorchStep:
         if len(which) < cache.keys.shape[1]:  # some images have left the batch
             cache = KVCache(cache.keys[:, which], cache.values[:, which])
             context = None if context is None else context[which]
-            temperature = temperature[which]
+            temperature = None if temperature is None else temperature[which]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             shift, log_scale = self.block.step(
-                x, context, cache, start, 1.0 if self.plain else temperature.view(-1, 1, 1, 1)
+                x, context, cache, start, 1.0 if temperature is None else temperature.view(-1, 1, 1, 1)
             )
         if cache is not self.cache:
             new = slice(start, start + x.shape[1])
@@ -148,6 +148,8 @@ class Engine:
             NativeWeights(block, storage) if native and NativeWeights.suits(block, storage) else None
             for block in flow.blocks
         ]
+        narrow = self.precision == "bf16" and not self.native
+        self._blocks = [_narrowed(block) if narrow else block for block in flow.blocks]
         self._native_cache: NativeCache | None = None
         self._cache: KVCache | None = None
         self._captured: dict[int, dict[int, CapturedStep]] = {}
@@ -185,24 +187,23 @@ class Engine:
             images: images of the batch.
             context: of each row: B images, or 2B streams with a guide.
             guide: joins the two streams.
-            temperature: of each row's attention logits.
+            temperature: of each row's attention logits; None is 1.
             new: most tokens in a step.
         """
         block, weights = self.flow.blocks[index - 1], self._weights[index - 1]
         rows = 2 * images if guide else images
         like = block.proj_in.weight
-        if temperature is None:
-            temperature = like.new_ones(rows)
+        temperatures = like.new_ones(rows) if temperature is None else temperature
         if context is not None:
             context = context.expand(rows, -1).to(like.dtype)
         step: Step
         if weights is not None:
-            scale = 1 / (block.body.head_dim**0.5 * temperature)
+            scale = 1 / (block.body.head_dim**0.5 * temperatures)
             step = NativeStep(weights, self._room(weights, rows, new), context, scale)
         elif new == 1 and captures(like.device):
-            step = self._capture(index, rows, context, temperature)
+            step = self._capture(index, rows, context, temperatures)
         else:
-            step = TorchStep(block, self._rows(rows), context, temperature, self.precision)
+            step = TorchStep(self._blocks[index - 1], self._rows(rows), context, temperature, self.precision)
         return Decoder(block, images, step, guide)
 
     def _room(self, weights: NativeWeights, rows: int, new: int) -> NativeCache:
@@ -237,8 +238,16 @@ class Engine:
         if index in kept:
             return kept[index].restart(context, temperature)
         autocast = torch.bfloat16 if self.precision == "bf16" else None
-        kept[index] = CapturedStep(self.flow.blocks[index - 1], cache, context, temperature, autocast)
+        kept[index] = CapturedStep(self._blocks[index - 1], cache, context, temperature, autocast)
         return kept[index]
+
+
+def _narrowed(block: Block) -> Block:
+    """The block with the Transformer's matrices in bf16, which autocast would convert anew at every token."""
+    linear = [m for part in (block.proj_in, block.body) for m in part.modules() if isinstance(m, nn.Linear)]
+    memo = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}  # shared, but for these
+    memo |= {id(p): nn.Parameter(p.detach().bfloat16(), False) for m in linear for p in m.parameters()}
+    return copy.deepcopy(block, memo)
 
 
 @torch.no_grad()

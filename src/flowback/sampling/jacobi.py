@@ -130,6 +130,7 @@ def solve_window(
         done[active] = sweep
         first = start - 1 + sweep
         if tolerance is not None:
+            # The one wait for the device in a sweep: images that leave make the sweeps that follow cheaper.
             # Not-a-number never compares as converged: such images run to the end, as sequential ones do.
             active = active[~(change <= tolerance).cpu()]
             if not len(active):

@@ -267,10 +267,12 @@ class Sampler:
         without = block.context(None)
         if context is not None and without is not None:
             context = torch.cat([context.expand(count, -1), without.expand(count, -1)])
-        temperature = torch.ones(2, dtype=scales.dtype, device=scales.device)
-        temperature[1] = self.guidance.temperature
+        temperature = None
+        if self.guidance.temperature != 1:
+            temperature = torch.ones(2 * count, dtype=scales.dtype, device=scales.device)
+            temperature[count:] = self.guidance.temperature
         guide = self.guidance.guide(scales, config.tokens)
-        return self.engine.decoder(index, count, context, guide, temperature.repeat_interleave(count), new)
+        return self.engine.decoder(index, count, context, guide, temperature, new)
 
 
 _SEEDS = 2**32

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet, labelled
+from flowback.devices import send
 from flowback.errors import InputError
 from flowback.flow.likelihood import dequantise
 
@@ -59,7 +60,7 @@ class Batch:
     indices: Int64[Tensor, " b"]
     """Which images of the set."""
     flipped: Bool[Tensor, " b"]
-    """Mirrored left to right."""
+    """Mirrored left to right; on the CPU, as ``indices``."""
     clean: Float[Tensor, "b c h w"]
     """On [-1, 1], mirrored where `flipped`."""
     seen: Float[Tensor, "b c p q"]
@@ -159,15 +160,18 @@ def batches(
             raise item
         indices, stored, larger = item
         # Draw for the whole batch and take the share: the same numbers for any number of processes.
-        random = generator(device, train.seed, _STEP, step + offset)
-        flipped = torch.rand(train.batch_size, generator=random, device=device)[share] < 0.5
+        host = generator("cpu", train.seed, _STEP, step + offset)
+        random = host if device.type == "cpu" else generator(device, train.seed, _STEP, step + offset)
+        # On the CPU, where cached features are looked up: nobody waits for the device to say which.
+        flipped = torch.rand(train.batch_size, generator=host)[share] < 0.5
         drop = torch.rand(train.batch_size, generator=random, device=device)[share] < train.label_drop
         shape = (train.batch_size, model.channels, model.image_size, model.image_size)
         if not config.data.flip:
             flipped = torch.zeros_like(flipped)
         normal = partial(_normal, shape, random, share)
-        clean = images.draw(stored, flipped, normal)
-        seen = clean if originals is None else originals.draw(larger, flipped, normal)
+        mirrored = send(flipped, device)
+        clean = images.draw(stored, mirrored, normal)
+        seen = clean if originals is None else originals.draw(larger, mirrored, normal)
         if model.noise == "gaussian":
             noised = clean + model.noise_std * normal()
         else:
@@ -176,9 +180,9 @@ def batches(
         labels = None
         if model.num_classes:
             assert images.labels is not None
-            labels = images.labels[indices].to(device, non_blocking=True)
+            labels = send(images.labels[indices], device)
             if unlabelled is not None:
-                drop = drop | unlabelled[indices].to(device, non_blocking=True)
+                drop = drop | send(unlabelled[indices], device)
         yield Batch(indices, flipped, clean, seen, noised, labels, drop if labels is not None else None)
 
 

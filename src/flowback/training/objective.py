@@ -33,7 +33,10 @@ class Targets(Protocol):
     def __call__(
         self, indices: Int64[Tensor, " b"], flipped: Bool[Tensor, " b"], seen: Float[Tensor, "b c p q"]
     ) -> Float[Tensor, "b m f"]:
-        """Features of the images ``seen``, on their device; patches in raster order."""
+        """Features of the images ``seen``, on their device; patches in raster order.
+
+        ``indices`` and ``flipped`` are on the CPU.
+        """
         ...
 
 

@@ -246,8 +246,8 @@ class Trainer:
     def _block_statistics(self, batch: Batch) -> dict[str, float]:
         """Those of the whole batch."""
         statistics = self._own_statistics(batch)
-        values = torch.tensor([list(statistics.values())], dtype=torch.float64, device=self.device)
-        rows = self.accelerator.gather(values)  # (processes, statistics)
+        values = torch.tensor([list(statistics.values())], device=self.device)
+        rows = self.accelerator.gather(values).cpu().double()  # (processes, statistics); MPS has no float64
         joined = {"min": rows.amin(0), "max": rows.amax(0), "z2": rows.mean(0)}
         kinds = (next(kind for kind in joined if kind in name) for name in statistics)
         return {
