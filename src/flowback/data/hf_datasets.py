@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowback.data.image_folder import held_out
+from flowback.data.pixels import UnreadableImageError
 from flowback.errors import InputError
 
 __all__ = ["HubSource", "is_saved", "open_hub"]
@@ -44,9 +45,17 @@ class HubSource:
         return f"{self.name}-{index:08d}"
 
     def open(self, index: int) -> Path | bytes | Image.Image:
-        """The image's file, or its bytes."""
-        cell = self.table[index][self.image]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
+        """The image's file, or its bytes.
+
+        Raises:
+            UnreadableImageError: the row has no image.
+        """
+        cell = self.table[index][self.image] or {}
+        if cell.get("bytes") is not None:
+            return cell["bytes"]
+        if not cell.get("path"):
+            raise UnreadableImageError("no image in this row")
+        return Path(cell["path"])
 
 
 def is_saved(path: Path) -> bool:
@@ -100,6 +109,9 @@ def _source(data: str, name: str, table: Any) -> HubSource:
         raise InputError(f"{data} has no column of images; its columns are {', '.join(columns)}.")
     label = next((key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)), None)
     classes = tuple(columns[label].names) if label is not None else ()
-    labels = None if label is None else torch.tensor(np.asarray(table[label]), dtype=torch.int64)
+    ids = None if label is None else list(table[label])
+    if ids is not None and None in ids:
+        raise InputError(f"{data}: row {ids.index(None)} of {name} has no {label}; give all rows a class.")
+    labels = None if ids is None else torch.tensor(ids, dtype=torch.int64)
     plain = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     return HubSource(name, plain, image, classes, labels)

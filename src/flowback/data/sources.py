@@ -25,7 +25,7 @@ from flowback.data.hf_datasets import is_saved, open_hub
 from flowback.data.image_folder import fingerprint_of, held_out, labels_of, list_images, split_folder
 from flowback.data.named_sets import Pictures, dataset_names, pictures
 from flowback.data.shards import is_sharded, open_shards
-from flowback.errors import InputError
+from flowback.errors import InputError, printable
 
 __all__ = ["FileSource", "PictureSource", "Source", "Split", "open_source"]
 
@@ -84,7 +84,7 @@ class FileSource:
 
     def file_name(self, index: int) -> str:
         """The file, relative to the folder."""
-        return self.files[index]
+        return printable(self.files[index])
 
     def open(self, index: int) -> Path:
         """The file's path."""

@@ -15,7 +15,6 @@ from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet, match_classes
 from flowback.data.load import load_images
 from flowback.errors import InputError
-from flowback.files import cache_folder
 from flowback.model import Flow
 from flowback.training.distributed import noticing_loss, start
 from flowback.training.evaluators import Evaluator, likelihood_evaluator, picture_evaluator
@@ -108,7 +107,7 @@ def train(
         built_in.append(picture_evaluator(config, out / "samples"))
     if targets is None:
         with noticing_loss(state), state.main_process_first():  # it computes the features that all read
-            targets = make_targets(config, images, cache_folder() / "features", state.device)
+            targets = make_targets(config, images, device=state.device)
     metrics = train_loop(config, images, out, targets, [*built_in, *evaluators], description)
     return TrainResult(config, out, images, test, metrics, state.device)
 

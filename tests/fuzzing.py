@@ -1,0 +1,143 @@
+"""What the fuzz tests share: how good files are spoiled, and what must hold of whoever reads them.
+
+A reader gives an InputError of one line, or a right result. It takes at most ``SECONDS`` and ``ROOM`` more
+bytes of address space, which is far more than any of the good files needs and far less than the spoiled ones
+ask for. The seed is written down here, so that every run of the suite sees the same files; FLOWBACK_FUZZ
+asks for another number of them, and FLOWBACK_FUZZ_SEED for others.
+"""
+
+import contextlib
+import copy
+import os
+import resource
+from datetime import timedelta
+from pathlib import Path
+
+import hypothesis
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
+
+from flowback import InputError
+
+EXAMPLES = int(os.environ.get("FLOWBACK_FUZZ", "25"))
+SEED = int(os.environ.get("FLOWBACK_FUZZ_SEED", "0"))
+SECONDS = 5
+ROOM = 2**30
+
+
+def fuzz(*strategies):
+    """A test that is called with values of these strategies."""
+    settings = hypothesis.settings(
+        max_examples=EXAMPLES,
+        deadline=timedelta(seconds=SECONDS),
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+    )
+
+    def decorate(test):
+        return hypothesis.seed(SEED)(settings(hypothesis.given(*strategies)(test)))
+
+    return decorate
+
+
+@contextlib.contextmanager
+def little_room():
+    """No more than ``ROOM`` bytes of address space than there are; more is a MemoryError."""
+    if not Path("/proc/self/statm").exists():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def outcome(read, *arguments):
+    """What a reader gives; None for a refusal, which must be one sentence."""
+    try:
+        with little_room():
+            return read(*arguments)
+    except InputError as error:
+        message = str(error)
+    assert message
+    assert "\n" not in message
+    assert len(message) < 2000
+    message.encode()  # no odd bytes of a file's name, which would break what prints it
+    return None
+
+
+NUMBERS = [b"\0" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\xff" * 8, b"99999999999", b"-1"]
+"""What sizes and offsets in headers are replaced by."""
+
+
+@st.composite
+def spoiled(draw, contents):
+    """One of the good files, with some bytes changed, lost, repeated or at another place."""
+    content = bytearray(draw(st.sampled_from(contents)))
+    for _ in range(draw(st.integers(1, 4))):
+        # Headers stand at the start, directories at the end; both get as much as all between.
+        last = max(0, len(content) - 1)
+        low, high = draw(st.sampled_from([(0, min(64, last)), (0, last), (max(0, last - 200), last)]))
+        at = draw(st.integers(low, high))
+        kind = draw(st.sampled_from(["change", "change", "number", "cut", "lose", "repeat", "insert"]))
+        if kind == "change" and at < len(content):
+            content[at] ^= draw(st.integers(1, 255))
+        elif kind == "number":
+            number = draw(st.sampled_from(NUMBERS))
+            content[at : at + len(number)] = number
+        elif kind == "cut":
+            del content[at:]
+        elif kind == "lose":
+            del content[at : at + draw(st.integers(1, 600))]
+        elif kind == "repeat":
+            content[at:at] = content[at : at + draw(st.integers(1, 600))]
+        elif kind == "insert":
+            content[at:at] = draw(st.binary(min_size=1, max_size=20))
+    return bytes(content)
+
+
+def deep(levels):
+    """Lists in lists."""
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+ODD = [
+    *(None, True, False, -1, 0, 1, 2, 10**9, 10**30, -(10**400), 1.5, 1e308, float("nan"), float("inf")),
+    *("", "0", "../..", "\ud800", "a\nb", "x" * 3000, "NaN", [], {}, [0], [[1, 2]], [None], {"a": 1}),
+    *({"1" * 30: "\x1b[2J"}, ["train"] * 3, deep(30), deep(500)),
+]
+
+
+@st.composite
+def odd_json(draw, good):
+    """A good value with some of its parts replaced, removed or added, at any depth."""
+    value = copy.deepcopy(good)
+    for _ in range(draw(st.integers(1, 3))):
+        parent = value
+        while isinstance(parent, (dict, list)) and parent:
+            key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
+            inner = parent[key]
+            if not isinstance(inner, (dict, list)) or not inner or draw(st.booleans()):
+                break
+            parent = inner
+        else:
+            break
+        kind = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+        if kind == "replace":
+            parent[key] = draw(st.sampled_from(ODD))
+        elif kind == "remove":
+            del parent[key]
+        elif isinstance(parent, dict):
+            parent[draw(st.sampled_from(["", "extra", "format", "x\ud800", "a\nb"]))] = draw(
+                st.sampled_from(ODD)
+            )
+        else:
+            parent.insert(0, draw(st.sampled_from(ODD)))
+    return value
