@@ -10,6 +10,7 @@ import contextlib
 import copy
 import os
 import resource
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -98,6 +99,13 @@ def spoiled(draw, contents):
         elif kind == "insert":
             content[at:at] = draw(st.binary(min_size=1, max_size=20))
     return bytes(content)
+
+
+def png_header(width, height):
+    """The start of a black and white picture of any size, as far as its first data."""
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\1\0\0\0\0"
+    checked = header + zlib.crc32(header).to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + checked + b"\0\0\0\x0aIDAT"
 
 
 def deep(levels):

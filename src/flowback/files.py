@@ -111,7 +111,11 @@ def cache_folder() -> Path:
         raise OSError("the user has no home folder; set FLOWBACK_CACHE to a folder") from None
 
 
-@functools.cache
-def no_cache(reason: str) -> None:
+def no_cache(error: OSError) -> None:
     """Say once that the work goes on without the cache, and why."""
+    _say_no_cache(error.strerror or str(error))
+
+
+@functools.cache
+def _say_no_cache(reason: str) -> None:
     log.warning("The cache cannot be used (%s): results are computed, and not kept.", reason)

@@ -1,6 +1,6 @@
 """JSON, YAML and tensors from files that may be damaged, or made to do harm: checked before they are used.
 
-JSON takes at most 64 MiB and YAML 1 MiB, both nest at most 64 deep, and their numbers are finite. Files of
+JSON takes at most 64 MiB and YAML 128 KiB, both nest at most 64 deep, and their numbers are finite. Files of
 tensors run no code when they are read, and take no more memory than they have bytes. Nothing that could wait
 for ever, such as a named pipe, is opened.
 """
@@ -27,7 +27,7 @@ __all__ = ["is_state_dict", "open_regular", "parse_json", "read_json", "read_ten
 
 JSON_LIMIT = 64 * 2**20
 """Bytes of a file of JSON."""
-YAML_LIMIT = 2**20
+YAML_LIMIT = 2**17
 """Bytes of a file of YAML, whose parser is slow."""
 DEPTH = 64
 """Lists and objects inside one another."""
@@ -106,7 +106,7 @@ def read_yaml(file: Path) -> Any:
 def _limited(file: Path, limit: int) -> bytes:
     with open_regular(file) as stream:
         if os.fstat(stream.fileno()).st_size > limit:
-            raise ValueError(f"it has more than {limit >> 20} MiB")
+            raise ValueError(f"it has more than {limit >> 10} KiB")
         return stream.read()
 
 
@@ -116,14 +116,18 @@ def _items(value: Any) -> Iterator[Any]:
     Raises:
         ValueError: nested deeper than :data:`DEPTH`.
     """
-    level, seen, depth = [value], set(), 0
+    level, depth = [value], 0
+    seen: dict[int, Any] = {}
     while level:
         yield from level
         if depth > DEPTH:
             raise ValueError("it is nested too deep")
-        inner = [item for item in level if isinstance(item, (dict, list, tuple)) and id(item) not in seen]
-        seen.update(map(id, inner))
-        level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
+        inner = {id(item): item for item in level if isinstance(item, (dict, list, tuple))}
+        inner = {key: item for key, item in inner.items() if key not in seen}
+        seen |= inner
+        level = [
+            child for item in inner.values() for child in (item.values() if isinstance(item, dict) else item)
+        ]
         depth += 1
 
 

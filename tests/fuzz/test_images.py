@@ -24,7 +24,7 @@ from flowback.data.shards import open_shards
 from flowback.data.sources import open_source
 from flowback.evaluation.protocol import kept
 from flowback.evaluation.references import load_reference, open_images
-from fuzzing import fuzz, odd_json, outcome, spoiled
+from fuzzing import fuzz, odd_json, outcome, png_header, spoiled
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 
@@ -89,8 +89,7 @@ def entry(kind, path):
         path.write_bytes(BOMB)
 
 
-HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-BOMB = HEADER + (60_000).to_bytes(4, "big") * 2 + b"\1\0\0\0\0" + b"\0" * 4
+BOMB = png_header(60_000, 60_000)
 KINDS = ["picture", "pipe", "loop", "nowhere", "empty", "folder", "around", "bomb"]
 NAMES = [
     b"a.png",

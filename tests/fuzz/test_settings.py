@@ -71,7 +71,14 @@ for i in range(1, 60):
     LAUGHS += b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1)
 
 
-@fuzz(spoiled([YAML, TAGS, LAUGHS + b"classes: *a59\n", LAUGHS + b"train: *a59\n", b"classes: &a [*a]\n"]))
+MERGED = b"model: &m {width: 64, blocks: 2}\ntrain: &t {<<: *m, lr: 1.0}\ndata: {<<: [*m, *t]}\n"
+
+
+@fuzz(
+    spoiled(
+        [YAML, TAGS, MERGED, LAUGHS + b"classes: *a59\n", LAUGHS + b"train: *a59\n", b"classes: &a [*a]\n"]
+    )
+)
 def test_yaml(folder, content):
     (folder / "settings.yaml").write_bytes(content)
     assert is_config(outcome(_from_yaml, folder / "settings.yaml", CONFIG))

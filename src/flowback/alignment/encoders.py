@@ -352,7 +352,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is damaged or not a file of weights ({_first_line(error)}).") from None
     except ValueError as error:
-        raise InputError(f"{file}: {error}; save only the model's state dict.") from None
+        raise InputError(
+            f"{file}: {error}; reading anything else could run code: save only its state dict."
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -189,7 +189,7 @@ def make_targets(
     try:
         table = cached_features(encoder, seen, grid, config.data.flip, cache or cache_folder() / "features")
     except OSError as error:
-        no_cache(str(error))
+        no_cache(error)
         return ComputedTargets(encoder, grid, originals)
     return CachedTargets(table, encoder.dim)
 

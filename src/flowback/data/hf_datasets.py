@@ -109,9 +109,12 @@ def _source(data: str, name: str, table: Any) -> HubSource:
         raise InputError(f"{data} has no column of images; its columns are {', '.join(columns)}.")
     label = next((key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)), None)
     classes = tuple(columns[label].names) if label is not None else ()
-    ids = None if label is None else list(table[label])
-    if ids is not None and None in ids:
-        raise InputError(f"{data}: row {ids.index(None)} of {name} has no {label}; give all rows a class.")
-    labels = None if ids is None else torch.tensor(ids, dtype=torch.int64)
+    labels = None if label is None else _ids(name, label, list(table[label]))
     plain = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     return HubSource(name, plain, image, classes, labels)
+
+
+def _ids(name: str, column: str, values: list[int | None]) -> Int64[Tensor, " n"]:
+    if None in values:
+        raise InputError(f"Row {values.index(None)} of {name} has no {column}; give all rows a class.")
+    return torch.tensor(values, dtype=torch.int64)

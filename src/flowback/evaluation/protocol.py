@@ -41,6 +41,8 @@ __all__ = [
     "tarflow_reference",
 ]
 
+_DIGEST = 32
+"""Bytes of the hash that a file of kept arrays begins with."""
 _LAYOUT = 2
 """Goes into the key; raise it when what is kept changes."""
 
@@ -55,23 +57,25 @@ def kept(key: Sequence[str], make: Callable[[], dict[str, Tensor]]) -> dict[str,
         make: computes the arrays.
     """
     name = hashlib.blake2b("\0".join((str(_LAYOUT), *key)).encode(), digest_size=16).hexdigest()
+    path = None
     try:
         path = cache_folder() / "statistics" / f"{name}.tensors"
         with open_regular(path) as file:
-            content = file.read()
-        digest, arrays = content[:32], content[32:]
-        if hashlib.blake2b(arrays, digest_size=32).digest() == digest:
+            digest, arrays = file.read(_DIGEST), file.read()
+        if hashlib.blake2b(arrays, digest_size=_DIGEST).digest() == digest:
             return load(arrays)
+    except FileNotFoundError:
+        pass
     except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            no_cache(str(error))
+        no_cache(error)
     computed = make()
     arrays = save({array: tensor.contiguous() for array, tensor in computed.items()})
     try:
-        with replacing(path, "wb") as file:
-            file.write(hashlib.blake2b(arrays, digest_size=32).digest() + arrays)
+        if path is not None:
+            with replacing(path, "wb") as file:
+                file.write(hashlib.blake2b(arrays, digest_size=_DIGEST).digest() + arrays)
     except OSError as error:
-        no_cache(str(error))
+        no_cache(error)
     return computed
 
 
