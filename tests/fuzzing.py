@@ -8,6 +8,7 @@ asks for another number of them, and FLOWBACK_FUZZ_SEED for others.
 
 import contextlib
 import copy
+import json
 import os
 import resource
 import zlib
@@ -123,6 +124,11 @@ ODD = [
 ]
 
 
+def odd():
+    """One of them, new each time: it may be spoiled again."""
+    return st.sampled_from(range(len(ODD))).map(lambda number: json.loads(json.dumps(ODD[number])))
+
+
 @st.composite
 def odd_json(draw, good):
     """A good value with some of its parts replaced, removed or added, at any depth."""
@@ -139,7 +145,7 @@ def odd_json(draw, good):
             break
         kind = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
         if kind == "replace":
-            parent[key] = draw(st.sampled_from(ODD))
+            parent[key] = draw(odd())
         elif kind == "remove":
             del parent[key]
         elif isinstance(parent, dict):
@@ -147,5 +153,5 @@ def odd_json(draw, good):
                 st.sampled_from(ODD)
             )
         else:
-            parent.insert(0, draw(st.sampled_from(ODD)))
+            parent.insert(0, draw(odd()))
     return value

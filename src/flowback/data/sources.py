@@ -25,7 +25,7 @@ from flowback.data.hf_datasets import is_saved, open_hub
 from flowback.data.image_folder import fingerprint_of, held_out, labels_of, list_images, split_folder
 from flowback.data.named_sets import Pictures, dataset_names, pictures
 from flowback.data.shards import is_sharded, open_shards
-from flowback.errors import InputError, printable
+from flowback.errors import InputError, printable, shorten
 
 __all__ = ["FileSource", "PictureSource", "Source", "Split", "open_source"]
 
@@ -236,16 +236,16 @@ def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, st
             continue
         if name is None:
             raise InputError(
-                f"--labels {file}, line {number}: {row[0]} is not in {folder}; give the labels of its images."
+                f"--labels {file}, line {number}: {shorten(row[0])} is not in {folder}; give the labels of its images."
             )
         if len(row) < 2 or not row[1].split():
             raise InputError(f"--labels {file}, line {number}: not `image,class`.")
         if table.setdefault(name, row[1].split()[0]) != row[1].split()[0]:
-            raise InputError(f"--labels {file}, line {number}: {row[0]} has two classes; keep one.")
+            raise InputError(f"--labels {file}, line {number}: {shorten(row[0])} has two classes; keep one.")
     missing = [name for name in files if name not in table]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"--labels {file} gives no class for {missing[0]}{more}; add them.")
+        raise InputError(f"--labels {file} gives no class for {printable(missing[0])}{more}; add them.")
     return table
 
 
@@ -262,6 +262,6 @@ def _numbers(
     wrong = next((row for row, name in enumerate(named) if name not in number), None)
     if wrong is not None:
         raise InputError(
-            f"--labels {labels}: {files[wrong]} has the class {named[wrong]}, which no training image has."
+            f"--labels {labels}: {printable(files[wrong])} has the class {named[wrong]}, which no training image has."
         )
     return torch.tensor([number[name] for name in named], dtype=torch.int64)
