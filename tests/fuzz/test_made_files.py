@@ -20,7 +20,7 @@ from flowback.alignment import targets
 from flowback.alignment.encoders import Encoder, Recipe
 from flowback.checked import to_dict
 from flowback.config import AlignmentConfig, ModelConfig, SampleConfig, TrainConfig
-from flowback.data import hf_datasets
+from flowback.data import hf_datasets, vae
 from flowback.data import pixels as pixels_module
 from flowback.data.hf_datasets import HubSource
 from flowback.data.image_folder import list_images, load_folder
@@ -31,6 +31,7 @@ from flowback.evaluation import npz
 from flowback.evaluation.protocol import kept
 from flowback.evaluation.references import load_reference, open_images
 from flowback.sampling.guidance import Guidance
+from flowback.sampling.image_files import read_png
 from flowback.sampling.sampler import _seeds
 from flowback.training.run_folder import RunFolder
 from fuzzing import little_room, png_header
@@ -324,6 +325,17 @@ def test_rows_without_an_image_or_a_class():
             source.open(row)
     assert hf_datasets._ids("set", "kind", [1, 0]).tolist() == [1, 0]
     assert "Row 1 of set has no kind" in refused(hf_datasets._ids, "set", "kind", [1, None])
+
+
+@pytest.mark.parametrize(("option", "value"), [("layers_per_block", 10**9), ("block_out_channels", [10**9])])
+def test_a_vae_of_a_size(option, value):
+    vae._check_sizes("v", {"sample_size": 512, "layers_per_block": 2, "block_out_channels": [128, 256]})
+    assert f"with {option} above" in refused(vae._check_sizes, "v", {option: value})
+
+
+def test_a_sample_that_is_damaged(tmp_path):
+    (tmp_path / "000000.png").write_bytes(BOMB)
+    assert "000000.png is damaged" in refused(read_png, tmp_path / "000000.png")
 
 
 # --- the cache ---

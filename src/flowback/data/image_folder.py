@@ -241,8 +241,8 @@ def list_images(folder: Path) -> Listing:
         alone = next(file for file in files if "/" not in file)
         raise InputError(
             f"{folder} holds both images ({printable(alone)}) and folders of images "
-            f"({printable(_class_of(nested[0]))}); a class is a sub-folder, so move the images into sub-folders, or all "
-            "into one folder."
+            f"({printable(_class_of(nested[0]))}); a class is a sub-folder, so move the images into "
+            "sub-folders, or all into one folder."
         )
     return Listing(tuple(name for name, _ in groupby(files, key=_class_of)), tuple(files))
 

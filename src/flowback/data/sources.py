@@ -236,7 +236,8 @@ def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, st
             continue
         if name is None:
             raise InputError(
-                f"--labels {file}, line {number}: {shorten(row[0])} is not in {folder}; give the labels of its images."
+                f"--labels {file}, line {number}: {shorten(row[0])} is not in {folder}; "
+                "give the labels of its images."
             )
         if len(row) < 2 or not row[1].split():
             raise InputError(f"--labels {file}, line {number}: not `image,class`.")
@@ -262,6 +263,7 @@ def _numbers(
     wrong = next((row for row, name in enumerate(named) if name not in number), None)
     if wrong is not None:
         raise InputError(
-            f"--labels {labels}: {printable(files[wrong])} has the class {named[wrong]}, which no training image has."
+            f"--labels {labels}: {printable(files[wrong])} has the class {named[wrong]}, "
+            "which no training image has."
         )
     return torch.tensor([number[name] for name in named], dtype=torch.int64)
