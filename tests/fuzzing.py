@@ -7,7 +7,6 @@ asks for another number of them, and FLOWBACK_FUZZ_SEED for others.
 """
 
 import contextlib
-import copy
 import json
 import os
 import resource
@@ -124,34 +123,38 @@ ODD = [
 ]
 
 
-def odd():
-    """One of them, new each time: it may be spoiled again."""
-    return st.sampled_from(range(len(ODD))).map(lambda number: json.loads(json.dumps(ODD[number])))
-
-
-@st.composite
-def odd_json(draw, good):
+def odd_json(good):
     """A good value with some of its parts replaced, removed or added, at any depth."""
-    value = copy.deepcopy(good)
-    for _ in range(draw(st.integers(1, 3))):
-        parent = value
-        while isinstance(parent, (dict, list)) and parent:
-            key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
-            inner = parent[key]
-            if not isinstance(inner, (dict, list)) or not inner or draw(st.booleans()):
+    place = st.lists(st.integers(0, 99), min_size=1, max_size=4)
+    kind = st.sampled_from(["replace", "replace", "remove", "add"])
+    change = st.tuples(place, kind, st.integers(0, len(ODD) - 1))
+    return st.lists(change, min_size=1, max_size=3).map(lambda changes: _changed(good, changes))
+
+
+def _changed(good, changes):
+    value = json.loads(json.dumps(good))
+    for place, kind, number in changes:
+        parent, key = None, None
+        inner = value
+        for step in place:
+            if not isinstance(inner, (dict, list)) or not inner:
                 break
             parent = inner
-        else:
-            break
-        kind = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+            key = sorted(parent)[step % len(parent)] if isinstance(parent, dict) else step % len(parent)
+            inner = parent[key]
+        odd = json.loads(json.dumps(ODD[number]))  # new each time: it may be changed again
+        if parent is None:  # nothing is left of it
+            continue
         if kind == "replace":
-            parent[key] = draw(odd())
+            parent[key] = odd
         elif kind == "remove":
             del parent[key]
         elif isinstance(parent, dict):
-            parent[draw(st.sampled_from(["", "extra", "format", "x\ud800", "a\nb"]))] = draw(
-                st.sampled_from(ODD)
-            )
+            parent[ADDED[number % len(ADDED)]] = odd
         else:
-            parent.insert(0, draw(odd()))
+            parent.insert(0, odd)
     return value
+
+
+ADDED = ["", "extra", "format", "x\ud800", "a\nb"]
+"""Names of what is added."""

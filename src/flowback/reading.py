@@ -111,24 +111,21 @@ def _limited(file: Path, limit: int) -> bytes:
 
 
 def _items(value: Any) -> Iterator[Any]:
-    """All that ``value`` holds at any depth, each object once: YAML's aliases and pickles may share them.
+    """All that ``value`` holds; at each depth an object once, which YAML's aliases and pickles may share.
 
     Raises:
-        ValueError: nested deeper than :data:`DEPTH`.
+        ValueError: nested deeper than :data:`DEPTH`, or in a circle.
     """
-    level, depth = [value], 0
-    seen: dict[int, Any] = {}
-    while level:
+    level = [value]
+    for _ in range(DEPTH + 2):
         yield from level
-        if depth > DEPTH:
-            raise ValueError("it is nested too deep")
         inner = {id(item): item for item in level if isinstance(item, (dict, list, tuple))}
-        inner = {key: item for key, item in inner.items() if key not in seen}
-        seen |= inner
         level = [
             child for item in inner.values() for child in (item.values() if isinstance(item, dict) else item)
         ]
-        depth += 1
+        if not level:
+            return
+    raise ValueError("it is nested too deep")
 
 
 def read_tensors(file: Path) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowback.config import ModelConfig
-from flowback.errors import InputError
+from flowback.errors import InputError, shorten
 from flowback.files import replacing
 from flowback.flow import TARFlow
 from flowback.reading import is_state_dict, read_tensors
@@ -202,7 +202,8 @@ def _check_names(state: Mapping[str, Tensor], names: Mapping[str, str | None]) -
     ):
         if names_of_kind:
             more = f" and {len(names_of_kind) - 1} more" if len(names_of_kind) > 1 else ""
-            raise InputError(f"it {what} {names_of_kind[0]}{more}; give a complete model file of TARFlow.")
+            first = shorten(names_of_kind[0])
+            raise InputError(f"it {what} {first}{more}; give a complete model file of TARFlow.")
 
 
 def _config(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from flowback import Flow, RunConfig, checkpoint
+from flowback.alignment.encoders import _read_weights
 from flowback.checked import to_dict
 from flowback.cli.train import _from_yaml
 from flowback.config import ModelConfig
@@ -173,6 +174,22 @@ def test_bytes_of_tarflow(folder, theirs, content):
     (folder / "theirs.pth").write_bytes(content)
     read = outcome(read_tarflow, folder / "theirs.pth", 4, 2)
     assert read is None or read[0] == theirs[0]
+
+
+ENCODER = {"conv.weight": torch.ones(2, 3), "conv.bias": torch.zeros(2)}
+
+
+@fuzz(
+    spoiled(
+        [torch_file({"state_dict": ENCODER, "epoch": 3}), torch_file(ENCODER, legacy=True), save(ENCODER)]
+    ),
+    st.sampled_from([".pth", ".safetensors"]),
+)
+def test_bytes_of_encoder_weights(folder, content, ending):
+    file = (folder / "encoder").with_suffix(ending)
+    file.write_bytes(content)
+    read = outcome(_read_weights, file)
+    assert read is None or all(value.layout == torch.strided for value in read.values())
 
 
 PLAN = {
