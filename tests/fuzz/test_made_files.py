@@ -33,6 +33,7 @@ from flowback.evaluation.references import load_reference, open_images
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.image_files import read_png
 from flowback.sampling.sampler import _seeds
+from flowback.tarflow_weights import from_tarflow
 from flowback.training.run_folder import RunFolder
 from fuzzing import little_room, png_header
 
@@ -113,6 +114,17 @@ def test_weights_that_are_no_weights(saved):
     for change in (lambda v: v.long(), lambda v: v.double() if v.ndim == 1 else v):
         (saved / "model.safetensors").write_bytes(save({k: change(v) for k, v in whole.items()}))
         assert "not weights of one floating-point type" in refused(Flow.from_pretrained, saved)
+
+
+def test_names_that_count_to_two_billion():
+    names = (
+        "blocks.0.attn_blocks.0.x",
+        "blocks.2000000000.attn_blocks.0.x",
+        "blocks.0.attn_blocks.999999999.x",
+    )
+    for name in names[1:]:
+        state = {names[0]: torch.ones(1), name: torch.ones(1)}
+        assert "but holds only 2 tensors" in refused(from_tarflow, state, 4, 2)
 
 
 def test_files_follow_the_umask(tmp_path):
