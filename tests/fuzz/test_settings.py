@@ -141,7 +141,7 @@ for t in range(2):
 
 
 NAMES = [
-    "blocks.2000000000.x",
+    "blocks.200000000.x",
     "blocks.1.attn_blocks.999999999.x",
     f"blocks.{'9' * 5000}.x",
     "var",
