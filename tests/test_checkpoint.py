@@ -284,7 +284,7 @@ def test_another_programs_config_is_refused(folder):
     change_config(folder, format=None)
     assert sentence(load, folder).endswith("has no format number: this is not a flowback checkpoint.")
     (folder / "config.json").write_text("[1, 2]")
-    assert sentence(load, folder).endswith("has no format number: this is not a flowback checkpoint.")
+    assert "is damaged: it holds no JSON object" in sentence(load, folder)
 
 
 def test_a_truncated_config_is_named(folder):

@@ -196,7 +196,7 @@ def test_a_trigger_needs_looks():
         ({"model": {"widht": 3}}, "Unknown option model.widht; did you mean width"),
         ({"modle": {}}, "Unknown option modle; did you mean model"),
         ({"train": {"xyzzy": 3}}, "Unknown option train.xyzzy; known: "),
-        ({"model": 3}, "model. must be a mapping of options, not 3"),
+        ({"model": 3}, "model must be a mapping of options, not 3."),
         ({"model": {"width": "wide"}}, 'Option model.width is "wide", which is not int'),
         ({"model": {"width": True}}, "Option model.width is true, which is not int"),
         ({"model": {"width": 3.5}}, "Option model.width is 3.5, which is not int"),

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "flowback"
 
 LEVELS = (
     {"errors"},
-    {"checked", "devices", "files", "folder_lock", "progress", "provenance"},
+    {"checked", "devices", "files", "folder_lock", "progress", "provenance", "reading"},
     {"config", "processes"},
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import reprlib
 import types
 import typing
 from dataclasses import fields, is_dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from flowback.errors import InputError, nearest
+from flowback.errors import InputError, nearest, shorten
 
 __all__ = ["Checked", "from_dict", "replaced", "require", "require_one_of", "to_dict"]
 
@@ -87,9 +88,34 @@ def _value(value: Any, hint: Any, where: str) -> Any:
                 return checked
     except ValidationError:
         pass
-    shown = json.dumps(value, default=str)
-    close = nearest(str(value).lower(), map(str, _choices(hint)), only_close=True)
-    raise InputError(f"Option {where} is {shown}, which is not {_describe(hint)}{close or '.'}")
+    typed = value.lower()[:_SHOWN] if isinstance(value, str) else ""
+    close = nearest(typed, map(str, _choices(hint)), only_close=True)
+    raise InputError(f"Option {where} is {_shown(value)}, which is not {_describe(hint)}{close or '.'}")
+
+
+_SHOWN = 80
+"""Characters of a value in a message."""
+
+
+def _shown(value: Any) -> str:
+    """A value of any kind and size as a message shows it."""
+    if isinstance(value, (dict, list, tuple)):  # of any depth, and the same list again and again
+        return shorten(_short.repr(list(value) if isinstance(value, tuple) else value), _SHOWN)
+    try:
+        return shorten(json.dumps(value, default=str, ensure_ascii=False), _SHOWN)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a very long {type(value).__name__}"
+
+
+class _Short(reprlib.Repr):
+    """Of lists in lists: Python's form, cut short."""
+
+    def repr1(self, x: Any, level: int) -> str:
+        return super().repr1(x, level) if isinstance(x, (dict, list, tuple)) else _shown(x)
+
+
+_short = _Short()
+_short.maxlevel, _short.maxlist, _short.maxdict = 4, 12, 6
 
 
 def _finite(value: Any) -> bool:
@@ -140,12 +166,13 @@ def from_dict(kind: type[T], values: Any, default: T | None = None, where: str =
         InputError: an unknown key, or a value that does not fit its field.
     """
     if not isinstance(values, dict):
-        shown = json.dumps(values, default=str)
-        raise InputError(f"{where or kind.__name__} must be a mapping of options, not {shown}.")
+        name = where.removesuffix(".") or kind.__name__
+        raise InputError(f"{name} must be a mapping of options, not {_shown(values)}.")
     hints = _hints(kind)
     for key in values:
         if key not in hints:
-            raise InputError(f"Unknown option {where}{key}; {nearest(str(key), hints)}")
+            name = shorten(key) if isinstance(key, str) else _shown(key)
+            raise InputError(f"Unknown option {where}{name}; {nearest(name, hints)}")
     arguments = {}
     for name, hint in hints.items():
         if name not in values:

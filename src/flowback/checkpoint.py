@@ -37,6 +37,7 @@ from flowback.config import RunConfig
 from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.files import foreign_file, write_json
+from flowback.reading import read_json, read_tensors
 
 __all__ = [
     "FORMAT",
@@ -66,8 +67,8 @@ def step_folders(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first; ``run`` is its folder or ``checkpoints`` in it."""
     run = Path(run)
     places = [run / "checkpoints", *([run] if run.name == "checkpoints" else [])]
-    folders = [folder for place in places for folder in place.glob("step-*")]
-    return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8}", folder.name))
+    folders = [folder for place in places for folder in place.glob("step-*") if folder.is_dir()]
+    return sorted(folder for folder in folders if re.fullmatch(r"step-[0-9]{8}", folder.name))
 
 
 def resolve(path: str | Path) -> Path:
@@ -162,6 +163,8 @@ def save(
         for name, tensors in files.items():
             contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             save_file(contiguous, temporary / name, metadata={"format": "pt"})
+            # safetensors makes it readable for its owner alone: the umask decides, as it did for the folder.
+            (temporary / name).chmod(temporary.stat().st_mode & 0o666)
         if training is not None:
             torch.save(training, temporary / "training.pt")
         settings = to_dict(config)
@@ -244,17 +247,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder, of a format that this flowback reads."""
     file = folder / "config.json"
     try:
-        values = json.loads(file.read_text())
+        values = read_json(file)
     except FileNotFoundError:
         raise InputError(f"{file} is missing: the checkpoint is incomplete; use another copy.") from None
-    except ValueError:
-        raise InputError(f"{file} is damaged: it is not JSON; use another copy of the checkpoint.") from None
-    version = values.pop("format", None) if isinstance(values, dict) else None
-    if not isinstance(version, int):
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: {error}; use another copy of the checkpoint.") from None
+    version, sums = values.pop("format", None), values.setdefault("sha256", {})
+    if type(version) is not int or version < 1:  # True is an int, too
         raise InputError(f"{file} has no format number: this is not a flowback checkpoint.")
     if version > FORMAT:
         raise InputError(f"{file} has format {version}, but this flowback reads up to {FORMAT}; update it.")
-    return {"sha256": {}, **values}
+    if not isinstance(sums, dict) or not isinstance(sums.get("config.json", {}), dict):
+        raise InputError(f"{file} is damaged: sha256 is no list of checksums; use another copy.")
+    return values
 
 
 def _section_sums(settings: dict[str, Any]) -> dict[str, str]:
@@ -323,6 +330,10 @@ def load_weights(
         weights = load_file(file, device=str(device))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is damaged ({error}); use another copy of the checkpoint.") from None
+    dtypes = {value.dtype for value in weights.values()}
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+        shown = ", ".join(sorted(map(str, dtypes))) or "nothing"
+        raise InputError(f"{file} holds {shown}, not weights of one floating-point type; use another copy.")
     return config, weights
 
 
@@ -337,8 +348,9 @@ def load_training_state(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file} is missing: this checkpoint can be used, but its training cannot continue.")
     _verify(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"{file} is damaged ({type(error).__name__}); remove its folder to continue."
-        ) from None
+        training = read_tensors(file)
+        if not isinstance(training, dict):
+            raise ValueError("it holds no named parts")
+        return training
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({error}); remove its folder to continue.") from None

@@ -80,6 +80,8 @@ def classify(
             f"and step_size {step_size} finite and above 0."
         )
     seeds = range(len(images)) if seeds is None else seeds
+    if not all(hasattr(seed, "__index__") for seed in seeds):
+        raise InputError("Seeds are whole numbers; give integers.")
     if len(seeds) != len(images):
         raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed per image.")
     images = images.to(flow.device, flow.data_dtype)

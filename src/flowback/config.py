@@ -26,6 +26,22 @@ __all__ = [
 ]
 
 
+_MOST = {
+    "image_size": 2**14,
+    "channels": 2**12,
+    "patch_size": 2**12,
+    "width": 2**16,
+    "blocks": 2**10,
+    "layers": 2**10,
+    "head_dim": 2**12,
+    "mlp_ratio": 2**8,
+}
+"""Far above what anyone trains: a file that says more is damaged, or made to exhaust the machine."""
+MOST_LAYERS = 2**12
+MOST_CLASSES = 2**24
+MOST_TOKENS = 2**16
+
+
 @dataclass(frozen=True)
 class ModelConfig(Checked):
     """The flow (TARFlow, arXiv 2412.06329)."""
@@ -63,9 +79,10 @@ class ModelConfig(Checked):
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
-        sizes = ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim", "mlp_ratio")
-        for name in sizes:
-            require(getattr(self, name) > 0, f"--model.{name.replace('_', '-')} must be at least 1.")
+        for name, most in _MOST.items():
+            size, option = getattr(self, name), f"--model.{name.replace('_', '-')}"
+            require(size > 0, f"{option} must be at least 1.")
+            require(size <= most, f"{option} is {size:.3g}, and flowback takes at most {most}.")
         require(
             self.image_size % self.patch_size == 0,
             f"--model.image-size {self.image_size} is not divisible by --model.patch-size {self.patch_size}; "
@@ -82,6 +99,20 @@ class ModelConfig(Checked):
         )
         require(
             self.num_classes is None or self.num_classes >= 0, "--model.num-classes must not be negative."
+        )
+        require(
+            (self.num_classes or 0) <= MOST_CLASSES,
+            f"--model.num-classes is above {MOST_CLASSES}, the most that flowback takes.",
+        )
+        require(
+            self.blocks * self.layers <= MOST_LAYERS,
+            f"--model.blocks {self.blocks} of --model.layers {self.layers} are more than the {MOST_LAYERS} "
+            "layers that flowback takes.",
+        )
+        require(
+            self.tokens <= MOST_TOKENS,
+            f"--model.image-size {self.image_size} with --model.patch-size {self.patch_size} gives "
+            f"{self.tokens} tokens, and flowback takes at most {MOST_TOKENS}; choose larger patches.",
         )
         require(self.noise_std >= 0, "--model.noise-std must not be negative.")
 
@@ -360,7 +391,7 @@ class TrainConfig(Checked):
         require(self.bad_steps is None or self.bad_steps >= 0, "--train.bad-steps must not be negative.")
         require(self.spike is None or self.spike > 1, "--train.spike must be above 1.")
         require(self.grad_clip is None or self.grad_clip > 0, "--train.grad-clip must be above 0.")
-        require(self.timeout > 0, "--train.timeout must be above 0.")
+        require(0 < self.timeout <= 1e9, "--train.timeout must be above 0, and at most 1e9.")
         require(
             len(set(self.trackers)) == len(self.trackers), "--train.trackers repeats a name; give each once."
         )
@@ -402,6 +433,10 @@ class SampleConfig(Checked):
         """Refuse values out of range."""
         require(self.batch_size >= 1, "--batch-size must be at least 1.")
         require(self.window >= 1, "--window must be at least 1.")
+        require(
+            self.formula != "starflow" or self.guidance >= -1,
+            f"--guidance {self.guidance:g} must be at least -1 with --formula starflow.",
+        )
         require(self.attention_temperature > 0, "--attention-temperature must be above 0.")
         require(
             self.guided_blocks is None or self.guided_blocks >= 0, "--guided-blocks must not be negative."

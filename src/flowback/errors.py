@@ -7,9 +7,10 @@ lost a process, it says that the same command continues the run.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-__all__ = ["InputError", "Interrupted", "ProcessLostError", "nearest"]
+__all__ = ["InputError", "Interrupted", "ProcessLostError", "is_utf8", "nearest", "printable", "shorten"]
 
 
 class InputError(Exception):
@@ -39,3 +40,29 @@ def nearest(name: str, known: Iterable[str], only_close: bool = False) -> str:
     if only_close:
         return hint and f"; {hint}"
     return hint or f"known: {', '.join(known)}"
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text; odd bytes in one become surrogates, which no file of text can hold."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def printable(text: str) -> str:
+    r"""Text with escapes for what no terminal and no file of UTF-8 should get: control characters, odd bytes.
+
+    Example:
+        >>> print(printable("two\nlines, caf\udce9"))
+        two\nlines, caf\udce9
+    """
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """The first line of a text, printable, and not much longer than ``length``.
+
+    Example:
+        >>> shorten("a" * 100, 10)
+        'aaaaaaaaaa...'
+    """
+    line = printable((text.strip().splitlines() or [""])[0])
+    return line if len(line) <= length else f"{line[:length]}..."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +18,18 @@ import torch
 
 from flowback.errors import InputError
 
-__all__ = ["cache_folder", "check_file", "check_folder", "foreign_file", "plain", "replacing", "write_json"]
+__all__ = [
+    "cache_folder",
+    "check_file",
+    "check_folder",
+    "foreign_file",
+    "no_cache",
+    "plain",
+    "replacing",
+    "write_json",
+]
+
+log = logging.getLogger("flowback")
 
 
 def check_folder(folder: Path, option: str, file: Path | None = None) -> None:
@@ -71,13 +84,13 @@ def foreign_file(folder: Path, known: Callable[[str], bool]) -> Path | None:
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a new file, which replaces ``path`` only once it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # Not through tempfile, whose files only their owner can read: the umask decides, as for any file.
+        with open(temporary, mode.replace("w", "x") + "+", encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename in (None, temporary):  # neither means much to users
@@ -113,5 +126,23 @@ def plain(data: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """The folder in the environment variable FLOWBACK_CACHE; by default ``~/.cache/flowback``."""
-    return Path(os.environ.get("FLOWBACK_CACHE") or Path.home() / ".cache" / "flowback")
+    """The folder in the environment variable FLOWBACK_CACHE; by default ``~/.cache/flowback``.
+
+    Raises:
+        OSError: the user has no home folder, as in some containers.
+    """
+    named = os.environ.get("FLOWBACK_CACHE")
+    try:
+        return Path(named) if named else Path.home() / ".cache" / "flowback"
+    except RuntimeError:
+        raise OSError("the user has no home folder; set FLOWBACK_CACHE to a folder") from None
+
+
+def no_cache(error: OSError) -> None:
+    """Say once that the work goes on without the cache, and why."""
+    _say_no_cache(error.strerror or str(error))
+
+
+@functools.cache
+def _say_no_cache(reason: str) -> None:
+    log.warning("The cache cannot be used (%s): results are computed, and not kept.", reason)

@@ -19,6 +19,7 @@ from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
+from flowback.flow.cost import parameters
 from flowback.flow.likelihood import add_noise
 from flowback.flow.tarflow import UserLabels
 from flowback.presets import get_preset
@@ -127,6 +128,12 @@ class Flow(TARFlow):
         device = pick_device(device)
         folder = checkpoint.resolve(checkpoint.fetch(name, revision))
         config, weights = checkpoint.load_weights(folder, device, ema)
+        held, needed = sum(value.numel() for value in weights.values()), parameters(config.model)
+        if held != needed:  # before a model of any size is built
+            raise InputError(
+                f"The weights in {folder} do not fit its config.json: they are {held:,} numbers, "
+                f"and its model takes {needed:,}."
+            )
         with init_empty_weights(include_buffers=False):  # the weights are about to come
             flow = cls(config.model, config.classes)
         try:

@@ -32,6 +32,7 @@ from flowback.folder_lock import folder_lock
 from flowback.model import Flow
 from flowback.progress import bar
 from flowback.provenance import environment
+from flowback.reading import read_json
 from flowback.sampling import BlockPlan, Sampler
 from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.denoise import denoises
@@ -394,7 +395,7 @@ class SampleFolder:
             raise InputError(f"{self.path} is a file; choose a folder with --out.")
         if note.is_file():
             try:
-                stored = json.loads(note.read_text())
+                stored = read_json(note)
             except ValueError:
                 raise InputError(f"{note} is damaged; choose another --out, or empty the folder.") from None
             for key in sorted({*stored, *self.settings}):

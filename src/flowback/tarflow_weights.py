@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 
 from flowback.config import ModelConfig
-from flowback.errors import InputError
+from flowback.errors import InputError, shorten
 from flowback.files import replacing
 from flowback.flow import TARFlow
+from flowback.reading import is_state_dict, read_tensors
 
 __all__ = ["from_tarflow", "read_tarflow", "to_tarflow", "write_tarflow"]
 
 _HEAD_DIM = 64
 
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.([0-9]{1,9})\.")
 
 
-_LAYER = re.compile(r"blocks\.\d+\.attn_blocks\.(\d+)\.")
+_LAYER = re.compile(r"blocks\.[0-9]{1,9}\.attn_blocks\.([0-9]{1,9})\.")
 
 
 _LAYER_PARTS = {
@@ -54,14 +55,14 @@ def read_tarflow(
         InputError: no such file, not readable without running code, or as :func:`from_tarflow`.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_tensors(file)
     except FileNotFoundError:
         raise InputError(f"{file} does not exist; give the .pth file of TARFlow's training.") from None
-    except Exception:  # many kinds: not a file of torch, cut short, or pickled objects
-        raise InputError(
-            f"{file} does not hold only tensors, or is damaged; save the model's state dict and use that."
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise InputError(f"{file}: {error}; save the model's state dict and use that.") from None
+    if not is_state_dict(state):
         raise InputError(f"{file} holds no state dict (named tensors); save model.state_dict() and use that.")
     try:
         return from_tarflow(state, image_size, patch_size, noise, noise_std)
@@ -100,6 +101,11 @@ def from_tarflow(
     if not blocks or not layers:
         raise InputError(
             "this is not a state dict of TARFlow (it has no blocks.0.attn_blocks.0...); give its model file."
+        )
+    if blocks * layers > len(state):  # the names alone could fill the memory
+        raise InputError(
+            f"it names {blocks} blocks of {layers} layers, but holds only {len(state)} tensors; "
+            "give a complete model file of TARFlow."
         )
     names = _names(blocks, layers, conditional=any(name.endswith("class_embed") for name in state))
     _check_names(state, names)
@@ -196,7 +202,8 @@ def _check_names(state: Mapping[str, Tensor], names: Mapping[str, str | None]) -
     ):
         if names_of_kind:
             more = f" and {len(names_of_kind) - 1} more" if len(names_of_kind) > 1 else ""
-            raise InputError(f"it {what} {names_of_kind[0]}{more}; give a complete model file of TARFlow.")
+            first = shorten(names_of_kind[0])
+            raise InputError(f"it {what} {first}{more}; give a complete model file of TARFlow.")
 
 
 def _config(

@@ -131,7 +131,7 @@ def test_no_mirror_images(encoder, images, tmp_path):
 def test_no_room(encoder, images, tmp_path, monkeypatch):
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(InputError, match=r"noise-train need 0.0 GB, .* make room, or choose a smaller"):
+    with pytest.raises(OSError, match=r"noise-train need 0.0 GB, .* make room, or choose a smaller"):
         cached_features(encoder, images, 2, False, tmp_path)
 
 

@@ -28,4 +28,4 @@ def test_a_file_that_is_no_report(flowback, tmp_path):
     (tmp_path / "a.json").write_text("[]")
     code, _, error = flowback("compare", tmp_path / "a.json", tmp_path / "a.json")
     assert code == 2
-    assert "is not a report" in error
+    assert "give a report of flowback" in error

@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -102,3 +103,21 @@ def test_a_run_that_was_stopped_says_how_it_goes_on(flowback, monkeypatch, stop,
     assert found == code
     assert err.startswith(f"flowback: {stop}")
     assert err.endswith(f"{said}\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.EACCES, "a.npy cannot be used: Permission denied; change that, or choose another place."),
+        (
+            errno.ENOSPC,
+            "a.npy cannot be written: No space left on device; make room, or choose another place.",
+        ),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_no_full_disk(flowback, monkeypatch, number, sentence):
+    def run(argv):
+        raise OSError(number, "", "a.npy")
+
+    monkeypatch.setattr("flowback.cli.list_presets.run", run)
+    assert flowback("presets") == (2, "", f"flowback: {sentence}\n")

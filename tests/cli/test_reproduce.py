@@ -6,7 +6,7 @@ import pytest
 
 from flowback.config import DataConfig
 from flowback.presets import PRESETS
-from flowback.tables import fill
+from flowback.tables import row_run
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def test_a_table_is_filled_and_what_is_done_is_skipped(flowback, small_row, tmp_
     ]
     assert first["rows"][0]["std"]["nll"] is None
     started = []
-    train = fill.train
+    train = row_run.train
 
     def noting(config, *rest, **more):
         started.append(config)
         return train(config, *rest, **more)
 
-    monkeypatch.setattr(fill, "train", noting)
+    monkeypatch.setattr(row_run, "train", noting)
     code, out, err = flowback(*words, "--seeds", 2)
     assert code == 0, err
     assert [config.train.seed for config in started] == [1]

@@ -114,7 +114,7 @@ def test_members_of_a_sample_may_stand_apart(tmp_path):
         ),
         ([("0.png", b""), ("1.cls", b"1")], r"1\.cls gives a class, but no image in this shard has its name"),
         ([("0.png", b""), ("0.cls", b"50000000")], "the label 50000000, but only 1 images; if it is right"),
-        ([("0.png", b""), ("0.cls", b"true")], "holds the label True; labels are numbers from 0"),
+        ([("0.png", b""), ("0.cls", b"true")], "holds the label true; labels are numbers from 0"),
     ],
     ids=["mask", "dots", "two labels", "no image", "many classes", "true"],
 )

@@ -97,7 +97,7 @@ def test_statistics_of_a_reference_are_made_once(monkeypatch):
 def test_a_damaged_file_of_statistics_is_made_again(tmp_path):
     inception, reference = FakeInception(), reference_of(image_set(seed=5))
     first = reference_statistics(reference, inception, "adm")
-    (file,) = (tmp_path / "cache" / "statistics").glob("*.npz")
+    (file,) = (tmp_path / "cache" / "statistics").glob("*.tensors")
     file.write_bytes(file.read_bytes()[:100])
     again = reference_statistics(reference, inception, "adm")
     assert torch.equal(first.pool.scatter, again.pool.scatter)

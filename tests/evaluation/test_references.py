@@ -108,7 +108,7 @@ def test_folders(tmp_path):
     with pytest.raises(InputError, match=r"000000\.png 16x16, zz\.png 8x8"):
         open_images(samples)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="neither a checkpoint nor images"):
+    with pytest.raises(InputError, match="empty holds no images"):
         open_images(tmp_path / "empty")
     with pytest.raises(InputError, match="neither a checkpoint, nor"):
         open_images(tmp_path / "nowhere")

@@ -50,7 +50,7 @@ def test_a_damaged_newest_checkpoint(whole, digits, tmp_path, caplog, name, dama
     file = checkpoint.resolve(tmp_path / "run") / name
     damage(file)
     train_loop(config, digits, tmp_path / "run")
-    assert f"{file} is" in caplog.text
+    assert str(file) in caplog.text
     assert "Using the checkpoint before it." in caplog.text
     runs.assert_same_run(out, tmp_path / "run")
 

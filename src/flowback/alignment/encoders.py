@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from flowback.alignment.loss import resample
 from flowback.errors import InputError, nearest
+from flowback.reading import open_regular, read_tensors
 
 __all__ = ["Encoder", "Recipe", "create_encoder", "register_encoder", "weights_hash"]
 
@@ -305,7 +306,11 @@ def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
         state = _read_weights(weights)
         # timm's own conversion of the authors' names and of position tables of another size.
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        _load(model, convert(state, model) if convert else state, name, weights)
+        try:
+            state = convert(state, model) if convert else state
+        except Exception as error:  # it takes any state dict for one that it knows
+            raise InputError(f"{weights} does not fit {name}: {_first_line(error)}.") from None
+        _load(model, state, name, weights)
     if not hasattr(model, "forward_intermediates"):
         raise InputError(
             f"{name} gives no feature maps; choose a Transformer or convolutional model of timm."
@@ -348,16 +353,16 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     file = _weights_file(path)
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+            with open_regular(file):  # a named pipe would wait for ever
+                return load_file(file)
+        content = read_tensors(file)
     except FileNotFoundError:
         raise InputError(f"No encoder weights at {path}; check the path.") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is damaged or not a file of weights ({_first_line(error)}).") from None
-    except Exception:  # pickle.UnpicklingError and what hides behind it
+    except ValueError as error:
         raise InputError(
-            f"{file} holds more than tensors, or is damaged; reading it could run code: "
-            "save only its state dict."
+            f"{file}: {error}; reading anything else could run code: save only its state dict."
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

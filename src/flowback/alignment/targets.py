@@ -32,7 +32,7 @@ from flowback.data.pixels import to_unit_range
 from flowback.data.prepared import is_prepared, load_prepared, mapped, read_summary
 from flowback.devices import send
 from flowback.errors import InputError
-from flowback.files import write_json
+from flowback.files import cache_folder, no_cache, write_json
 from flowback.progress import track
 
 __all__ = ["CachedTargets", "CentredTargets", "ComputedTargets", "cached_features", "make_targets"]
@@ -63,7 +63,8 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
         folder: of all tables.
 
     Raises:
-        InputError: the disk has no room, or the encoder fails on the images.
+        InputError: the encoder fails on the images.
+        OSError: the folder has no room, or cannot be written.
     """
     shape = [len(images), 2 if flip else 1, grid**2, encoder.dim]
     content = _content(encoder, images, shape)
@@ -100,9 +101,9 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
     needed = 4 * np.prod(shape, dtype=np.int64)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-        raise InputError(
-            f"The features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has only "
-            f"{free / 1e9:.1f}: make room, or choose a smaller --alignment.grid."
+        raise OSError(
+            f"the features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has only "
+            f"{free / 1e9:.1f}: make room, or choose a smaller --alignment.grid"
         )
     logger.info(
         "Encoding %s images%s of %s with %s on %s, once: %.3g GB in %s.",
@@ -240,18 +241,18 @@ class CentredTargets:
 
 
 def make_targets(
-    config: RunConfig, images: ImageSet, cache: Path, device: torch.device | str = "cpu"
+    config: RunConfig, images: ImageSet, cache: Path | None = None, device: torch.device | str = "cpu"
 ) -> CachedTargets | ComputedTargets | CentredTargets | None:
     """The targets of a run, None without alignment: a table of features, or the encoder itself.
 
     The table is the one that `flowback prepare` wrote beside the images; else one that is computed first and
-    kept in ``cache``. The encoder runs at every step if the table would be too large, or if the run ends
-    before it has seen every image once.
+    kept in ``cache``. The encoder runs at every step if the table would be too large or cannot be kept, or if
+    the run ends before it has seen every image once.
 
     Args:
         config: the run.
         images: the training images.
-        cache: folder of feature tables.
+        cache: folder of feature tables; None: in the cache folder.
         device: where the encoder runs.
     """
     if not config.alignment.active:
@@ -264,7 +265,7 @@ def make_targets(
 
 
 def _uncentred(
-    config: RunConfig, images: ImageSet, cache: Path, device: torch.device | str
+    config: RunConfig, images: ImageSet, cache: Path | None, device: torch.device | str
 ) -> CachedTargets | ComputedTargets:
     wanted, pixels = config.alignment, images.in_pixels
     grid = wanted.grid or config.model.grid
@@ -282,7 +283,11 @@ def _uncentred(
         reason = "a table of features would be too large" if too_large else "the run does not see every image"
         logger.info("The encoder %s runs at every step: %s.", encoder.name, reason)
         return ComputedTargets(encoder, grid, originals)
-    table = cached_features(encoder, seen, grid, config.data.flip, cache)
+    try:
+        table = cached_features(encoder, seen, grid, config.data.flip, cache or cache_folder() / "features")
+    except OSError as error:
+        no_cache(error)
+        return ComputedTargets(encoder, grid, originals)
     return CachedTargets(table, encoder.dim)
 
 

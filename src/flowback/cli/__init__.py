@@ -32,11 +32,13 @@ VERBS = {
 
 BAD_INPUT = 2
 """Exit code for options, files or data that the user can fix."""
-UNWRITABLE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, or a limit on file size."""
+UNUSABLE = (
+    *(*FULL, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO),
 )
-"""Errors of a full disk, a limit on file size, a missing permission, or a file in the way."""
+"""Those, a missing permission, a file in the way or a disk that fails, in reading as in writing."""
 READER_GONE = 141
 """Exit code of a command whose output nobody reads any more, as of one that SIGPIPE ended."""
 INTERRUPTED, PROCESS_LOST = 75, 74
@@ -81,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         discard_output()
         return READER_GONE
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNUSABLE:
             raise
-        reason = os.strerror(error.errno)
-        return _refuse(
-            f"{error.filename or 'A file'} cannot be written: {reason}; make room, or choose another place."
-        )
+        file, reason = error.filename or "A file", os.strerror(error.errno)
+        if error.errno in FULL:
+            return _refuse(f"{file} cannot be written: {reason}; make room, or choose another place.")
+        return _refuse(f"{file} cannot be used: {reason}; change that, or choose another place.")
     except KeyboardInterrupt:
         return 130
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-import yaml
 
 from flowback.checked import from_dict, to_dict
 from flowback.cli.console import say, show_table
@@ -19,6 +18,7 @@ from flowback.files import write_json
 from flowback.flow.cost import flops_per_image, parameters, training_bytes
 from flowback.presets import get_preset
 from flowback.provenance import environment
+from flowback.reading import read_yaml
 from flowback.training import start, train
 
 __all__ = ["Options", "run"]
@@ -73,14 +73,12 @@ def _settings(seen: Any) -> dict[str, Any]:
 
 def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        values = read_yaml(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"--config {file} cannot be read: {reason}.") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {file} is not YAML: {str(error).splitlines()[0]}.") from None
     try:
-        return from_dict(RunConfig, values, base)
+        return from_dict(RunConfig, {} if values is None else values, base)
     except InputError as error:
         raise InputError(f"--config {file}: {error}") from None
 

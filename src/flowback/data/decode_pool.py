@@ -129,7 +129,7 @@ class _Decoder:
         labels = np.full(len(good), -1, dtype=np.int64)
         if source.labels is not None:
             labels[:] = source.labels[good].numpy()
-        names = [source.file_name(index).replace("\n", " ").encode() + b"\n" for index in good]
+        names = [source.file_name(index).encode() + b"\n" for index in good]
         return Part(pixels[: len(good)], labels, names, skipped, noted)
 
     def _image(self, index: int) -> tuple[np.ndarray, tuple[Note, ...]]:

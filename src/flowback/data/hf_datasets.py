@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowback.data.image_folder import held_out
+from flowback.data.pixels import UnreadableImageError
 from flowback.errors import InputError
 
 __all__ = ["HubSource", "is_saved", "open_hub"]
@@ -46,9 +47,17 @@ class HubSource:
         return f"{self.name}-{index:08d}"
 
     def open(self, index: int) -> Path | bytes | Image.Image:
-        """The image's file, or its bytes."""
-        cell = self.table[index][self.image]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
+        """The image's file, or its bytes.
+
+        Raises:
+            UnreadableImageError: the row has no image.
+        """
+        cell = self.table[index][self.image] or {}
+        if cell.get("bytes") is not None:
+            return cell["bytes"]
+        if not cell.get("path"):
+            raise UnreadableImageError("no image in this row")
+        return Path(cell["path"])
 
 
 def is_saved(path: Path) -> bool:

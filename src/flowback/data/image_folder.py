@@ -34,7 +34,7 @@ from torch import Tensor
 from flowback.config import DataConfig
 from flowback.data.image_set import MemoryImages, PixelSet
 from flowback.data.pixels import EXTENSIONS, NOTES, Note, UnreadableImageError, note_sentence, read_image
-from flowback.errors import InputError
+from flowback.errors import InputError, is_utf8, printable
 from flowback.progress import track
 
 __all__ = [
@@ -52,6 +52,10 @@ __all__ = [
 
 MEMORY_LIMIT = 512 * 2**20
 """Bytes of decoded images up to which a folder is read into memory (43,690 images of 64x64)."""
+
+
+_DEPTH = 100
+"""Folders inside one another, below which nobody keeps images."""
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +96,7 @@ class FolderImages(PixelSet):
 
     def file_name(self, index: int) -> str:
         """The image's file, relative to the folder."""
-        return self.files[index]
+        return printable(self.files[index])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,14 +109,15 @@ class FolderImages(PixelSet):
                 file = self.folder / self.files[other]
                 pixels, notes = read_image(file, self.image_size, self.channels)
                 for note in notes:
-                    _note_once(file, note)
+                    _note_once(self.folder / self.file_name(other), note)
                 return pixels
             except UnreadableImageError as error:
                 if self.bad_images == "refuse":
-                    raise _refusal(self.folder, [f"{self.files[other]} ({error})"], len(self)) from None
-                logger.warning("Skipped %s (%s)", self.folder / self.files[other], error)
+                    bad = [f"{self.file_name(other)} ({error})"]
+                    raise _refusal(self.folder, bad, len(self)) from None
+                logger.warning("Skipped %s (%s)", self.folder / self.file_name(other), error)
         raise InputError(
-            f"No image of the class of {self.folder / self.files[index]} can be read; replace them."
+            f"No image of the class of {self.folder / self.file_name(index)} can be read; replace them."
         )
 
     def _successors(self, index: int) -> Iterator[int]:
@@ -151,7 +156,8 @@ def load_folder(
         )
     for note, names in noted.items():
         logger.warning("%s", note_sentence(note, len(names), len(files), names[:8], folder))
-    return MemoryImages(name, listing.classes, labels_of(listing.classes, files), pixels, files, tuple(bad))
+    shown = tuple(map(printable, files))
+    return MemoryImages(name, listing.classes, labels_of(listing.classes, files), pixels, shown, tuple(bad))
 
 
 def split_folder(root: Path, holdout: float, split: Literal["train", "test"]) -> tuple[Path, Listing]:
@@ -208,8 +214,8 @@ def fingerprint_of(folder: Path, files: Iterable[str], key: str = "") -> str:
     """Hash of ``key`` and of the names, sizes and times of files."""
     digest = hashlib.blake2b(key.encode(), digest_size=16)
     for file in files:
-        digest.update(f"\0{file}".encode())
-        with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+        digest.update(f"\0{file}".encode(errors="surrogateescape"))
+        with contextlib.suppress(OSError):  # a link that leads nowhere, or to itself
             state = (folder / file).stat()
             digest.update(f"\0{state.st_size}\0{state.st_mtime_ns}".encode())
     return digest.hexdigest()
@@ -217,7 +223,7 @@ def fingerprint_of(folder: Path, files: Iterable[str], key: str = "") -> str:
 
 def _share(file: str) -> float:
     """A number in [0, 1) that depends on the name only."""
-    digest = hashlib.blake2b(file.encode(), digest_size=6).digest()
+    digest = hashlib.blake2b(file.encode(errors="surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 
@@ -230,14 +236,20 @@ def list_images(folder: Path) -> Listing:
     files = sorted(_walk(folder))
     if not files:
         raise InputError(f"{folder} holds no images (files ending in {', '.join(sorted(EXTENSIONS))}).")
+    if odd := next((file for file in files if "/" in file and not is_utf8(_class_of(file))), None):
+        raise InputError(
+            f"{folder} holds the folder {printable(_class_of(odd))}, whose name is not UTF-8; rename it: a "
+            "class gets its name."
+        )
     nested = [file for file in files if "/" in file]
     if not nested:
         return Listing((), tuple(files))
     if len(nested) < len(files):
         alone = next(file for file in files if "/" not in file)
         raise InputError(
-            f"{folder} holds both images ({alone}) and folders of images ({nested[0].split('/')[0]}); "
-            "a class is a sub-folder, so move the images into sub-folders, or all into one folder."
+            f"{folder} holds both images ({printable(alone)}) and folders of images "
+            f"({printable(_class_of(nested[0]))}); a class is a sub-folder, so move the images into "
+            "sub-folders, or all into one folder."
         )
     return Listing(tuple(name for name, _ in groupby(files, key=_class_of)), tuple(files))
 
@@ -247,18 +259,35 @@ def _class_of(file: str) -> str:
 
 
 def _walk(folder: Path, prefix: str = "", above: tuple[os.stat_result, ...] = ()) -> Iterator[str]:
-    """Relative names of all image files; follows links, but not round in circles."""
-    own = folder.stat()
+    """Relative names of all image files; follows links, but not round in circles.
+
+    Raises:
+        InputError: a folder that cannot be read, or folders nested too deep.
+    """
+    if len(above) > _DEPTH:
+        raise InputError(f"{printable(str(folder))} lies too deep; images lie at most {_DEPTH} folders deep.")
+    try:
+        own = folder.stat()
+        with os.scandir(folder) as scanned:
+            entries = list(scanned)
+    except OSError as error:
+        raise InputError(f"{printable(str(folder))} cannot be read: {error.strerror}.") from None
     if any(os.path.samestat(own, other) for other in above):
         return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith((".", "__MACOSX")):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, own))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                yield prefix + entry.name
+    for entry in entries:
+        if entry.name.startswith((".", "__MACOSX")):
+            continue
+        if _is_folder(entry):
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, own))
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            yield prefix + entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def labels_of(classes: tuple[str, ...], files: tuple[str, ...]) -> Int64[Tensor, " n"] | None:
@@ -288,13 +317,13 @@ def _read_all(
         results = track(pool.map(read, files), len(files), "Reading images")
         for file, result in zip(files, results, strict=True):
             if isinstance(result, UnreadableImageError):
-                bad.append(f"{file} ({result})")
+                bad.append(f"{printable(file)} ({result})")
             else:
                 image, notes = result
                 pixels[len(good)] = torch.from_numpy(image.copy())
                 good.append(file)
                 for note in notes:
-                    noted.setdefault(note, []).append(file)
+                    noted.setdefault(note, []).append(printable(file))
     return tuple(good), pixels[: len(good)], bad, noted
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,8 +23,13 @@ from PIL import Image
 from flowback.config import DataConfig
 from flowback.errors import InputError
 from flowback.files import cache_folder
+from flowback.reading import open_regular
 
-__all__ = ["MNIST_LIKE", "MnistLike", "read_idx", "read_mnist_like"]
+__all__ = ["MNIST_LIKE", "MnistLike", "downloads", "read_idx", "read_mnist_like"]
+
+LIMIT = 1024 * 2**20
+"""Bytes of an idx file, unpacked; EMNIST's largest has 814,255 images of 784, 609 MiB."""
+
 
 DEBIAN = Path("/usr/share/datasets")
 """Where Debian's packages of data sets put their files."""
@@ -101,7 +107,7 @@ def read_mnist_like(
         InputError: the files are not there, cannot be downloaded, or are damaged.
     """
     kind = MNIST_LIKE[data.name]
-    root = data.path or cache_folder()
+    root = data.path or downloads(data.name)
     raw = root / kind.torchvision / "raw"
     folders = [root, raw] if data.path else [DEBIAN / data.name, raw]
     files = _find(folders, kind.files(split))
@@ -124,6 +130,18 @@ def read_mnist_like(
     if kind.part:
         images = images.transpose(0, 2, 1)
     return [Image.fromarray(image) for image in images], labels.tolist(), kind.classes
+
+
+def downloads(name: str) -> Path:
+    """Where downloaded sets lie.
+
+    Raises:
+        InputError: there is no cache folder.
+    """
+    try:
+        return cache_folder()
+    except OSError as error:
+        raise InputError(f"{name} has no place: {error}, or give --data.path.") from None
 
 
 def _find(folders: list[Path], names: tuple[str, str]) -> tuple[Path, Path] | None:
@@ -160,10 +178,16 @@ def read_idx(file: Path, dimensions: int) -> UInt8[np.ndarray, "*shape"]:
         InputError: no idx file of bytes, of other dimensions, or cut short.
     """
     try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        with open_regular(file) as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if packed else raw
+            grown = 1100 if packed else 1  # more than gzip can shrink anything
+            content = stream.read(min(LIMIT, grown * os.fstat(raw.fileno()).st_size) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{file} cannot be read ({error}); use another copy.") from None
+    if len(content) > LIMIT:
+        raise InputError(f"{file} holds more than {LIMIT >> 20} MiB; no set of this kind is so large.")
     start = 4 + 4 * dimensions
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < start:
         raise InputError(f"{file} is not an idx file of bytes in {dimensions} dimensions; use another copy.")
@@ -173,4 +197,6 @@ def read_idx(file: Path, dimensions: int) -> UInt8[np.ndarray, "*shape"]:
             f"{file} holds {len(content) - start} values, but its header says {math.prod(shape)}; "
             "use another copy."
         )
+    if not math.prod(shape):
+        raise InputError(f"{file} holds nothing: its header says {shape}; use another copy.")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -13,10 +13,9 @@ from PIL import Image
 from flowback.config import DataConfig
 from flowback.data.emoji import read_emoji
 from flowback.data.image_set import ImageSet, MemoryImages, numbered
-from flowback.data.mnist import MNIST_LIKE, read_mnist_like
+from flowback.data.mnist import MNIST_LIKE, downloads, read_mnist_like
 from flowback.data.pixels import fit
 from flowback.errors import InputError, nearest
-from flowback.files import cache_folder
 
 __all__ = ["DIGITS_SEED", "Pictures", "dataset_names", "load_named", "pictures", "register_dataset"]
 
@@ -191,7 +190,7 @@ def _cifar(data: DataConfig, image_size: int, channels: int, split: Split) -> Pi
     del image_size, channels
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    root: Path = data.path or cache_folder()
+    root: Path = data.path or downloads(data.name)
     kind = CIFAR10 if data.name == "cifar10" else CIFAR100
     try:
         dataset = kind(str(root), train=split == "train", download=data.download)

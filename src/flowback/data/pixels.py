@@ -15,7 +15,10 @@ tarflow   TARFlow's (torchvision's Resize and CenterCrop): bilinear, then the ce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -27,6 +30,8 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from flowback.errors import is_utf8, shorten
 
 __all__ = [
     "EXTENSIONS",
@@ -40,6 +45,7 @@ __all__ = [
     "fit",
     "from_levels",
     "note_sentence",
+    "picture_size",
     "quantise",
     "read_image",
     "to_bytes",
@@ -67,6 +73,17 @@ _FORMATS = {
 
 EXTENSIONS = frozenset(extension for known in _FORMATS.values() for extension in known)
 """Endings of the files that count as images, in lower case."""
+
+
+MOST_PIXELS = 2**27
+"""Pixels of an image before it is brought to size; decoded, so many take up to 2 GB."""
+
+
+LARGE = 2**24
+"""Pixels above which a process decodes one image at a time."""
+
+
+_large = threading.Lock()
 
 
 class UnreadableImageError(Exception):
@@ -109,16 +126,36 @@ def read_image(
     Raises:
         UnreadableImageError: no file, no image, damaged, or of a kind without a stated range of values.
     """
+    with _opened(source) as image, _large if image.width * image.height > LARGE else nullcontext():
+        animated = _is_animated(image)
+        image.load()
+        flat, fits = _flat_srgb(_upright(image))
+        has_note: dict[Note, bool] = {"animation": animated, "profile": not fits}
+        notes = tuple(note for note, has in has_note.items() if has)
+        return _square(flat, size, channels, crop), notes
+
+
+def picture_size(source: Path | bytes) -> tuple[int, int]:
+    """Width and height of the image in a file, which is not decoded.
+
+    Raises:
+        UnreadableImageError: no file, no image, or damaged.
+    """
+    with _opened(source) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """The image in a file. Whatever goes wrong with it, here or in the body, makes it unreadable."""
     try:
-        with Image.open(
-            BytesIO(source) if isinstance(source, bytes) else source, formats=_known_formats()
-        ) as image:
-            animated = _is_animated(image)
-            image.load()
-            flat, fits = _flat_srgb(_upright(image))
-            has_note: dict[Note, bool] = {"animation": animated, "profile": not fits}
-            notes = tuple(note for note, has in has_note.items() if has)
-            return _square(flat, size, channels, crop), notes
+        if isinstance(source, Path):
+            _check_entry(source)
+        content = BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(content, formats=_known_formats()) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UnreadableImageError("too many pixels")
+            yield image
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
@@ -131,7 +168,16 @@ def read_image(
     except PermissionError:
         raise UnreadableImageError("not permitted") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise UnreadableImageError(f"damaged: {error}") from None
+        system = error.strerror if isinstance(error, OSError) else None
+        raise UnreadableImageError(f"damaged: {shorten(system or str(error))}") from None
+
+
+def _check_entry(file: Path) -> None:
+    """Refuse what could wait for ever, and a name that no class, no message and no JSON can hold."""
+    if not is_utf8(str(file)):
+        raise UnreadableImageError("its name is not UTF-8")
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise UnreadableImageError("not a file")
 
 
 def fit(image: Image.Image, size: int, channels: int, crop: Crop = "bicubic") -> UInt8[np.ndarray, "c s s"]:
@@ -195,10 +241,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise UnreadableImageError("float pixels without a stated range")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int32)
     if values.min() < 0 or values.max() > 65535:
         raise UnreadableImageError("integer pixels beyond 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _is_animated(image: Image.Image) -> bool:
@@ -216,8 +264,7 @@ def _flat_srgb(image: Image.Image) -> tuple[Image.Image, bool]:
     image = _eight_bits(image)
     grey = image.mode in ("1", "L", "LA")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = _over_white(image)
     if not profile:
         return image, True
     conversion = _conversion(profile)
@@ -231,6 +278,17 @@ def _flat_srgb(image: Image.Image) -> tuple[Image.Image, bool]:
     converted = ImageCms.applyTransform(image, conversion.transform)
     assert converted is not None  # as it is not done in place
     return converted, True
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """The image without alpha, in strips, so that little more than it and the result are held."""
+    flat = Image.new("RGB", image.size)
+    rows = max(1, 2**20 // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        flat.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return flat
 
 
 class _Conversion(NamedTuple):

@@ -15,23 +15,24 @@ prepared.json is written last: a folder without it is not complete.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64, UInt8
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from flowback.checked import from_dict
 from flowback.config import CodecConfig
 from flowback.data.image_set import FeatureSettings, FeatureTable, PixelSet
 from flowback.devices import send
-from flowback.errors import InputError
+from flowback.errors import InputError, printable, shorten
+from flowback.reading import read_json
 
 __all__ = [
     "AGAIN",
@@ -120,14 +121,65 @@ class PreparedImages(PixelSet):
     @cached_property
     def _names(self) -> tuple[Tensor, np.memmap]:
         """Where each name ends, and the file of names, mapped."""
-        ends = mapped(self.folder / "ends.npy", np.int64, self.shape[:1])
-        return ends, np.memmap(self.folder / "names.txt", dtype=np.uint8, mode="r")
+        ends, file = mapped(self.folder / "ends.npy", np.int64, self.shape[:1]), self.folder / "names.txt"
+        try:
+            if not file.is_file():
+                raise OSError("not a file")
+            names = np.memmap(file, dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is missing or damaged ({error}); {AGAIN}") from None
+        if bool((ends.diff() < 1).any()) or int(ends[0]) < 1 or int(ends[-1]) != len(names):
+            raise InputError(f"{self.folder / 'ends.npy'} does not fit {file}; {AGAIN}")
+        return ends, names
 
     def file_name(self, index: int) -> str:
         """The image's file, relative to the source."""
         ends, names = self._names
         start = int(ends[index - 1]) if index else 0
-        return names[start : int(ends[index])].tobytes().decode().rstrip("\n")
+        name = names[start : int(ends[index])].tobytes().decode(errors="backslashreplace")
+        return printable(name.removesuffix("\n"))
+
+
+_Count = Annotated[int, Field(strict=True, ge=1)]
+_Side = Annotated[int, Field(strict=True, ge=1, le=2**14)]
+
+
+@dataclass(frozen=True)
+class _Version:
+    format: _Count
+
+
+@dataclass(frozen=True)
+class _Split:
+    images: _Count
+    fingerprint: str
+    skipped: list[str]
+    commits: list[tuple[_Count | Literal[0], _Count | Literal[0], str]]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    image_size: _Side
+    channels: _Side
+    latent: tuple[_Side, _Side, _Side] | None = None
+    codec: dict[str, Any] | None = None
+    features: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """The parts of prepared.json that are read; others may be added."""
+
+    settings: _Settings
+    classes: list[str]
+    splits: dict[Literal["train", "test"], _Split]
+
+    def __post_init__(self) -> None:
+        if "train" not in self.splits or (self.settings.latent is not None) != bool(self.settings.codec):
+            raise ValueError("parts are missing")
+
+
+_VERSION, _SUMMARY = TypeAdapter(_Version), TypeAdapter(_Summary)
 
 
 def is_prepared(path: Path) -> bool:
@@ -181,15 +233,19 @@ def read_summary(path: Path) -> dict[str, Any]:
     """
     file = path / "prepared.json"
     try:
-        summary = json.loads(file.read_text())
-        version = summary["format"]
+        summary = read_json(file)
+        version = _VERSION.validate_python(summary).format
+        if version <= FORMAT:
+            _SUMMARY.validate_python(summary)
     except FileNotFoundError:
         if (path / "preparing.json").is_file():
             raise InputError(
                 f"{path} is not complete; run the same `flowback prepare` again to continue."
             ) from None
         raise InputError(f"{path} holds no prepared set; make one with `flowback prepare`.") from None
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from None
+    except ValueError:  # pydantic's, too
         raise InputError(f"{file} is damaged; {AGAIN}") from None
     if version > FORMAT:
         raise InputError(f"{file} has format {version}, but this flowback reads up to {FORMAT}; update it.")
@@ -202,13 +258,15 @@ def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> Tensor:
     Raises:
         InputError: missing, cut short, or of another shape.
     """
+    if not file.exists():
+        raise InputError(f"{file} is missing; {AGAIN}")
     try:
+        if not file.is_file():
+            raise OSError("not a file")
         # Copy on write: PyTorch has no read-only tensors.
-        array = np.load(file, mmap_mode="c", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing; {AGAIN}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{file} is cut short or damaged ({error}); {AGAIN}") from None
+        array = np.lib.format.open_memmap(file, mode="c")
+    except Exception as error:  # of a damaged header, nearly anything
+        raise InputError(f"{file} is cut short or damaged ({shorten(str(error))}); {AGAIN}") from None
     if array.shape != shape or array.dtype != dtype:
         raise InputError(
             f"{file} holds {array.dtype} {array.shape}, but prepared.json says "

@@ -18,22 +18,24 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from PIL import __version__ as pillow
+from pydantic import Field, TypeAdapter
 
 from flowback.checked import to_dict
 from flowback.data.columns import FILES, Column, Maker, bytes_of_image, derive, open_columns, settings_of
 from flowback.data.decode_pool import TASK, Part, Settings, decoded
 from flowback.data.pixels import Note
-from flowback.data.prepared import FORMAT
+from flowback.data.prepared import FORMAT, read_summary
 from flowback.data.sources import Source, Split
 from flowback.data.vae import Codec
 from flowback.errors import InputError
 from flowback.files import foreign_file, write_json
 from flowback.folder_lock import folder_lock
 from flowback.progress import bar
+from flowback.reading import parse_json, read_json
 
 __all__ = ["prepare"]
 
@@ -53,15 +55,18 @@ COMMIT_BYTES = 2**28
 """Fewer tasks, where they would hold more memory than this before they are written."""
 
 
+_Count = Annotated[int, Field(strict=True, ge=0)]
+
+
 @dataclass
 class _State:
     """How far a split has come: a line of its journal."""
 
-    items: int = 0
+    items: _Count = 0
     """Images of the source that are done, skipped ones among them."""
-    images: int = 0
+    images: _Count = 0
     """Images written."""
-    names: int = 0
+    names: _Count = 0
     """Bytes of names written."""
     digest: str = ""
     """Hash of what this commit added to the columns."""
@@ -69,6 +74,9 @@ class _State:
     """Files that this commit left out."""
     noted: dict[Note, list[str]] = field(default_factory=dict)
     """Files of this commit by what is to be known of them."""
+
+
+_STATES = TypeAdapter(_State)
 
 
 def prepare(
@@ -128,7 +136,7 @@ def _prepared(
     """The set, complete and checked."""
     done, begun = out / "prepared.json", out / "preparing.json"
     if done.is_file():
-        summary = json.loads(done.read_text())
+        summary = read_summary(out)
         for split, stored in summary["splits"].items():
             _verify(out / split, stored["commits"], settings_of(split, settings))
         _tidy(out)
@@ -186,7 +194,7 @@ def _check_folder(out: Path, head: dict[str, Any]) -> None:
         if not file.is_file():
             continue
         try:
-            before = {key: value for key, value in json.loads(file.read_text()).items() if key in head}
+            before = {key: value for key, value in read_json(file).items() if key in head}
         except ValueError:
             raise InputError(f"{file} is damaged; choose an empty --out.") from None
         if _prints(before) != _prints(head):
@@ -195,9 +203,11 @@ def _check_folder(out: Path, head: dict[str, Any]) -> None:
                 "prepare it into an empty --out."
             )
         if {**before, "source": None} != {**head, "source": None}:
+            before_settings = before.get("settings")
+            before_settings = before_settings if isinstance(before_settings, dict) else {}
             changed = [
                 f"{name} (was {value}, now {head['settings'].get(name)})"
-                for name, value in before.get("settings", {}).items()
+                for name, value in before_settings.items()
                 if value != head["settings"].get(name)
             ]
             what = ", ".join(changed) or "another version of flowback or Pillow"
@@ -346,12 +356,12 @@ def _counted(commits: list[_State]) -> dict[Note, dict[str, Any]]:
 
 
 def _read_journal(file: Path) -> list[_State]:
-    commits = []
+    commits: list[_State] = []
     if file.is_file():
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().splitlines():
             try:
-                commits.append(_State(**json.loads(line)))
-            except (ValueError, TypeError):  # cut short by a kill
+                commits.append(_STATES.validate_python(parse_json(line)))
+            except ValueError:  # cut short by a kill
                 break
     return commits
 
@@ -368,8 +378,9 @@ def _verify(folder: Path, commits: list[list[Any]], settings: Settings) -> str:
         for until_image, until_name, expected in commits:
             digest = hashlib.blake2b(digest_size=16)
             for name, column in columns.items():
-                span = (names, until_name) if name == "names" else (images, until_image)
-                digest.update(column.read(*span))
+                first, until = (names, until_name) if name == "names" else (images, until_image)
+                if first <= until and column.holds(until):
+                    digest.update(column.read(first, until))
             if digest.hexdigest() != expected:
                 raise InputError(
                     f"{folder} is damaged between images {images} and {until_image}; "

@@ -9,6 +9,7 @@ classes. Only uncompressed shards: their images are then read by offset, in any 
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from array import array
 from collections import Counter
@@ -24,11 +25,14 @@ from torch import Tensor
 
 from flowback.data.image_folder import fingerprint_of, held_out
 from flowback.data.pixels import EXTENSIONS
-from flowback.errors import InputError
+from flowback.errors import InputError, printable, shorten
+from flowback.reading import open_regular, parse_json
 
 __all__ = ["ShardSource", "is_sharded", "open_shards"]
 
 _BLOCK = 512
+_LABEL = 2**20
+"""Bytes of a member that gives a label."""
 _TESTS = ("test", "val")
 
 _UNNAMED_CLASSES = 1000
@@ -57,7 +61,7 @@ class ShardSource:
 
     def file_name(self, index: int) -> str:
         """Name inside of the shard."""
-        return self.names[index]
+        return printable(self.names[index])
 
     def open(self, index: int) -> bytes:
         """The image's file."""
@@ -190,23 +194,31 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
     """Name, offset and length of each file, and the content of labels."""
     end = 0
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            length = os.fstat(file.fileno()).st_size
             while (member := tar.next()) is not None:
+                if not end < tar.offset <= length:  # a negative size would lead back, and round in circles
+                    raise tarfile.ReadError("a member of another size than its header says")
                 end = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
                 if not member.isreg():
                     continue
+                name = member.name.removeprefix("./")
+                if member.issparse():
+                    raise tarfile.ReadError(f"{shorten(name)} is sparse: write shards without --sparse")
                 text = None
-                if member.name.endswith((".cls", ".json")):
-                    stream = tar.extractfile(member)
-                    text = stream.read() if stream is not None else None
-                yield member.name.removeprefix("./"), member.offset_data, member.size, text
-        with shard.open("rb") as file:
+                if name.endswith((".cls", ".json")):
+                    if member.size > _LABEL:
+                        raise tarfile.ReadError(f"{shorten(name)} is too long for a label")
+                    file.seek(member.offset_data)
+                    text = file.read(member.size)
+                yield name, member.offset_data, member.size, text
             file.seek(end)
             closing = file.read(_BLOCK)
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise InputError(
-            f"{shard} is cut short, compressed or not a tar file ({error}); use another copy."
+            f"{shard} is cut short, compressed or not a tar file ({shorten(str(error)) or 'damaged'}); "
+            "use another copy."
         ) from None
     if closing != bytes(_BLOCK):  # every tar file ends with empty blocks
         raise InputError(f"{shard} is cut short: it has no end mark; use another copy.")
@@ -214,15 +226,18 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
 
 def _label(shard: Path, name: str, text: bytes) -> int | None:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
-        raise InputError(f"{shard}: {name} holds no number; a .cls file must hold the class id.") from None
+        raise InputError(
+            f"{shard}: {shorten(name)} holds no number; a .cls file must hold the class id."
+        ) from None
     if name.endswith(".json"):
         value = value.get("label") if isinstance(value, dict) else None
         if value is None:
             return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{shard}: {name} holds the label {value!r}; labels are numbers from 0.")
+        shown = shorten(json.dumps(value)) if isinstance(value, (str, float, bool)) else "no number"
+        raise InputError(f"{shard}: {shorten(name)} holds the label {shown}; labels are numbers from 0.")
     return value
 
 

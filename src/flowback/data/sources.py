@@ -34,7 +34,7 @@ from flowback.data.image_folder import (
 )
 from flowback.data.named_sets import Pictures, dataset_names, pictures
 from flowback.data.shards import is_sharded, open_shards
-from flowback.errors import InputError
+from flowback.errors import InputError, printable, shorten
 
 __all__ = ["FileSource", "PictureSource", "Source", "Split", "open_source"]
 
@@ -96,7 +96,7 @@ class FileSource:
 
     def file_name(self, index: int) -> str:
         """The file, relative to the folder."""
-        return self.files[index]
+        return printable(self.files[index])
 
     def open(self, index: int) -> Path:
         """The file's path."""
@@ -271,7 +271,8 @@ def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, st
             )
         if name is None:
             raise InputError(
-                f"--labels {file}, line {number}: {row[0]} is not in {folder}; give the labels of its images."
+                f"--labels {file}, line {number}: {shorten(row[0])} is not in {folder}; "
+                "give the labels of its images."
             )
         if len(row) < 2 or not row[1].strip():
             raise InputError(f"--labels {file}, line {number}: not `image,class`.")
@@ -283,11 +284,11 @@ def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, st
         prediction = _PREDICTION.fullmatch(row[1].strip())
         label = prediction[1] if prediction else " ".join(row[1].split())
         if table.setdefault(name, label) != label:
-            raise InputError(f"--labels {file}, line {number}: {row[0]} has two classes; keep one.")
+            raise InputError(f"--labels {file}, line {number}: {shorten(row[0])} has two classes; keep one.")
     missing = [name for name in files if name not in table]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"--labels {file} gives no class for {missing[0]}{more}; add them.")
+        raise InputError(f"--labels {file} gives no class for {printable(missing[0])}{more}; add them.")
     return table
 
 
@@ -304,6 +305,7 @@ def _numbers(
     wrong = next((row for row, name in enumerate(named) if name not in number), None)
     if wrong is not None:
         raise InputError(
-            f"--labels {labels}: {files[wrong]} has the class {named[wrong]}, which no training image has."
+            f"--labels {labels}: {printable(files[wrong])} has the class {named[wrong]}, "
+            "which no training image has."
         )
     return torch.tensor([number[name] for name in named], dtype=torch.int64)

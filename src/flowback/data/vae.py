@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowback.config import CodecConfig
-from flowback.errors import InputError
+from flowback.errors import InputError, shorten
 
 __all__ = ["Codec", "Pixels", "Vae", "located", "open_codec"]
 
+_MOST, _MOST_LAYERS = 2**16, 64
 CHUNK = 16
 """Images that a VAE encodes or decodes at once."""
 
@@ -145,18 +146,31 @@ def _load(name: str, revision: str | None) -> Any:
     except ImportError:
         raise InputError(f"The VAE {name} needs diffusers: pip install flowback-nf[latent].") from None
     try:
-        kind = diffusers.AutoencoderKL.load_config(name, revision=revision).get("_class_name")
+        settings = dict(diffusers.AutoencoderKL.load_config(name, revision=revision))
+        kind = settings.get("_class_name")
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise InputError(f"{name} holds a {kind}; an AutoencoderKL or AutoencoderTiny is needed.")
+        _check_sizes(name, settings)
         model = getattr(diffusers, kind).from_pretrained(name, revision=revision, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged folder, diffusers raises nearly anything
         where = "is damaged or incomplete" if Path(name).is_dir() else "cannot be loaded"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = shorten(str(error), 200) or type(error).__name__
         raise InputError(
             f"The VAE {name} {where} ({reason}); give a folder with config.json and safetensors weights, "
             "or a name on the hub."
         ) from None
     return model.eval().requires_grad_(False)
+
+
+def _check_sizes(name: str, settings: dict[str, Any]) -> None:
+    """Refuse a config of more layers than any VAE has, before they are made."""
+    for option, value in settings.items():
+        most = _MOST_LAYERS if "layers" in option or "blocks" in option else _MOST
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if len(numbers) > _MOST_LAYERS or any(isinstance(n, (int, float)) and n > most for n in numbers):
+            raise InputError(f"The VAE {name} has a config.json with {shorten(option)} above {most}.")
 
 
 def _hash(model: Any) -> str:

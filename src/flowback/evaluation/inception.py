@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from flowback.errors import InputError
+from flowback.reading import is_state_dict, read_tensors
 
 __all__ = ["Inception", "InceptionFeatures", "load_inception", "spatial_features"]
 
@@ -143,13 +144,16 @@ def _is_published(file: Path, url: str) -> bool:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = read_tensors(file)
     except OSError as error:
         raise InputError(f"--inception-weights {file} cannot be read: {error.strerror}.") from None
-    except Exception as error:
+    except ValueError as error:
         raise InputError(
-            f"--inception-weights {file} is not a file of tensors ({type(error).__name__}); {_REMEDY}."
+            f"--inception-weights {file} is not a file of tensors ({error}); {_REMEDY}."
         ) from None
+    if not is_state_dict(state):
+        raise InputError(f"--inception-weights {file} holds no named tensors; {_REMEDY}.")
+    return state
 
 
 def _download(url: str) -> dict[str, Any]:

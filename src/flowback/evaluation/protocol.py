@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from safetensors.torch import load, save
 from torch import Tensor
 
 from flowback.data.image_set import ImageSet
@@ -28,7 +27,8 @@ from flowback.errors import InputError
 from flowback.evaluation.inception import Inception
 from flowback.evaluation.metrics import InceptionScore, Moments, frechet_distance, precision_recall
 from flowback.evaluation.references import Reference
-from flowback.files import cache_folder, replacing
+from flowback.files import cache_folder, no_cache, replacing
+from flowback.reading import open_regular
 
 __all__ = [
     "COMPARABLE",
@@ -41,28 +41,41 @@ __all__ = [
     "tarflow_reference",
 ]
 
-_LAYOUT = 1
+_DIGEST = 32
+"""Bytes of the hash that a file of kept arrays begins with."""
+_LAYOUT = 2
 """Goes into the key; raise it when what is kept changes."""
 
 
 def kept(key: Sequence[str], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The arrays that were kept under ``key``, or those of ``make``, which are kept from now on.
 
+    Damaged ones are computed anew; without a cache that can be written, nothing is kept.
+
     Args:
         key: all that the arrays depend on: hashes of images and weights, and the rule.
         make: computes the arrays.
     """
     name = hashlib.blake2b("\0".join((str(_LAYOUT), *key)).encode(), digest_size=16).hexdigest()
-    path = cache_folder() / "statistics" / f"{name}.npz"
+    path = None
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {array: torch.from_numpy(file[array]) for array in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile):
-        pass  # not there, or damaged: computed anew
+        path = cache_folder() / "statistics" / f"{name}.tensors"
+        with open_regular(path) as file:
+            digest, arrays = file.read(_DIGEST), file.read()
+        if hashlib.blake2b(arrays, digest_size=_DIGEST).digest() == digest:
+            return load(arrays)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        no_cache(error)
     computed = make()
-    with replacing(path, "wb") as file:
-        arrays: dict[str, Any] = {array: tensor.numpy() for array, tensor in computed.items()}
-        np.savez(file, **arrays)
+    arrays = save({array: tensor.contiguous() for array, tensor in computed.items()})
+    try:
+        if path is not None:
+            with replacing(path, "wb") as file:
+                file.write(hashlib.blake2b(arrays, digest_size=_DIGEST).digest() + arrays)
+    except OSError as error:
+        no_cache(error)
     return computed
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image
 from torch import Tensor
 
 from flowback.config import DataConfig
+from flowback.data.image_folder import list_images
 from flowback.data.image_set import ImageSet, PixelSet, Subset, evenly
 from flowback.data.load import load_images
-from flowback.data.pixels import EXTENSIONS
-from flowback.errors import InputError
+from flowback.data.pixels import UnreadableImageError, picture_size
+from flowback.errors import InputError, printable, shorten
 from flowback.evaluation.metrics import Moments
+from flowback.evaluation.npz import read_npz
 
 __all__ = ["NpzImages", "Reference", "load_reference", "open_images"]
 
@@ -99,11 +98,8 @@ def load_reference(path: Path, image_size: int, channels: int) -> Reference:
     """
     if path.suffix != ".npz":
         return Reference.of(_folder(path, image_size, channels))
-    arrays = _open_npz(path)
-    statistics: dict[str, Tensor] = {}
-    for key in ("mu", "sigma", "mu_s", "sigma_s"):
-        if key in arrays:
-            statistics[key] = torch.from_numpy(np.array(arrays[key], dtype=np.float64))
+    arrays, names = read_npz(path, ("arr_0", *_STATISTICS))
+    statistics = {key: _numbers(path, key, arrays[key]) for key in _STATISTICS if key in arrays}
     images = _npz_images(path, arrays) if "arr_0" in arrays else None
     if images is not None and images.pixels.shape[1:3] != (image_size, image_size):
         height, width = images.pixels.shape[1:3]
@@ -113,7 +109,7 @@ def load_reference(path: Path, image_size: int, channels: int) -> Reference:
         )
     if images is None and not {"mu", "sigma"} <= set(statistics):
         raise InputError(
-            f"{path} holds neither images (arr_0) nor statistics (mu, sigma); it has {', '.join(arrays)}."
+            f"{path} holds neither images (arr_0) nor statistics (mu, sigma); it has {_listed(names)}."
         )
     digest = hashlib.blake2b((images.fingerprint if images else "").encode(), digest_size=16)
     for key, value in sorted(statistics.items()):
@@ -131,22 +127,19 @@ def open_images(path: Path) -> ImageSet:
         InputError: not there, pickled, or of several sizes.
     """
     if path.suffix == ".npz":
-        arrays = _open_npz(path)
+        arrays, names = read_npz(path, ("arr_0",))
         if "arr_0" not in arrays:
-            raise InputError(f"{path} holds no images (arr_0); it has {', '.join(arrays)}.")
+            raise InputError(f"{path} holds no images (arr_0); it has {_listed(names)}.")
         return _npz_images(path, arrays)
     if not path.is_dir():
         raise InputError(f"{path} is neither a checkpoint, nor a folder of images, nor a .npz file.")
     sizes: dict[tuple[int, int], Path] = {}
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in EXTENSIONS and file.is_file():
-            try:
-                with Image.open(file) as picture:
-                    sizes.setdefault(picture.size, file)
-            except OSError as error:
-                raise InputError(f"{file} cannot be read ({error}); repair or remove it.") from None
-    if not sizes:
-        raise InputError(f"{path} holds neither a checkpoint nor images.")
+    for name in list_images(path).files:
+        file = path / name
+        try:
+            sizes.setdefault(picture_size(file), file)
+        except UnreadableImageError as error:
+            raise InputError(f"{printable(str(file))} cannot be read ({error}); remove it.") from None
     if len(sizes) > 1 or len({*next(iter(sizes))}) > 1:
         named = ", ".join(
             f"{file.name} {width}x{height}" for (width, height), file in list(sizes.items())[:3]
@@ -168,8 +161,11 @@ def _moments(path: Path, statistics: dict[str, Tensor], mean: str, covariance: s
     mu, sigma = statistics[mean], statistics[covariance]
     if (
         mu.ndim != 1
+        or not len(mu)
         or sigma.shape != (len(mu), len(mu))
         or not (mu.isfinite().all() and sigma.isfinite().all())
+        or not torch.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6)  # some files hold float32
+        or bool((sigma.diagonal() < 0).any())
     ):
         raise InputError(
             f"{path}: {mean} and {covariance} are not a mean and its covariance; use another copy."
@@ -177,43 +173,17 @@ def _moments(path: Path, statistics: dict[str, Tensor], mean: str, covariance: s
     return Moments.from_covariance(2, mu, sigma)
 
 
-def _open_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, mapped where they are not compressed. Pickled objects are refused."""
-    try:
-        with (
-            path.open("rb") as raw,
-            np.load(raw, allow_pickle=False) as file,
-            zipfile.ZipFile(raw) as archive,
-        ):
-            return {name: _array(path, file, archive, name) for name in file.files}
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except ValueError as error:
-        if "pickle" in str(error) or "Object arrays" in str(error):
-            raise InputError(f"{path} holds pickled objects, which could run code; it is not read.") from None
-        raise InputError(f"{path} is no .npz file ({error}); use another copy.") from None
-    except (OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is no .npz file ({error}); use another copy.") from None
+_STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
-def _array(path: Path, file: Any, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    entry = archive.getinfo(f"{name}.npy")
-    with archive.open(entry) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read(stream)
-        header = stream.tell()
-    if dtype.hasobject:
-        raise InputError(f"{path} holds pickled objects, which could run code; it is not read.")
-    if entry.compress_type != zipfile.ZIP_STORED or fortran or not np.prod(shape):
-        return file[name]
-    with path.open("rb") as raw:  # the entry's own header: 30 bytes, then name and extra field
-        raw.seek(entry.header_offset + 26)
-        lengths = np.frombuffer(raw.read(4), dtype="<u2")
-    start = entry.header_offset + 30 + int(lengths.sum()) + header
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
+def _numbers(path: Path, key: str, values: np.ndarray) -> Tensor:
+    if values.dtype.kind not in "fiu":
+        raise InputError(f"{path}: {key} holds {values.dtype}, not numbers; use another copy.")
+    return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def _listed(names: list[str]) -> str:
+    return shorten(", ".join(names)) or "nothing"
 
 
 def _npz_images(path: Path, arrays: dict[str, np.ndarray]) -> NpzImages:
@@ -227,4 +197,6 @@ def _npz_images(path: Path, arrays: dict[str, np.ndarray]) -> NpzImages:
         raise InputError(
             f"{path}: arr_0 is {pixels.dtype} of shape {pixels.shape}; ADM's files hold uint8 (N, H, H, 3)."
         )
+    if not pixels.size:
+        raise InputError(f"{path} holds no images: arr_0 has the shape {pixels.shape}.")
     return NpzImages(path, pixels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from flowback.errors import InputError
 from flowback.files import plain, write_json
 from flowback.model import Flow
 from flowback.provenance import environment
+from flowback.reading import read_json
 from flowback.sampling.block_plan import weights_hash
 
 __all__ = ["Comparison", "Report", "compare", "weights_of"]
@@ -59,17 +59,17 @@ class Report:
             InputError: no such file, or no report.
         """
         try:
-            values = json.loads(Path(path).read_text())
+            values = read_json(Path(path))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}.") from None
         except ValueError:
             raise InputError(
                 f"{path} is not JSON; give a report of flowback evaluate, classify or probe."
             ) from None
-        parts = ("figures", "settings", "environment")
-        if not isinstance(values, dict) or not all(isinstance(values.get(part), dict) for part in parts):
+        parts, said = ("figures", "settings", "environment"), values.get("warnings") or []
+        if not all(isinstance(values.get(part), dict) for part in parts) or not isinstance(said, list):
             raise InputError(f"{path} is not a report of flowback evaluate, classify or probe.")
-        warnings = tuple(map(str, values.get("warnings") or ()))
+        warnings = tuple(map(str, said))
         figures, settings, around = (values[part] for part in parts)
         return cls(str(values.get("kind")), figures, settings, warnings, around)
 

@@ -11,6 +11,7 @@ whatever reads a likelihood adds noise first, and an image's noise depends only 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -74,7 +75,7 @@ def add_noise(
     noise = torch.empty(images.shape)
     for row, seed in enumerate(seeds):
         # A stride above the size of any data set whose seeds count up from 0.
-        generator.manual_seed((seed + draw * 1_000_000_007) % 2**63)
+        generator.manual_seed((operator.index(seed) + draw * 1_000_000_007) % 2**63)
         noise[row] = kind(images.shape[1:], generator=generator)
     if config.noise == "uniform":
         return dequantise(images, noise.to(images))

@@ -124,6 +124,8 @@ class TARFlow(nn.Module):
                 raise InputError(
                     f"Class weights have shape {tuple(values.shape)}; the model has {classes} classes."
                 )
+            if not bool(values.isfinite().all()):
+                raise InputError("The class weights are not all finite; give numbers that sum to 1.")
             return values.to(self.dtype)
         if values.ndim != 1:
             raise InputError(f"Labels have shape {tuple(values.shape)}; give one id per image.")

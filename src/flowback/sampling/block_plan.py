@@ -9,7 +9,6 @@ from the sequential ones by more than the promised error, the sweeps' tolerance 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from flowback.files import write_json
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.provenance import environment
+from flowback.reading import read_json
 from flowback.sampling.decoder import Decoder, Precision
 from flowback.sampling.jacobi import Init, first_guess, solve_window
 from flowback.sampling.sampler import BlockPlan, Sampler, noise
@@ -361,12 +361,12 @@ def load_plan(path: Path) -> Plan:
         InputError: no plan, or damaged.
     """
     try:
-        values: dict[str, Any] = json.loads(path.read_text())["plan"]
+        values = read_json(path)["plan"]
         blocks = tuple(from_dict(BlockPlan, block) for block in values.pop("blocks"))
-        return Plan(**values, blocks=blocks)
+        return replace(from_dict(Plan, values), blocks=blocks)
     except FileNotFoundError:
         raise InputError(f"There is no plan at {path}; make one with `flowback plan`.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged; make the plan again with `flowback plan`.") from None
 
 

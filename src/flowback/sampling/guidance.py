@@ -72,6 +72,11 @@ class Guidance:
             raise InputError(f"The number of guided blocks is {self.blocks}; it must not be negative.")
         if not torch.isfinite(torch.as_tensor(self.scale)).all():
             raise InputError(f"The guidance scale is {self.scale}; it must be a finite number, 0 for none.")
+        if self.formula == "starflow" and bool(torch.as_tensor(self.scale).lt(-1).any()):
+            raise InputError(
+                f"The guidance scale is {self.scale}; with STARFlow's formula it must be at least -1, "
+                "below which there is no such Gaussian."
+            )
 
     @classmethod
     def from_config(cls, config: SampleConfig) -> Guidance:

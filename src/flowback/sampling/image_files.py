@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from flowback.data.pixels import to_bytes
+from flowback.errors import InputError, shorten
 from flowback.files import replacing
 
 __all__ = ["fonts", "grid", "read_png", "save_grid", "save_npz", "save_png", "save_trajectory"]
@@ -41,10 +42,19 @@ def save_png(image: UInt8[Tensor, "c h w"], path: Path, text: dict[str, object] 
 
 
 def read_png(path: Path) -> tuple[UInt8[Tensor, "c h w"], dict[str, str]]:
-    """An image of :func:`save_png` and its notes."""
-    with Image.open(path) as picture:
-        pixels = np.array(picture)
-        notes = {str(key): str(value) for key, value in picture.info.items()}
+    """An image of :func:`save_png` and its notes.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            pixels = np.array(picture)
+            notes = {str(key): str(value) for key, value in picture.info.items()}
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        raise InputError(
+            f"{path} is damaged ({shorten(str(error))}); remove it, and draw it again."
+        ) from None
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1), notes
 
 

@@ -6,6 +6,7 @@ drawn in, on the device, or on how many processes draw.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from flowback.checked import require, require_one_of
 from flowback.config import SampleConfig
-from flowback.errors import InputError
+from flowback.errors import InputError, shorten
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.tarflow import UserLabels
@@ -333,7 +334,10 @@ def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
     count = len(labels) if isinstance(labels, (Sequence, Tensor)) and np.ndim(labels) else None
     if seeds is None:
         return list(range(1 if count is None else count))
-    numbers = [int(seed) for seed in seeds]
+    try:
+        numbers = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise InputError(f"Seeds are whole numbers, not {shorten(str(seeds))}.") from None
     if not numbers:
         raise InputError("There are no seeds; give one for each image.")
     if count is not None and count != len(numbers):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from flowback.checked import to_dict
 from flowback.config import EvaluateConfig, RunConfig, SampleConfig
 from flowback.files import plain
+from flowback.reading import read_json
 
 __all__ = ["FORMAT", "deciding", "differences", "read"]
 
@@ -56,10 +56,9 @@ def differences(stored: dict[str, Any], now: dict[str, Any], any_code: bool = Fa
 def read(file: Path) -> dict[str, Any] | None:
     """A file of JSON; None where there is none, or it is damaged."""
     try:
-        content = json.loads(file.read_text())
+        return read_json(file)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,7 +29,7 @@ from flowback.evaluation.linear_probe import probe
 from flowback.evaluation.pipeline import evaluate
 from flowback.evaluation.references import Reference
 from flowback.evaluation.report import Report, weights_of
-from flowback.files import cache_folder, plain, write_json
+from flowback.files import plain, write_json
 from flowback.model import Flow
 from flowback.progress import bar
 from flowback.training import train
@@ -173,7 +173,7 @@ def _keep_what_is_shared(rows: Sequence[RowRun]) -> None:
             continue
         seen.add(key)
         images, _ = _sets(row)
-        make_targets(config, images, cache_folder() / "features")
+        make_targets(config, images)
         if row.settings["evaluation"]["kind"] == "quality":
             Judge(Reference.of(images), create_encoder("efficientnet_lite0"))
 

@@ -16,7 +16,6 @@ from flowback.data.image_set import ImageSet, match_classes
 from flowback.data.load import UNNAMED, load_images
 from flowback.data.vae import located
 from flowback.errors import InputError
-from flowback.files import cache_folder
 from flowback.folder_lock import folder_lock
 from flowback.model import Flow
 from flowback.training.distributed import noticing_loss, start
@@ -123,7 +122,7 @@ def train(
     with folder_lock(out, state.is_main_process):
         if targets is None:
             with noticing_loss(state), state.main_process_first():  # it computes the features that all read
-                targets = make_targets(config, images, cache_folder() / "features", state.device)
+                targets = make_targets(config, images, device=state.device)
         metrics = train_loop(config, images, out, targets, [*built_in, *evaluators], description)
     return TrainResult(config, out, images, test, metrics, state.device)
 

@@ -31,6 +31,7 @@ from flowback.config import RunConfig
 from flowback.errors import InputError
 from flowback.files import foreign_file, plain, replacing, write_json
 from flowback.provenance import environment
+from flowback.reading import parse_json, read_json
 
 __all__ = ["RunFolder", "Stored", "Writer"]
 
@@ -120,8 +121,10 @@ class RunFolder:
         file = self.path / "environment.json"
         now = _environment(device, processes)
         try:
-            first = json.loads(file.read_text())
+            first = read_json(file)
         except (OSError, ValueError):  # lost or damaged: the training itself does not need it
+            first = {"id": secrets.token_hex(4), **now}
+        if not _is_record(first):
             first = {"id": secrets.token_hex(4), **now}
         before = [first, *first.get("resumed", [])][-1]
         changed = [
@@ -138,7 +141,7 @@ class RunFolder:
     @property
     def identity(self) -> str:
         """The same for all parts of a run, and for no other run."""
-        return json.loads((self.path / "environment.json").read_text())["id"]
+        return read_json(self.path / "environment.json")["id"]
 
     def newest(self) -> Stored | None:
         """The newest usable checkpoint; damaged ones are named in the log. None if there is no checkpoint.
@@ -224,7 +227,8 @@ class RunFolder:
         train = self.config.train
         for folder in checkpoint.step_folders(self.path)[: -train.keep_last]:
             step = int(folder.name.removeprefix("step-"))
-            if not train.keep_every or step % train.keep_every:
+            linked = folder.is_symlink()  # somebody's own, to another place
+            if not linked and (not train.keep_every or step % train.keep_every):
                 shutil.rmtree(folder)
 
 
@@ -248,12 +252,23 @@ def _environment(device: torch.device, processes: int) -> dict[str, Any]:
     return {**environment(device), "processes": processes}
 
 
+def _is_record(first: dict[str, Any]) -> bool:
+    """Whether environment.json is what :meth:`RunFolder.begin` and later starts wrote."""
+    resumed = first.get("resumed", [])
+    starts = [first, *resumed] if isinstance(resumed, list) else []
+    return bool(starts) and all(
+        isinstance(start, dict) and isinstance(start.get("versions", {}), dict) for start in starts
+    )
+
+
 def _rows(file: Path) -> list[dict[str, Any]]:
     rows = []
     if file.exists():
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a kill
-                rows.append(json.loads(line))
+                row = parse_json(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows
 
 

@@ -102,6 +102,10 @@ class Trainer:
 
     def _restore(self, stored: Stored) -> None:
         state = stored.training
+        kinds = {"objective": dict, "optimizer": dict, "guard": dict, "step": int, "seconds": float}
+        for part, kind in kinds.items():
+            if not isinstance(state.get(part), kind):
+                raise InputError(f"{stored.folder / 'training.pt'} holds no {part}; remove {stored.folder}.")
         try:
             self.weights.restore(state, stored.averages)
         except InputError as error:
