@@ -89,8 +89,8 @@ TABLES: dict[str, PaperTable] = {
             ("imagenet256-reverse-1000k", 12.79, 56.24),
         ),
         fashion=(
-            *("fashion", "fashion-reverse-last-1200", "fashion-reverse-last-1800"),
-            *("fashion-reverse-last-2400", "fashion-reverse-last"),
+            *("fashion", "fashion-reverse-last-800", "fashion-reverse-last-1200"),
+            *("fashion-reverse-last-1600", "fashion-reverse-last"),
         ),
         note="Each row is a run of its own, whose learning rate ends with it.",
     ),

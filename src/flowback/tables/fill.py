@@ -43,6 +43,9 @@ log = logging.getLogger("flowback")
 
 Scale = Literal["paper", "mini", "fashion"]
 
+TESTED = 5000
+"""Test images of an evaluation at small scales, at most."""
+
 
 @dataclass(frozen=True)
 class ReproduceConfig(Checked):
@@ -277,6 +280,7 @@ class _Job:
             "options": to_dict(
                 EvaluateConfig(
                     samples=self.samples,
+                    limit=TESTED if self.small else None,
                     search=tuple(search),
                     protocol="none" if weights is None else "adm",
                     inception_weights=weights,
