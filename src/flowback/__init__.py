@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from flowback.evaluation.held_out import Accuracy, accuracy
     from flowback.evaluation.linear_probe import Probe, probe
     from flowback.evaluation.pipeline import evaluate, evaluate_images
+    from flowback.evaluation.predictions import Prediction, predict
     from flowback.evaluation.references import Reference
     from flowback.evaluation.report import Report
     from flowback.flow import FlowOutput
@@ -83,6 +84,7 @@ _MODULES = {
     "evaluation.held_out": ("Accuracy", "accuracy"),
     "evaluation.linear_probe": ("Probe", "probe"),
     "evaluation.pipeline": ("evaluate", "evaluate_images"),
+    "evaluation.predictions": ("Prediction", "predict"),
     "evaluation.references": ("Reference",),
     "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
@@ -114,6 +116,7 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "PixelSet",
+    "Prediction",
     "Probe",
     "ProbeConfig",
     "Processes",
@@ -139,6 +142,7 @@ __all__ = [
     "load",
     "load_images",
     "plan_sampling",
+    "predict",
     "probe",
     "register_dataset",
     "register_encoder",

@@ -138,3 +138,22 @@ def test_bad_input(flowback, model, photos, tmp_path):
         assert code == 2, arguments
         assert sentence in error
         assert error.count("\n") == 1
+
+
+def test_pictures_of_ones_own(flowback, named, photos, tmp_path):
+    """A folder, and one picture of it: the same answer."""
+    model = named("china", "flower")
+    code, out, err = flowback("classify", model, "--images", photos, "--limit", 3, "--out", tmp_path / "all")
+    assert (code, err) == (0, err)
+    stored = json.loads((tmp_path / "all/predictions.json").read_text())
+    assert len(stored["predictions"]) == 3
+    assert not (tmp_path / "all/classify.json").exists()
+    first = stored["predictions"][0]
+    code, out, _ = flowback("classify", model, "--images", photos / first["image"], "--out", tmp_path / "one")
+    (one,) = json.loads((tmp_path / "one/predictions.json").read_text())["predictions"]
+    assert one["label"] == first["label"]
+    assert one["log_prob"] == pytest.approx(first["log_prob"], rel=1e-5)  # fp32, other batch sizes
+    assert f"{first['label']}\t" in out
+    code, _, err = flowback("classify", model, "--images", photos, "--method", "both", "--out", tmp_path)
+    assert code == 2
+    assert "--images takes one rule" in err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,16 @@ from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
 from flowback.evaluation.held_out import Accuracy, accuracy, default_methods, matched, run_images
 from flowback.evaluation.plots import plot_confusion
+from flowback.evaluation.predictions import Prediction, Predictions, open_pictures, predict
 from flowback.evaluation.report import Report, weights_of
 from flowback.model import Flow
 from flowback.processes import Processes
 from flowback.provenance import environment
 
 __all__ = ["Options", "run"]
+
+SHOWN = 20
+"""Predictions in the table; the files have all."""
 
 MANY_CLASSES = 20
 """With more classes than this, only the hardest are shown."""
@@ -33,6 +37,8 @@ MANY_CLASSES = 20
 class Options:
     """Classify labelled images, and show top-1, top-5, accuracy per class and the confusion matrix.
 
+    With --images, say of each picture of your own what it is.
+
     Under `torchrun` or `accelerate launch` the processes share the images.
     """
 
@@ -40,6 +46,9 @@ class Options:
     """A checkpoint folder, or a run's folder (its newest checkpoint)."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images; by default those of the checkpoint. Short forms: `--data NAME`, `--data FOLDER`."""
+    images: Path | None = None
+    """A picture, or a folder of pictures, with labels or without: write what the flow says of each to
+    predictions.csv and predictions.json, and measure nothing."""
     split: Literal["test", "train"] = "test"
     """Which images of the data set."""
     method: Literal["auto", "gradient", "normalised", "exhaustive", "both"] = "auto"
@@ -86,6 +95,9 @@ def run(argv: list[str]) -> None:
     folder = out_folder(options.out, options.checkpoint)
     processes = Processes(options.device)
     flow = Flow.from_pretrained(options.checkpoint, processes.device)
+    if options.images is not None:
+        _predict(options, options.images, flow, processes, folder)
+        return
     if not flow.config.num_classes:
         raise InputError(f"{options.checkpoint} is an unconditional model: it has no classes to tell apart.")
     images = matched(flow, run_images(flow, options.split, options.data))
@@ -101,6 +113,33 @@ def run(argv: list[str]) -> None:
     ]  # fmt: skip
     if processes.is_main:
         _write(results, images, options, flow, folder)
+    processes.close()
+
+
+def _predict(options: Options, path: Path, flow: Flow, processes: Processes, folder: Path) -> None:
+    """Say of each picture what it is."""
+    if options.method == "both":
+        raise InputError("--images takes one rule; give --method gradient, normalised or exhaustive.")
+    method: Method | None = None if options.method == "auto" else options.method
+    images = open_pictures(flow, path, options.data.bad_images)
+    found = processes.merged(
+        Predictions(
+            predict(
+                flow, images, method, options.draws, limit=options.limit, seed=options.seed,
+                batch_size=options.batch_size, share=processes.share, progress=True,
+            )
+        )
+    )  # fmt: skip
+    if processes.is_main:
+        found.save(folder, {**weights_of(flow), "method": options.method, "seed": options.seed})
+        rows = [list(astuple(each)) for each in found.rows[:SHOWN]]
+        show_table(str(path), [field.name for field in fields(Prediction)], rows)
+        more = len(found.rows) - SHOWN
+        say(
+            f"{more} more in {folder / 'predictions.csv'}"
+            if more > 0
+            else f"Written: {folder}/predictions.csv"
+        )
     processes.close()
 
 
