@@ -137,3 +137,9 @@ def test_a_baseline_that_stands_still_gains_nothing_by_its_length():
     fast = row("fast", [0], {}, curves={"training": [points]})
     found = compared([still, fast], {"none": False, "fast": True}, None)[1]
     assert found.sooner["test_top1_gradient"].values == pytest.approx([2.0])
+
+
+def test_a_row_that_lacks_seeds_is_named():
+    text = table([row("a", [0, 1], {"nll": [1.0, 2.0]}), row("b", [1], {"nll": [2.0]})], [0, 1]).to_markdown()
+    assert "- b has figures of seed 1 alone." in text
+    assert "- a has figures" not in text

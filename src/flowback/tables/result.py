@@ -170,6 +170,11 @@ class Table:
             few = "one run a row, no standard deviation: differences say little" if len(seeds) < 2 else ""
             listed = ", ".join(map(str, seeds))
             told.append(f"Seeds {listed}: {few or 'mean ± standard deviation over them'}.")
+            told += [
+                f"{row.preset} has figures of seed {', '.join(map(str, row.seeds))} alone."
+                for row in self.rows
+                if row.seeds and len(row.seeds) < len(seeds)
+            ]
         if "nll" in self.columns:
             told.append("nll: nats per dimension of noised test images given their labels.")
         if "top1_gradient" in self.columns:
