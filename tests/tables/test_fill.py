@@ -76,6 +76,7 @@ def test_a_table_is_filled_in_and_what_is_done_is_not_done_again(runs, tmp_path,
     row = table.row("tiny-reverse-mini")
     assert (row.seeds, row.values["nll"], row.mean["nll"]) == ([0, 1], [-1.5, -2.5], -2.0)
     assert row.baseline == "tiny-mini"
+    assert table.title == "small flows on digits, for: Tiny"
     assert row.difference["nll"].values == [-0.5, -0.5]
     assert all(Path(file).is_file() for file in row.records)
     assert json.loads((tmp_path / "tiny-mini.json").read_text())["rows"][1]["seeds"] == [0, 1]

@@ -389,9 +389,10 @@ class _Job:
     ) -> Table:
         notes = [note for note in (*self.config.note, self.paper.note) if note]
         scale = "paper" if self.paper.kind == "shown" else self.scale
+        instead = {"mini": "small flows on digits, for: ", "fashion": "small flows on Fashion-MNIST, for: "}
         return Table(
             name=self.table_name,
-            title=self.paper.title,
+            title=instead.get(scale, "") + self.paper.title,
             scale=scale,
             columns=columns,
             rows=rows,
