@@ -294,6 +294,8 @@ class TrainConfig(Checked):
 
     section: ClassVar[str] = "train"
 
+    init_from: str | None = None
+    """Run, checkpoint or name on the Hub whose weights a new run begins with; classes are matched by name."""
     steps: int = 400_000
     """Optimiser steps."""
     batch_size: int = 256

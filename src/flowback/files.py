@@ -23,6 +23,7 @@ __all__ = [
     "check_file",
     "check_folder",
     "foreign_file",
+    "located",
     "no_cache",
     "plain",
     "replacing",
@@ -146,3 +147,8 @@ def no_cache(error: OSError) -> None:
 @functools.cache
 def _say_no_cache(reason: str) -> None:
     log.warning("The cache cannot be used (%s): results are computed, and not kept.", reason)
+
+
+def located(name: str) -> str:
+    """A name as it is found from any folder: that of a folder in full, one on the hub as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name

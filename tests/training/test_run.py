@@ -17,8 +17,8 @@ import runs
 from flowback import Evaluator, Flow, InputError, checkpoint
 from flowback.config import AlignmentConfig, EvaluateConfig
 from flowback.data.image_set import MemoryImages, Subset
-from flowback.data.vae import located
 from flowback.errors import Interrupted
+from flowback.files import located
 from flowback.folder_lock import folder_lock
 from flowback.training import evaluators, train_loop
 from flowback.training.run_folder import RunFolder

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from flowback.config import CodecConfig
 from flowback.errors import InputError, shorten
+from flowback.files import located
 
-__all__ = ["Codec", "Pixels", "Vae", "located", "open_codec"]
+__all__ = ["Codec", "Pixels", "Vae", "open_codec"]
 
 _MOST, _MOST_LAYERS = 2**16, 64
 CHUNK = 16
@@ -133,11 +134,6 @@ def open_codec(
             f"({config.vae}, SHA-256 {config.weights[:12]}...); give that one with --vae, or --force-vae."
         )
     return Vae(replace(config, vae=located(vae or config.vae), weights=weights), model.to(device))
-
-
-def located(name: str) -> str:
-    """What a VAE's name means from any folder: that of a folder in full, one on the hub as it is."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def _load(name: str, revision: str | None) -> Any:

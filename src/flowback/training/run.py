@@ -14,8 +14,8 @@ from flowback.alignment.targets import make_targets
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet, match_classes
 from flowback.data.load import UNNAMED, load_images
-from flowback.data.vae import located
 from flowback.errors import InputError
+from flowback.files import located
 from flowback.folder_lock import folder_lock
 from flowback.model import Flow
 from flowback.training.distributed import noticing_loss, start
@@ -129,7 +129,7 @@ def train(
 
 def _placed(config: RunConfig, named: bool) -> dict[str, Any]:
     """The sections with paths, as they are found from any folder; images that were given have no name."""
-    data, alignment, codec = config.data, config.alignment, config.codec
+    data, alignment, codec, train = config.data, config.alignment, config.codec, config.train
     paths = {name: getattr(alignment, name) for name in ("weights", "originals_path")}
     return {
         "data": replace(data, path=data.path and data.path.absolute())
@@ -137,6 +137,7 @@ def _placed(config: RunConfig, named: bool) -> dict[str, Any]:
         else replace(data, name=UNNAMED, path=None),
         "alignment": replace(alignment, **{name: path and path.absolute() for name, path in paths.items()}),
         "codec": replace(codec, vae=codec.vae and located(codec.vae)),
+        "train": replace(train, init_from=train.init_from and located(train.init_from)),
     }
 
 

@@ -20,6 +20,7 @@ from flowback.errors import InputError
 from flowback.model import Flow
 from flowback.training.distributed import gathered, held_bytes, local, scattered, shard
 from flowback.training.objective import Objective
+from flowback.training.warm_start import take_weights
 
 __all__ = ["Weights", "average_decay", "learning_rate", "set_up_bodies", "update_average"]
 
@@ -85,14 +86,22 @@ class Weights:
         target_dim: features of the encoder; None trains on likelihood alone.
         accelerator: joins gradients, unless they are sharded.
         sharded: keep a part in each process. All of them call every method then.
+        init_from: flow whose weights a new run begins with; None draws them.
     """
 
     def __init__(
-        self, config: RunConfig, target_dim: int | None, accelerator: Accelerator, sharded: bool
+        self,
+        config: RunConfig,
+        target_dim: int | None,
+        accelerator: Accelerator,
+        sharded: bool,
+        init_from: str | None = None,
     ) -> None:
         self.config, self.sharded, self.device = config, sharded, accelerator.device
         torch.manual_seed(config.train.seed)
         self.objective = Objective(config, target_dim)
+        if init_from is not None:
+            take_weights(self.objective.flow, init_from)
         # A copy without memory for weights; it is filled with those that are to be looked at.
         nothing = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.objective.parameters()

@@ -74,11 +74,14 @@ class Trainer:
         self.device = state.device
         self.vote = Vote(state, config.train.timeout)
         self.writer = Writer()
+        self.folder = RunFolder(out, config)
+        stored = self.folder.newest()
         self.weights = Weights(
             config,
             targets.dim if targets and config.alignment.active else None,
             self.accelerator,
             sharded(config.train, self.processes),
+            None if stored else config.train.init_from,
         )
         self.guard, self.known_bad = Guard(config.train.spike, self.device), 0
         self.step, self.seconds = 0, 0.0
@@ -86,8 +89,7 @@ class Trainer:
         self.warned: set[str] = set()
         self.stopped = False
         """Whether the gradients' cosine has ended the alignment."""
-        self.folder = RunFolder(out, config)
-        if stored := self.folder.newest():
+        if stored:
             self._restore(stored)
         self.accelerator.wait_for_everyone()  # all have read the folder before the main process changes it
         if self.rank == 0:
