@@ -77,7 +77,10 @@ def test_running_again_resumes(flowback, small, tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     code, out, _ = flowback(*words, "--train.steps", 6)
     assert code == 0
-    assert "after 6 steps" in out
+    assert "after 6 steps, 48 images" in out
+    table = [line.split("\t")[0] for line in out.splitlines() if "\t" in line and line[0] != "#"]
+    assert table[0] == "test nll (nats/dim)"
+    assert len(table) == 5  # there is no exhaustive rule, and no distance
     assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
     assert library.load(tmp_path / "run").config.num_classes == 10
 

@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": ("evaluate:run", "quality and likelihood of a checkpoint"),
     "probe": ("probe:run", "linear probes of every block and layer"),
     "compare": ("compare:run", "two evaluation records side by side"),
+    "plot": ("plot:run", "draw how runs went"),
     "info": ("info:run", "what a run or a checkpoint is, or what this machine has"),
     "presets": ("list_presets:run", "list the presets"),
     "reproduce": ("reproduce:run", "train and evaluate the rows of a table, and fill it in"),

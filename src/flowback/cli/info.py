@@ -17,7 +17,7 @@ from flowback.config import RunConfig
 from flowback.devices import describe
 from flowback.files import write_json
 from flowback.flow.cost import parameters
-from flowback.reading import parse_json
+from flowback.training.run_folder import read_rows
 
 __all__ = ["Options", "run"]
 
@@ -66,16 +66,10 @@ def _of(name: str) -> dict[str, Any]:
 
 def _figures(run_folder: Path) -> dict[str, Any]:
     """The last figures of the run: of its training, and on the test images; none for a lone checkpoint."""
-    file = run_folder / "metrics.jsonl"
     figures: dict[str, Any] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = parse_json(line)
-            except ValueError:
-                continue  # cut short by a kill; the run goes on before it
-            shown = ("step", "images", "seconds", "nll", "alignment", "test_", "fd_")
-            figures |= {key: value for key, value in row.items() if key.startswith(shown)}
+    for row in read_rows(run_folder / "metrics.jsonl"):
+        shown = ("step", "images", "seconds", "nll", "alignment", "test_", "fd_")
+        figures |= {key: value for key, value in row.items() if key.startswith(shown)}
     return figures
 
 

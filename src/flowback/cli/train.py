@@ -24,6 +24,18 @@ from flowback.training import start, train
 __all__ = ["Options", "run"]
 
 
+ASKED_FOR = {
+    "test_nll": "test nll (nats/dim)",
+    "test_top1_gradient": "test accuracy, gradient rule",
+    "test_top1_exhaustive": "test accuracy, exhaustive rule",
+    "fd_efficientnet_lite0": "Fréchet distance (EfficientNet-Lite0)",
+    "nll": "training nll (nats/dim)",
+    "images_per_second": "images per second",
+    "seconds": "seconds of training",
+}
+"""Figures of a run's last row that are shown at its end, in this order."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Train a flow. Run the same command again to continue where it stopped."""
@@ -56,7 +68,13 @@ def run(argv: list[str]) -> None:
     row = result.metrics
     if not start(config.train).is_main_process:
         return
-    show_table(f"{options.preset} after {row['step']} steps", ["metric", "value"], list(row.items()))
+    shown = [[label, row[name]] for name, label in ASKED_FOR.items() if row.get(name) is not None]
+    show_table(
+        f"{options.preset} after {row['step']:,} steps, {row['images']:,} images",
+        ["figure", "value"],
+        shown,
+        note=f"All others are in {options.out / 'metrics.jsonl'}.",
+    )
     say(f"Checkpoint: {options.out}   (flowback sample {options.out} --out samples)")
     if options.json:
         record = {"environment": environment(result.device), "config": to_dict(result.config), "result": row}

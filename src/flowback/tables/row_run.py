@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import multiprocessing
 import sys
@@ -33,6 +32,7 @@ from flowback.files import plain, write_json
 from flowback.model import Flow
 from flowback.progress import bar
 from flowback.training import train
+from flowback.training.run_folder import read_rows
 
 __all__ = ["RowRun", "run_rows"]
 
@@ -200,7 +200,7 @@ def _measure(flow: Flow, images: ImageSet, test: ImageSet, settings: dict[str, A
 
 def _curve(file: Path) -> list[dict[str, float]]:
     """The evaluations along a run: images seen, seconds of training, and the test figures."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = read_rows(file)
     measured = ("test_", "fd_")
     kept = ("images", "seconds", *measured)
     return [

@@ -33,7 +33,7 @@ from flowback.files import foreign_file, plain, replacing, write_json
 from flowback.provenance import environment
 from flowback.reading import parse_json, read_json
 
-__all__ = ["RunFolder", "Stored", "Writer"]
+__all__ = ["RunFolder", "Stored", "Writer", "read_rows"]
 
 log = logging.getLogger("flowback")
 
@@ -216,7 +216,7 @@ class RunFolder:
             file = self.path / name
             if not file.exists() and name != "metrics.jsonl":
                 continue
-            rows = [row for row in _rows(file) if row["step"] <= step]
+            rows = [row for row in read_rows(file) if row["step"] <= step]
             with replacing(file) as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in rows)
             last = rows[-1] if rows else {}
@@ -261,7 +261,8 @@ def _is_record(first: dict[str, Any]) -> bool:
     )
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl or bad-steps.jsonl, but for one cut short; none without the file."""
     rows = []
     if file.exists():
         for line in file.read_bytes().splitlines():
