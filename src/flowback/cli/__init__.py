@@ -25,6 +25,7 @@ VERBS = {
     "compare": ("compare:run", "two evaluation records side by side"),
     "plot": ("plot:run", "draw how runs went"),
     "info": ("info:run", "what a run or a checkpoint is, or what this machine has"),
+    "cache": ("cache:run", "show or clear what is kept for later runs"),
     "presets": ("list_presets:run", "list the presets"),
     "reproduce": ("reproduce:run", "train and evaluate the rows of a table, and fill it in"),
     "import-tarflow": ("convert:run_import", "read a checkpoint with TARFlow's parameter names"),
