@@ -266,6 +266,13 @@ def test_what_the_run_says(open_config, tmp_path, caplog):
     with caplog.at_level("INFO", "flowback"):
         flowback.train(longer, out=tmp_path / "run")
     assert f"Run: {tmp_path / 'run'}, from step 12 to 13." in caplog.messages
+    assert checkpoint.read_config(tmp_path / "run").train.steps == 13
+    shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
+    with caplog.at_level("INFO", "flowback"):
+        assert flowback.train(shorter, out=tmp_path / "run").metrics["step"] == 13
+    assert f"{tmp_path / 'run'} has 13 steps already, and --train.steps is 3: nothing is trained." in (
+        caplog.messages
+    )
 
 
 def test_on_a_terminal_the_bar_says_it(config, digits, tmp_path, caplog, monkeypatch):

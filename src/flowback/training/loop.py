@@ -136,6 +136,12 @@ def _announce(trainer: Trainer) -> None:
         *(train.batch_size, trainer.processes, "" if trainer.processes == 1 else "es"),
         *(share, -(-share // micro), "" if micro == share else "s", micro),
     )
+    if trainer.step >= train.steps:
+        log.warning(
+            "%s has %s steps already, and --train.steps is %s: nothing is trained.",
+            *(trainer.folder.path, f"{trainer.step:,}", f"{train.steps:,}"),
+        )
+        return
     log.info("Run: %s, from step %s to %s.", trainer.folder.path, f"{trainer.step:,}", f"{train.steps:,}")
 
 
