@@ -134,9 +134,9 @@ class RunFolder:
         ]
         if changed:
             log.warning("Continuing with %s: results may differ by rounding from here.", ", ".join(changed))
-        write_json(self.path / "config.json", {"format": checkpoint.FORMAT, **to_dict(self.config)})
         resumed = [*first.get("resumed", []), {"step": step, **now}]
         write_json(file, {**first, "resumed": resumed})
+        write_json(self.path / "config.json", {"format": checkpoint.FORMAT, **to_dict(self.config)})
         return self.keep_rows(step)
 
     @property
