@@ -1,11 +1,13 @@
 import dataclasses
 
+import pytest
 import torch
 
 from flowback.data.image_set import labelled
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
-from flowback.training.batches import batches, generator, global_indices
+from flowback.errors import InputError
+from flowback.training.batches import _items, batches, generator, global_indices
 
 CPU = torch.device("cpu")
 
@@ -102,3 +104,16 @@ def test_images_without_a_label_are_always_seen_without(config, digits):
     assert torch.equal(found.drop, plain.drop | ~kept[found.indices])
     assert found.drop.sum() > plain.drop.sum()
     assert torch.equal(found.noised, plain.noised)
+
+
+def test_a_connection_that_a_dying_worker_breaks_is_said_and_lets_the_loader_go():
+    class Loader:
+        def __iter__(self):
+            yield "a batch"
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    items = _items(Loader())
+    assert next(items) == "a batch"
+    with pytest.raises(InputError, match=r"A process that decodes images died \(.*reset by peer\)") as error:
+        next(items)
+    assert error.value.__context__ is None  # its traceback would hold the loader, and so its workers

@@ -250,6 +250,7 @@ _FASHION: _Rows = (
     ("fashion-detach-last", "detach, blocks 3 and 4", _align("detach", _LAST4, 2)),
     ("fashion-reverse-last", "reverse, blocks 3 and 4", _MAIN4),
     ("fashion-exact-last", "exact reverse, blocks 3 and 4", _align("reverse", _LAST4, 2, order="exact")),
+    ("fashion-reverse-4", "reverse, block 4", _align("reverse", (4,), 2)),
     # The layer, the weight, the steps, the encoder, the noise.
     ("fashion-detach-all-1", "detach, all blocks, layer 1", _align("detach", _ALL4, 1)),
     ("fashion-reverse-last-1", "reverse, blocks 3 and 4, layer 1", _align("reverse", _LAST4, 1)),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,10 +119,29 @@ def noticing_dead_workers() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise InputError(
-            f"A process that decodes images died ({str(error).splitlines()[0].rstrip('. ')}); "
-            "run the same command again to continue, with fewer --data.workers if memory ran out."
-        ) from None
+        raise _worker_died(str(error)) from None
+
+
+def _worker_died(error: str) -> InputError:
+    return InputError(
+        f"A process that decodes images died ({error.splitlines()[0].rstrip('. ')}); "
+        "run the same command again to continue, with fewer --data.workers if memory ran out."
+    )
+
+
+def _items(loader: Iterable[Any]) -> Iterator[Any]:
+    """What ``loader`` reads.
+
+    A worker that dies while it hands a batch over breaks the connection before the signal of its death is
+    seen. The sentence is raised outside the handler: an error in flight would keep the loader alive, and the
+    signal would then be raised while the run is closed.
+    """
+    try:
+        yield from loader
+        return
+    except ConnectionError as error:
+        lost = f"DataLoader worker: {error}"
+    raise _worker_died(lost)
 
 
 def batches(
@@ -132,7 +152,7 @@ def batches(
     processes: int,
     device: torch.device,
     originals: ImageSet | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of steps ``step``, ``step`` + 1, ... until the last, as one of ``processes`` sees them.
 
     ``originals`` are the same images as ``images``, of the size that the encoder sees.
@@ -155,7 +175,7 @@ def batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals,
     )
-    for offset, item in enumerate(loader):
+    for offset, item in enumerate(_items(loader)):
         if isinstance(item, InputError):
             raise item
         indices, stored, larger = item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,13 @@ def train_loop(
 
 def _loop(trainer: Trainer, evaluators: Sequence[Evaluator], description: str) -> None:
     config, train = trainer.config, trainer.config.train
-    with signals() as asked, bar("images") as progress:
+    with signals() as asked, bar("images") as progress, ExitStack() as stack:
         task = progress.add_task(description, total=train.steps * train.batch_size, note="")
         progress.update(task, completed=trainer.step * train.batch_size)
         originals = trainer.targets.originals if trainer.targets is not None else None
         place = trainer.step, trainer.rank, trainer.processes, trainer.device
-        stream = batches(trainer.images, config, *place, originals)
+        # Closed before the run is: a worker that dies while it closes would interrupt it.
+        stream = stack.enter_context(closing(batches(trainer.images, config, *place, originals)))
         started = time.perf_counter()
         for batch in stream:
             losses, gradient = trainer.update(batch)
