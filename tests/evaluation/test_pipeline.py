@@ -11,6 +11,7 @@ from flowback import EvaluateConfig, Flow, InputError, ModelConfig, RunConfig, S
 from flowback.cli import main
 from flowback.data.image_set import MemoryImages, Subset
 from flowback.data.load import load_images
+from flowback.evaluation.pipeline import reference_limit
 from flowback.evaluation.references import Reference
 from flowback.evaluation.report import Report
 from flowback.sampling.image_files import save_npz
@@ -176,3 +177,36 @@ def test_classes_are_matched_by_name():
     ):
         with pytest.raises(InputError, match="eel"):
             measure()
+
+
+def test_the_reference_fits_the_samples_and_the_record_says_so(monkeypatch):
+    """By default, 10 images for each sample, at least so many; a limit is another reference in the cache."""
+    monkeypatch.setattr("flowback.evaluation.pipeline._FEWEST", 12)
+    options = {"likelihood": False, "classification": False, "samples": 2}
+    train = image_set(60, seed=1)
+    fitted = flowback.evaluate(small_flow(), reference=train, **options)
+    assert (fitted.settings["reference_limit"], fitted.settings["reference_images"]) == (20, 20)
+    whole = flowback.evaluate(small_flow(), reference=train, reference_limit=None, **options)
+    assert (whole.settings["reference_limit"], whole.settings["reference_images"]) == (None, 60)
+    assert fitted.settings["reference_hash"] != whole.settings["reference_hash"]
+    assert fitted.figures != whole.figures
+    assert flowback.evaluate(small_flow(), reference=train, reference_limit=20, **options).figures == fitted.figures
+
+
+def test_published_protocols_take_the_whole_reference():
+    assert reference_limit(EvaluateConfig(protocol="adm"), 2) is None
+    assert reference_limit(EvaluateConfig(protocol="tarflow"), 2) is None
+    assert reference_limit(EvaluateConfig(protocol="adm", reference_limit=7), 2) == 7
+
+
+def test_a_reference_is_announced_once(caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path))
+    options = {"reference": image_set(60, seed=1), "likelihood": False, "classification": False, "samples": 4}
+    with caplog.at_level("INFO", "flowback"):
+        flowback.evaluate(small_flow(), reference_limit=20, **options)
+        flowback.evaluate(small_flow(), reference_limit=20, **options)
+    said = [line for line in caplog.messages if line.startswith("Statistics of the reference")]
+    assert said == [
+        "Statistics of the reference, 20 images of set 1, in efficientnet_lite0: made once, then kept. "
+        "--reference-limit N takes fewer."
+    ]

@@ -128,7 +128,8 @@ def evaluate_images(
     images = open_images(Path(images)) if isinstance(images, (str, Path)) else images
     processes = processes or Processes(str(device), alone=True)
     _, channels, _, size = images.read(torch.tensor([0])).shape
-    judge = _judge(_opened(reference, size, channels), config, batch_size, processes)
+    opened = _opened(reference, size, channels)
+    judge = _judge(opened, config, len(images), batch_size, processes, progress)
     numbers = evenly(len(images), share=processes.share)
     parts = in_batches(numbers, batch_size)
     shown = track(parts, len(parts), "features", "batches") if progress else parts
@@ -138,7 +139,7 @@ def evaluate_images(
         "samples": len(images),
         "samples_from": images.name,
         "samples_hash": images.fingerprint,
-        **_judge_settings(judge),
+        **_judge_settings(judge, config, len(images)),
     }
     warnings = tuple(judge.warnings(len(images)))
     return Report("evaluate", judge.figures(samples), settings, warnings, environment(processes.device))
@@ -207,7 +208,10 @@ class _Evaluation:
             for scale in self._scales:
                 guidance = Guidance.from_config(replace(self.sampling, guidance=scale))
                 guidance.check(bool(self.flow.config.num_classes))
-            judge = _judge(self.data.reference, self.config, self.sampling.batch_size, self.processes)
+            judge = _judge(
+                *(self.data.reference, self.config, self.config.samples, self.sampling.batch_size),
+                *(self.processes, self.progress),
+            )
             codec = open_codec(self.data.codec, self.flow.device, self.config.vae, self.config.force_vae)
         data = to_dict(self.data.config) if self.data.config is not None else None
         parts = [_Part({}, {**weights_of(self.flow), "data": data, "seed": self.config.seed}, [])]
@@ -279,7 +283,8 @@ class _Evaluation:
             figures |= {"guidance": rows, "best_guidance": best["guidance"]}
             if best["guidance"] in (min(self._scales), max(self._scales)):
                 warnings.append("The best guidance lies at the edge of the search: widen the range.")
-        settings = self._sampling_settings(samplers) | _judge_settings(judge)
+        judged = _judge_settings(judge, self.config, self.config.samples)
+        settings = self._sampling_settings(samplers) | judged
         return _Part(figures, settings, warnings + judge.warnings(self.config.samples))
 
     @property
@@ -329,23 +334,50 @@ def _rounding(protocol: Protocol) -> Rounding:
     return "truncate" if protocol == "tarflow" else "nearest"
 
 
-def _judge(reference: Reference, config: EvaluateConfig, batch_size: int, processes: Processes) -> Judge:
-    reference = reference.limited(config.reference_limit)
+_FOR_EACH, _FEWEST = 10, 2000
+
+
+def reference_limit(config: EvaluateConfig, samples: int) -> int | None:
+    """Images of the reference that ``samples`` are compared with; None is all.
+
+    ``auto`` takes 10 for each sample: a Fréchet distance grows with 1/n of either side, so that the reference
+    adds a tenth of what the samples add. With 2,000 at least, a covariance of 112 features is filled. Under a
+    published protocol it takes all.
+
+    Example:
+        >>> [reference_limit(EvaluateConfig(), samples) for samples in (64, 1024)]
+        [2000, 10240]
+    """
+    if config.reference_limit != "auto":
+        return config.reference_limit
+    return max(_FEWEST, _FOR_EACH * samples) if config.protocol == "none" else None
+
+
+def _judge(
+    reference: Reference,
+    config: EvaluateConfig,
+    samples: int,
+    batch_size: int,
+    processes: Processes,
+    progress: bool,
+) -> Judge:
+    reference = reference.limited(reference_limit(config, samples))
     with processes.main_first():  # one downloads and computes the reference, the others find it
         inception = None
         if config.protocol != "none":
             inception = load_inception(config.inception_weights, processes.device)
         encoder = create_encoder("efficientnet_lite0").to(processes.device)
-        return Judge(reference, encoder, config.protocol, inception, batch_size)
+        return Judge(reference, encoder, config.protocol, inception, batch_size, progress)
 
 
-def _judge_settings(judge: Judge) -> dict[str, Any]:
+def _judge_settings(judge: Judge, config: EvaluateConfig, samples: int) -> dict[str, Any]:
     inception, reference = judge.inception, judge.reference
     return {
         "protocol": judge.protocol,
         "rounding": _rounding(judge.protocol),
         "reference": reference.name,
         "reference_hash": reference.fingerprint,
+        "reference_limit": reference_limit(config, samples),
         "reference_images": len(reference.images) if reference.images is not None else None,
         "reference_statistics_included": reference.pool is not None,
         "resize": "references: shorter side to the samples' size, then centre crop; networks: their own",

@@ -284,6 +284,7 @@ class _Job:
                     search=tuple(search),
                     protocol="none" if weights is None else "adm",
                     inception_weights=weights,
+                    reference_limit=None,
                     seed=seed,
                 )
             ),
