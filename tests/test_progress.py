@@ -12,13 +12,13 @@ def test_off_a_terminal_the_log_says_how_far_it_is(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "flowback"):
         assert list(progress.track("abcde", 10, "Letters", step=2)) == list("abcde")
     assert caplog.messages == [
-        "Letters: 4 of 10, 0.1 images/s, 0:01:00 left.",
-        "Letters: 8 of 10, 0.1 images/s, 0:00:20 left.",
+        "Letters: 2 of 10, 0.1 images/s, 0:01:20 left.",
+        "Letters: 6 of 10, 0.1 images/s, 0:00:40 left.",
     ]
 
 
 def test_on_a_terminal_and_in_other_processes_it_does_not(caplog, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "FIRST", 0.0)
     monkeypatch.setenv("RANK", "1")
     with caplog.at_level(logging.INFO, "flowback"):
         assert list(progress.track("abcde", 5, "Letters")) == list("abcde")

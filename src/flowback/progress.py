@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 log = logging.getLogger("flowback")
 
-SECONDS = 30.0
-"""Seconds between two lines of a log."""
+SECONDS, FIRST = 30.0, 5.0
+"""Seconds between two lines of a log, and before the first one."""
 
 
 class _Rate(ProgressColumn):
@@ -66,15 +66,16 @@ def track(
 ) -> Iterator[T]:
     """Yield ``items`` while a bar advances by ``step`` at each; off a terminal, the log says how far it is."""
     speaks = not on_terminal() and os.environ.get("RANK", "0") == "0"
-    started = said = time.monotonic()
+    started = time.monotonic()
+    due = started + FIRST
     with bar(unit) as progress:
         task = progress.add_task(description, total=total, note="")
         for number, item in enumerate(items, start=1):
             yield item
             progress.advance(task, step)
             now, done = time.monotonic(), min(number * step, total)
-            if speaks and now - said >= SECONDS and done < total:
-                said, rate = now, done / (now - started)
+            if speaks and now >= due and done < total:
+                due, rate = now + SECONDS, done / (now - started)
                 left = timedelta(seconds=round((total - done) / rate))
                 log.info(
                     "%s: %s of %s, %.3g %s/s, %s left.", description, f"{done:,}", f"{total:,}", rate, unit, left
