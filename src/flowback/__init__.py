@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from flowback.sample_folder import draw_folder
     from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
     from flowback.tables import reproduce
-    from flowback.training import Evaluator, TrainResult, train
+    from flowback.training import Evaluator, TrainResult, Trial, train, try_run
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -94,7 +94,7 @@ _MODULES = {
     "sample_folder": ("draw_folder",),
     "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
-    "training": ("Evaluator", "TrainResult", "train"),
+    "training": ("Evaluator", "TrainResult", "Trial", "train", "try_run"),
 }
 """Public names, by the module that defines them."""
 
@@ -128,6 +128,7 @@ __all__ = [
     "Sampler",
     "TrainConfig",
     "TrainResult",
+    "Trial",
     "__version__",
     "accuracy",
     "classify",
@@ -150,6 +151,7 @@ __all__ = [
     "sample",
     "to_unit_range",
     "train",
+    "try_run",
 ]
 
 __version__ = "0.1.0"

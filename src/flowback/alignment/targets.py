@@ -42,7 +42,7 @@ from flowback.files import cache_folder, no_cache, write_json
 from flowback.progress import track
 from flowback.reading import read_json
 
-__all__ = ["CachedTargets", "CentredTargets", "ComputedTargets", "cached_features", "make_targets"]
+__all__ = ["CachedTargets", "CentredTargets", "ComputedTargets", "cached_features", "make_targets", "without_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -350,13 +350,8 @@ def _uncentred(
         table = _stored(path, content["shape"])
         if table is not None:
             return CachedTargets(table, encoder.dim)
-    rows = (2 if flip else 1) * len(images)
-    steps = min(config.train.steps, wanted.stop_at or config.train.steps)
-    aligned = steps * config.train.batch_size
-    too_large = rows * grid**2 * encoder.dim * 4 > CACHE_LIMIT
-    if too_large or aligned < rows:
-        fewer = f"the run aligns {aligned:,} images, a table has {rows:,}"
-        reason = "a table of features would be too large" if too_large else fewer
+    reason = without_table(config, len(images), encoder.dim)
+    if reason is not None:
         logger.info("The encoder %s runs at every step: %s.", encoder.name, reason)
         return ComputedTargets(encoder, grid, originals)
     try:
@@ -365,6 +360,16 @@ def _uncentred(
         no_cache(error)
         return ComputedTargets(encoder, grid, originals)
     return CachedTargets(table, encoder.dim)
+
+
+def without_table(config: RunConfig, count: int, dim: int) -> str | None:
+    """Why the features of ``count`` images, ``dim`` wide, are computed step by step; None: they are kept."""
+    rows, grid = (2 if config.data.flip else 1) * count, config.alignment.grid or config.model.grid
+    if rows * grid**2 * dim * 4 > CACHE_LIMIT:
+        return "a table of features would be too large"
+    steps = min(config.train.steps, config.alignment.stop_at or config.train.steps)
+    aligned = steps * config.train.batch_size
+    return f"the run aligns {aligned:,} images, a table has {rows:,}" if aligned < rows else None
 
 
 def _prepared(seen: ImageSet, wanted: AlignmentConfig, grid: int) -> FeatureTable | None:

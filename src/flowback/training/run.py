@@ -29,7 +29,7 @@ from flowback.training.loop import train_loop
 from flowback.training.objective import Targets
 from flowback.training.run_folder import RunFolder
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "open_images", "train"]
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,10 @@ def train(
         >>> result.metrics["step"], result.flow.classes[:3]
         (2, ('0', '1', '2'))
     """
-    state, model, out = start(config.train), config.model, Path(out)
+    state, out = start(config.train), Path(out)
     if state.is_main_process:
         RunFolder(out, config).check()
-    config = replace(config, **_placed(config, named=images is None))
-    if images is None:
-        images, own_test = (
-            load_images(config.data, model.image_size, model.channels, split) for split in ("train", "test")
-        )
-        test = own_test if test is None else test
-    config = _resolve(config, images)
-    for part in (images,) if test is None else (images, test):
-        _check_images(part, config)
-    if test is not None:
-        test = match_classes(test, config.classes)
+    config, images, test = open_images(config, images, test)
     built_in = [] if test is None else [likelihood_evaluator(config, test)]
     if config.train.frechet_every:
         built_in.append(frechet_evaluator(config, images))
@@ -125,6 +115,27 @@ def train(
                 targets = make_targets(config, images, device=state.device)
         metrics = train_loop(config, images, out, targets, [*built_in, *evaluators], description)
     return TrainResult(config, out, images, test, metrics, state.device)
+
+
+def open_images(
+    config: RunConfig, images: ImageSet | None = None, test: ImageSet | None = None
+) -> tuple[RunConfig, ImageSet, ImageSet | None]:
+    """The images of a run, checked, and its settings completed from them; see :func:`train`.
+
+    Raises:
+        InputError: images that cannot be read or do not fit the model.
+    """
+    model = config.model
+    config = replace(config, **_placed(config, named=images is None))
+    if images is None:
+        images, own_test = (
+            load_images(config.data, model.image_size, model.channels, split) for split in ("train", "test")
+        )
+        test = own_test if test is None else test
+    config = _resolve(config, images)
+    for part in (images,) if test is None else (images, test):
+        _check_images(part, config)
+    return config, images, None if test is None else match_classes(test, config.classes)
 
 
 def _placed(config: RunConfig, named: bool) -> dict[str, Any]:
