@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from flowback.data.image_set import ImageSet, PixelSet, image_set
     from flowback.data.load import load_images
     from flowback.data.named_sets import register_dataset
-    from flowback.data.pixels import to_unit_range
+    from flowback.data.pixels import to_pil, to_unit_range
     from flowback.errors import InputError
     from flowback.evaluation.held_out import Accuracy, accuracy
     from flowback.evaluation.linear_probe import Probe, probe
@@ -79,7 +79,7 @@ _MODULES = {
     "data.image_set": ("ImageSet", "PixelSet", "image_set"),
     "data.load": ("load_images",),
     "data.named_sets": ("register_dataset",),
-    "data.pixels": ("to_unit_range",),
+    "data.pixels": ("to_pil", "to_unit_range"),
     "errors": ("InputError",),
     "evaluation.held_out": ("Accuracy", "accuracy"),
     "evaluation.linear_probe": ("Probe", "probe"),
@@ -149,6 +149,7 @@ __all__ = [
     "register_encoder",
     "reproduce",
     "sample",
+    "to_pil",
     "to_unit_range",
     "train",
     "try_run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from flowback.presets import get_preset
 from flowback.sampling import sample
 
 __all__ = ["Flow", "create_flow", "load"]
+
+_SHOWN = 20
+"""Classes that a message names."""
 
 
 class Flow(TARFlow):
@@ -75,17 +79,27 @@ class Flow(TARFlow):
         if isinstance(labels, str):
             labels = [labels] * batch
         if isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
-            labels = [self._class_id(label) if isinstance(label, str) else label for label in labels]
+            labels = [self.class_id(label) if isinstance(label, str) else label for label in labels]
         return super().labels(labels, batch)
 
-    def _class_id(self, name: str) -> int:
-        if self.classes.count(name) > 1:
-            raise InputError(f"The model has {self.classes.count(name)} classes called {name}; give an id.")
-        if name in self.classes:
-            return self.classes.index(name)
+    def class_id(self, name: str) -> int:
+        """The id of a class by its name; letters with accents match however they are composed.
+
+        Raises:
+            InputError: no class of this name, or several.
+        """
+        ids = [number for number, own in enumerate(self.classes) if own == name]
+        ids = ids or [number for number, own in enumerate(self.classes) if _composed(own) == _composed(name)]
+        if len(ids) > 1:
+            raise InputError(f"The model has {len(ids)} classes called {name}; give an id.")
+        if ids:
+            return ids[0]
         if not self.classes:
             raise InputError(f"The model does not know the names of its classes; give {name!r} as an id.")
-        raise InputError(f"The model has no class {name!r}; {nearest(name, self.classes)}")
+        close = nearest(name, self.classes, only_close=True)
+        known = ", ".join(f"{number} = {own}" for number, own in enumerate(self.classes[:_SHOWN]))
+        more = ", ..." if len(self.classes) > _SHOWN else ""
+        raise InputError(f"The model has no class {name!r}{close or f'; known: {known}{more}'}")
 
     def add_noise(self, images: Float[Tensor, "b c h w"], seeds: Sequence[int]) -> Float[Tensor, "b c h w"]:
         """Images on [-1, 1] with the training noise added; the flow's density is that of such images.
@@ -97,12 +111,32 @@ class Flow(TARFlow):
         return add_noise(images, self.config, seeds)
 
     def sample(
-        self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
+        self,
+        labels: UserLabels = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        *,
+        count: int | None = None,
+        **options: Any,
     ) -> Float[Tensor, "b c h w"]:
-        """Draw images on [-1, 1], not clamped; :func:`flowback.sample` explains the options.
+        """Draw images on [-1, 1], raw: not clamped, not rounded. :func:`flowback.to_pil` makes pictures of them.
 
         For many batches use :class:`flowback.Sampler`, which prepares the weights only once.
+
+        Args:
+            labels: one for each image, or one for all; None is unconditional.
+            seeds: one for each image; None: 0, 1, 2, ...
+            count: number of images, in place of ``seeds``; fewer labels take turns, as in ``flowback sample``.
+            **options: those of :func:`flowback.sample`.
+
+        Raises:
+            InputError: labels, seeds, count or options that do not fit the model or each other.
         """
+        if count is not None:
+            if seeds is not None or count < 1:
+                raise InputError(f"count={count}: give a number of images, at least 1, or seeds, not both.")
+            seeds = range(count)
+            if isinstance(labels, (list, tuple)) and labels:
+                labels = [labels[number % len(labels)] for number in seeds]
         return sample(self, labels, seeds, **options)
 
     @classmethod
@@ -155,6 +189,11 @@ class Flow(TARFlow):
         run = self.run or RunConfig(data=DataConfig(UNNAMED))
         config = RunConfig(self.config, run.data, run.alignment, run.train, run.codec, self.classes)
         checkpoint.save(Path(folder), config, self.state_dict())
+
+
+def _composed(name: str) -> str:
+    """macOS writes an accent as a sign of its own, keyboards do not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Flow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from flowback.data.pixels import to_bytes
 from flowback.evaluation.held_out import held_out_figures
 from flowback.evaluation.judge import Judge
 from flowback.evaluation.references import Reference
-from flowback.files import replacing, write_json
+from flowback.errors import InputError
+from flowback.files import check_folder, replacing, write_json
 from flowback.model import Flow
 from flowback.presets import get_preset
 from flowback.provenance import environment
 from flowback.sampling import sample
 from flowback.sampling.image_files import grid
 from flowback.training import TrainResult, train
+from flowback.training.run_folder import read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -64,9 +66,23 @@ class Options:
     """Also write the report to this file."""
 
 
+    def check(self) -> None:
+        """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
+        if self.steps is not None and self.steps < 1:
+            raise InputError("--steps must be at least 1.")
+        if not 2 <= self.samples <= 2**32:
+            raise InputError("--samples must be at least 2: a covariance needs two.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed} is out of range; it goes from 0 to {2**63 - 1}.")
+        if not math.isfinite(self.guidance):
+            raise InputError("--guidance must be a finite number.")
+        check_folder(self.out, "--out")
+
+
 def run(argv: list[str]) -> None:
     """Train twice, compare, and say where to look."""
     options = parse(Options, argv, "demo")
+    options.check()
     results = {name: _train(name, options) for name in RUNS}
     images = results["none"].images  # both runs have the same
     judge = Judge(Reference(images.name, images.fingerprint, images), create_encoder("efficientnet_lite0"))
@@ -136,8 +152,7 @@ def _draw_curves(out: Path) -> None:
     """curves.png: test nll and training-free accuracy against images seen."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, (_, about) in RUNS.items():
-        lines = (out / name / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if "test_nll" in row]
+        rows = [row for row in read_rows(out / name / "metrics.jsonl") if "test_nll" in row]
         seen = [row["images"] for row in rows]
         left.plot(seen, [row["test_nll"] for row in rows], marker=".", label=about)
         right.plot(seen, [100 * row["test_top1_gradient"] for row in rows], marker=".", label=about)

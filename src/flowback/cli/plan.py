@@ -12,7 +12,7 @@ from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
 from flowback.config import SampleConfig
 from flowback.devices import pick_device
-from flowback.files import write_json
+from flowback.files import check_file, write_json
 from flowback.model import Flow
 from flowback.provenance import environment
 from flowback.sampling.block_plan import Plan, plan_file, plan_record, plan_sampling, save_plan
@@ -42,6 +42,7 @@ def run(argv: list[str]) -> None:
     options = parse(Options, argv, "plan")
     device = pick_device(options.device, "--device")
     folder = checkpoints.resolve(options.checkpoint)
+    check_file(plan_file(folder), "The plan")
     flow = Flow.from_pretrained(folder, device)
     plan = plan_sampling(flow, options.sampling)
     save_plan(plan, plan_file(folder))

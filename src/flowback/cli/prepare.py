@@ -104,6 +104,7 @@ def run(argv: list[str]) -> None:
     """Prepare, check, report."""
     options = parse(Options, argv, "prepare")
     options.check()
+    pick_device(options.device, "--device")
     started = time.perf_counter()
     sources = open_source(
         options.data, options.image_size, options.channels, options.holdout, options.labels, options.path,

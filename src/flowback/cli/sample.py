@@ -16,7 +16,7 @@ from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.model import Flow
 from flowback.processes import Processes
-from flowback.sample_folder import FolderConfig, SampleReport, draw_folder
+from flowback.sample_folder import FolderConfig, SampleReport, class_ids, draw_folder
 from flowback.sampling.block_plan import resolve_plan
 
 __all__ = ["Options", "run"]
@@ -54,6 +54,10 @@ def run(argv: list[str]) -> None:
     flow = Flow.from_pretrained(checkpoint, processes.device)
     codec = open_codec(checkpoints.load_config(checkpoint).codec, flow.device, options.vae, options.force_vae)
     plans, notice = resolve_plan(flow, options.sampling, checkpoint)
+    if options.images.labels and processes.is_main:
+        ids = dict.fromkeys(class_ids(flow, options.images.labels))
+        named = (f"{flow.classes[k]} (id {k})" if flow.classes else f"id {k}" for k in ids)
+        say(f"Classes drawn: {', '.join(named)}")
     report = draw_folder(
         flow, options.out, options.images, sampling=options.sampling, plans=plans, codec=codec
     )

@@ -6,7 +6,7 @@ import json as jsonlib
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -46,8 +46,8 @@ class Options:
 
     preset: tyro.conf.Positional[str]
     """Preset with the settings to start from; `flowback presets` lists them."""
-    out: Annotated[Path, tyro.conf.arg(help_behavior_hint="")] = Path("runs/train")
-    """The run's folder."""
+    out: Path = Path("runs/train")
+    """The run's folder; a run that is there goes on."""
     config: Path | None = None
     """YAML file of settings that replace the preset's; options replace the file's."""
     dry_run: bool = False

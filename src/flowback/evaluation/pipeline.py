@@ -29,7 +29,7 @@ from flowback.evaluation.held_out import (
 from flowback.evaluation.inception import load_inception
 from flowback.evaluation.judge import Judge
 from flowback.evaluation.protocol import Protocol
-from flowback.evaluation.references import Reference, load_reference, open_images
+from flowback.evaluation.references import BadImages, Reference, load_reference, open_images
 from flowback.evaluation.report import Report, weights_of
 from flowback.model import Flow
 from flowback.processes import Processes
@@ -168,14 +168,17 @@ class _Data:
             return Reference.of(run_images(self.flow, "train", self.config))
         model, latent = self.flow.config, self.codec.vae is not None
         size, channels = (self.codec.image_size, 3) if latent else (model.image_size, model.channels)
-        return _opened(self._reference, size, channels)
+        bad_images = self.config.bad_images if self.config is not None else "refuse"
+        return _opened(self._reference, size, channels, bad_images)
 
 
-def _opened(reference: Reference | ImageSet | Path | str, size: int, channels: int) -> Reference:
+def _opened(
+    reference: Reference | ImageSet | Path | str, size: int, channels: int, bad_images: BadImages = "refuse"
+) -> Reference:
     if isinstance(reference, Reference):
         return reference
     if isinstance(reference, (str, Path)):
-        return load_reference(Path(reference), size, channels)
+        return load_reference(Path(reference), size, channels, bad_images)
     return Reference.of(reference)
 
 

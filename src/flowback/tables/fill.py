@@ -27,6 +27,7 @@ from flowback.checked import Checked, require, to_dict
 from flowback.config import EvaluateConfig, RunConfig, SampleConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
+from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.folder_lock import folder_lock
 from flowback.presets import PRESETS, TABLES, Preset
@@ -146,6 +147,7 @@ def reproduce(
         Interrupted: a signal came; the same call continues.
     """
     config = replace(config or ReproduceConfig(), **options)
+    pick_device(config.device, "--device")  # else each row would fail by it
     job = _Job(table, scale, seeds, Path(out), config, sampling or SampleConfig())
     if job.paper.kind == "shown":
         shown = job.shown()

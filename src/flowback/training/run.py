@@ -12,7 +12,7 @@ import torch
 
 from flowback.alignment.targets import make_targets
 from flowback.config import RunConfig
-from flowback.data.image_set import ImageSet, match_classes
+from flowback.data.image_set import ImageSet, labelled, match_classes
 from flowback.data.load import UNNAMED, load_images
 from flowback.errors import InputError
 from flowback.files import located
@@ -135,6 +135,8 @@ def open_images(
     config = _resolve(config, images)
     for part in (images,) if test is None else (images, test):
         _check_images(part, config)
+    if config.data.labelled is not None and config.model.num_classes:
+        labelled(images, config.data.labelled)  # refuses numbers that leave a class without any
     return config, images, None if test is None else match_classes(test, config.classes)
 
 

@@ -75,7 +75,8 @@ def try_run(config: RunConfig, images: ImageSet | None = None, test: ImageSet | 
     if config.alignment.active:
         encoder = create_encoder(config.alignment.encoder, config.alignment.weights).to(device)
     share = config.train.micro_batch or config.train.batch_size
-    memory = training_bytes(config.model, share, config.train.precision)
+    train = config.train
+    memory = training_bytes(config.model, share, train.precision, train.checkpoint_activations)
     if device.type == "cpu":
         memory += psutil.Process().memory_info().rss  # the program, the images, the encoder
     most = int(_FLOPS * (1 if device.type == "cpu" else 100) / (3 * flops_per_image(config.model)))
