@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
-    from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
+    from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler, plan_sampling, sample
     from flowback.tables import reproduce
     from flowback.training import Evaluator, TrainResult, train
 
@@ -92,7 +92,7 @@ _MODULES = {
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "sampling": ("BlockPlan", "Denoising", "Guidance", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
     "training": ("Evaluator", "TrainResult", "train"),
 }
@@ -106,6 +106,7 @@ __all__ = [
     "AlignmentConfig",
     "BlockPlan",
     "DataConfig",
+    "Denoising",
     "Encoder",
     "EvaluateConfig",
     "Evaluator",

@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 
 from flowback.errors import InputError
 from flowback.flow import TARFlow
+from flowback.flow.frozen import constant, frozen
 from flowback.flow.likelihood import add_noise
 
 __all__ = ["Method", "classify", "embedding_distances"]
@@ -114,8 +114,8 @@ def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) 
 
     Weights enter detached: autograd then keeps only what the path to the class logits needs.
     """
-    fixed = {name: _fixed(tensor) for name, tensor in (*flow.named_parameters(), *flow.named_buffers())}
-    draws = [_fixed(images) for images in draws]
+    encode = frozen(flow)
+    draws = [constant(images) for images in draws]
     logits = torch.zeros(
         len(draws[0]), flow.config.num_classes or 0, device=flow.device, dtype=flow.data_dtype
     )
@@ -126,16 +126,11 @@ def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) 
             with torch.enable_grad():
                 point = logits.detach().requires_grad_()
                 weights = point.softmax(dim=-1).to(flow.dtype)
-                log_prob = functional_call(flow, fixed, (images, weights)).log_prob
+                log_prob = encode(images, weights).log_prob
                 (slope,) = torch.autograd.grad(log_prob.sum(), point)
             rise += slope / len(draws)
         logits = logits + step_size * rise
     return rise if steps == 1 else logits
-
-
-def _fixed(tensor: Tensor) -> Tensor:
-    """A constant for autograd, which refuses tensors made in inference mode but takes copies of them."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 @torch.no_grad()

@@ -419,7 +419,21 @@ class SampleConfig(Checked):
     guided_blocks: int | None = None
     """Guide only this many blocks, those nearest the noise; None guides all."""
     denoise: bool = True
-    """End with one denoising step."""
+    """End with denoising by the flow's own score."""
+    denoise_steps: int | None = None
+    """Noise levels to go down while denoising; more than one needs a flow that was trained on a range of
+    levels (--model.noise range). None: 10 of such a flow, 1 of any other."""
+    denoise_method: Literal["euler", "heun", "stochastic"] = "euler"
+    """How to go from a level to the next; `heun` takes two passes a level but for the last, the others one."""
+    denoise_spacing: Literal["linear", "log", "edm"] = "linear"
+    """How the levels are spaced: evenly, evenly in their logarithms, or as EDM's."""
+    denoise_range: tuple[float, float] | None = None
+    """First and last level, standard deviations of noise on the [-1, 1] scale; images are decoded at the
+    first. None: the highest and the lowest of training."""
+    denoise_clamp: bool = False
+    """Clamp each estimate of the clean image to [-1, 1]."""
+    denoise_guidance: float = 0.0
+    """Guidance scale of the estimates of the clean image, c + w·(c - u); 0 is off. It doubles their cost."""
     sampler: Literal["auto", "sequential", "jacobi"] = "sequential"
     """`auto`: the plan of `flowback plan` if it fits, else sequential; `jacobi`: windows in all blocks."""
     tolerance: float = 1e-3
@@ -444,6 +458,23 @@ class SampleConfig(Checked):
             self.guided_blocks is None or self.guided_blocks >= 0, "--guided-blocks must not be negative."
         )
         require(self.tolerance > 0, f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
+        self._check_denoising()
+
+    def _check_denoising(self) -> None:
+        steps, levels = self.denoise_steps, self.denoise_range
+        require(steps is None or steps >= 1, f"--denoise-steps is {steps}; it must be at least 1.")
+        require(
+            self.denoise or (steps is None and not self.denoise_guidance and not self.denoise_clamp),
+            "--no-denoise leaves out what the other --denoise options describe; give either.",
+        )
+        if levels is None:
+            return
+        first, last = levels
+        require(last > 0, f"--denoise-range {first:g} {last:g}: noise levels are above 0.")
+        require(
+            first > last or (first == last and (steps == 1 or not self.denoise)),
+            f"--denoise-range {first:g} {last:g} does not decrease; give the largest level first.",
+        )
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,16 @@ def test_images_without_overflow_have_none(flow):
 
 
 def test_an_overflow_while_denoising(flow, monkeypatch):
-    broken = lambda flow, images, labels: torch.cat([images[:1], images[1:] / 0])  # noqa: E731
-    monkeypatch.setattr("flowback.sampling.sampler.denoise_step", broken)
+    def broken(steps):
+        """The second image breaks in the last step but one; of one step, in this one."""
+        good = lambda images: torch.cat([images[:1], images[1:] / 0])  # noqa: E731
+        return lambda flow, images, *options: (
+            images if step < max(steps - 1, 1) else good(images) for step in range(1, steps + 1)
+        )
+
+    monkeypatch.setattr("flowback.sampling.sampler.denoised_states", broken(1))
     assert Sampler(flow).overflows([0, 1]) == [None, Overflow(None, None)]
     assert str(Overflow(None, None)) == "denoising"
+    monkeypatch.setattr("flowback.sampling.sampler.denoised_states", broken(4))
+    assert Sampler(flow).overflows([0, 1]) == [None, Overflow(None, None, 3)]
+    assert str(Overflow(None, None, 3)) == "denoising step 3"

@@ -35,7 +35,7 @@ from flowback.model import Flow
 from flowback.processes import Processes
 from flowback.progress import track
 from flowback.provenance import environment
-from flowback.sampling import BlockPlan, Guidance, Sampler
+from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler
 from flowback.sampling.block_plan import resolve_plan
 from flowback.sampling.denoise import denoises
 
@@ -207,6 +207,10 @@ class _Evaluation:
             for scale in self._scales:
                 guidance = Guidance.from_config(replace(self.sampling, guidance=scale))
                 guidance.check(bool(self.flow.config.num_classes))
+            if self.sampling.denoise:
+                denoising = Denoising.from_config(self.sampling)
+                denoising.levels(self.flow)
+                denoising.check(bool(self.flow.config.num_classes), self.data.codec.vae is not None)
             judge = _judge(self.data.reference, self.config, self.sampling.batch_size, self.processes)
             codec = open_codec(self.data.codec, self.flow.device, self.config.vae, self.config.force_vae)
         data = to_dict(self.data.config) if self.data.config is not None else None
@@ -299,7 +303,13 @@ class _Evaluation:
         parts = in_batches(numbers, self.sampling.batch_size)
         for index in track(parts, len(parts), description, "batches") if self.progress else parts:
             seeds = (self.config.seed + index).tolist()
-            images = sampler((index % classes).tolist() if classes else None, seeds)
+            labels = (index % classes).tolist() if classes else None
+            images = sampler(labels, seeds)
+            broken = torch.nonzero(~images.flatten(1).isfinite().all(1)).flatten().tolist()
+            if broken:
+                again = [labels[row] for row in broken] if labels else None
+                places = sampler.overflows(again, [seeds[row] for row in broken])
+                faults.stages.update(place.stage for place in places if place)
             names = [f"seed {seed}" for seed in seeds]
             yield quantise(codec.decode(images), names, faults, rounding).cpu()
 
@@ -313,6 +323,9 @@ class _Evaluation:
             "sampler": samplers[0] if one else samplers,
             "tolerance": 0 if exact else self.sampling.tolerance,
             "denoise": self.sampling.denoise and denoises(self.flow),
+            "denoise_levels": list(Denoising.from_config(self.sampling).levels(self.flow))
+            if self.sampling.denoise
+            else [],
         }
 
 
