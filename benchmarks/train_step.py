@@ -190,7 +190,11 @@ def measure(
     """Rows of one width."""
     suffix = "" if width == 256 else f"-width{width}"
     kinds = [precision + ending for precision in options.precisions for ending in _endings(options)]
-    codes = ["ours", *(["ours-range"] if options.range else []), *(["ml-tarflow"] if options.reference else [])]
+    codes = [
+        "ours",
+        *(["ours-range"] if options.range else []),
+        *(["ml-tarflow"] if options.reference else []),
+    ]
     names = [f"{code}-{kind}{suffix}" for kind in kinds for code in codes]
     calls = {name: make(name, options, device) for name in names}
     losses = {name: call().item() for name, call in calls.items()}

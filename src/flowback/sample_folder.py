@@ -302,6 +302,7 @@ def _settings(
         **{name: getattr(sampling, name) for name in keep},
         "plans": [asdict(plan) for plan in sampler.plans] if swept else None,
         "denoising": _denoising(sampler),
+        **({} if sampler.noise is None else {"noise": sampler.noise}),
         **({"vae": codec.config.weights} if codec.config.vae else {}),
     }
 
@@ -468,7 +469,9 @@ class SampleFolder:
             for row, pixels in zip(written, pictures, strict=True):
                 text = {**draw.notes(numbers[row]), **({"redraw": attempts[row]} if attempts[row] else {})}
                 save_png(pixels, self.file(numbers[row]), text)
-            broken = [n for row, n in enumerate(numbers) if n in wanted and (attempts[row] or not finite[row])]
+            broken = [
+                n for row, n in enumerate(numbers) if n in wanted and (attempts[row] or not finite[row])
+            ]
             if broken:
                 faults.stages.update(place.stage for place in draw.overflows(broken, 0) if place)
             bad = [number for row, number in enumerate(numbers) if not finite[row] and number in wanted]

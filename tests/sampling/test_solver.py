@@ -89,7 +89,9 @@ def test_stochastic_steps_keep_the_density():
     generator = torch.Generator().manual_seed(0)
     draw = lambda step: torch.randn(20_000, dtype=torch.float64, generator=generator)  # noqa: E731
     levels = (0.5, 0.4, 0.2, 0.05)
-    states = list(solve(lambda x, t: torch.full_like(x, 0.7), 0.7 + 0.5 * draw(0), levels, "stochastic", draw))
+    states = list(
+        solve(lambda x, t: torch.full_like(x, 0.7), 0.7 + 0.5 * draw(0), levels, "stochastic", draw)
+    )
     for state, level in zip(states, levels[1:], strict=False):
         assert state.mean().item() == pytest.approx(0.7, abs=5 * level / 20_000**0.5)
         assert state.std().item() == pytest.approx(level, rel=5 / 40_000**0.5)

@@ -2,7 +2,7 @@
 
 The flow models images with Gaussian noise on them. By Tweedie's formula the mean of the clean image given
 the noisy one is x̂ = x + σ²·∇ log p(x): one forward and one backward pass, in which the weights are constants.
-A flow that was trained on a range of noise levels knows this mean at each of them, and can go down in steps
+A flow trained over a range of noise levels knows this mean at each of them, and can go down in steps
 (iTARFlow, arXiv 2604.20041): :mod:`flowback.sampling.solver`.
 """
 
@@ -22,12 +22,13 @@ from flowback.errors import InputError
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.frozen import constant, frozen
-from flowback.sampling.solver import Mean, Method, Spacing, solve, spaced_levels
+from flowback.flow.levels import UserLevels
+from flowback.sampling.solver import Method, Spacing, solve, spaced_levels
 
-__all__ = ["Denoising", "clean_mean", "denoise", "denoised_states", "denoises", "images_at_once"]
+__all__ = ["Denoising", "denoise", "denoised_states", "denoises", "images_at_once"]
 
 _STEPS = 10
-"""Of a flow that was trained on a range of levels."""
+"""Of a flow trained over a range of levels."""
 _BUDGET = 2**30
 """Bytes of activations that one denoising pass may hold."""
 _ACTIVATIONS = 24
@@ -36,17 +37,16 @@ _ACTIVATIONS = 24
 
 @dataclass(frozen=True)
 class Denoising:
-    """In which steps, with which method and at which levels images are denoised."""
+    """In how many steps, by which method and at which levels images are denoised."""
 
     steps: int | None = None
-    """Noise levels; None: 10 of a flow that was trained on a range of levels, 1 of any other."""
+    """Noise levels; None: 10 of a flow trained over a range, 1 of any other."""
     method: Method = "euler"
     """How to go from one level to the next."""
     spacing: Spacing = "linear"
     """How the levels are spaced."""
-    range: tuple[float, float] | None = None
-    """First and last level, standard deviations of noise on the [-1, 1] scale; None: those of training. The
-    images are decoded at the first one."""
+    last: float | None = None
+    """The last level, on the [-1, 1] scale; None: the lowest of training. The first is that of drawing."""
     clamp: bool = False
     """Clamp each x̂ to [-1, 1]."""
     guidance: float = 0.0
@@ -68,34 +68,37 @@ class Denoising:
             config.denoise_steps,
             config.denoise_method,
             config.denoise_spacing,
-            config.denoise_range,
+            config.denoise_last,
             config.denoise_clamp,
             config.denoise_guidance,
         )
 
-    def levels(self, flow: TARFlow) -> tuple[float, ...]:
-        """The levels of a flow's denoising, the largest first; none for one that :func:`denoises` is false of.
+    def levels(self, flow: TARFlow, first: float | None = None) -> tuple[float, ...]:
+        """The levels of the steps, the largest first; none for a flow that :func:`denoises` is false of.
+
+        Args:
+            flow: the model.
+            first: level of drawing, for a flow with a range of levels; None: its highest.
 
         Raises:
-            InputError: several levels of a flow that knows one, or levels that it was not trained on.
+            InputError: several steps of a flow of one level, levels that do not decrease, or that the flow
+                does not have.
         """
         config = flow.config
         if config.noise != "range":
-            if self.range is not None or (self.steps or 1) > 1:
+            if self.last is not None or (self.steps or 1) > 1:
                 known = f"one noise level, {config.noise_std:g}" if denoises(flow) else "no noise level"
                 raise InputError(
                     f"This flow knows {known}, and cannot be denoised in steps: train one with --model.noise "
-                    "range, or leave --denoise-steps and --denoise-range out."
+                    "range, or leave --denoise-steps and --denoise-last out."
                 )
             return (config.noise_std,) if denoises(flow) else ()
-        low, high = config.noise_min, config.noise_max
-        first, last = self.range or (high, low)
-        levels = spaced_levels(first, last, self.steps or _STEPS, self.spacing)
-        if not low <= levels[-1] <= levels[0] <= high:
-            raise InputError(
-                f"--denoise-range {first:g} {last:g} leaves the noise levels that the flow was trained on, "
-                f"{low:g} to {high:g}; choose levels among them."
-            )
+        first = config.noise_max if first is None else first
+        last = config.noise_min if self.last is None else self.last
+        steps = self.steps or (1 if self.last is None and first <= last else _STEPS)
+        levels = spaced_levels(first, last, steps, self.spacing)
+        for level in (levels[0], levels[-1]):
+            flow.levels(level, 1)
         return levels
 
     def check(self, labelled: bool, latent: bool = False) -> None:
@@ -120,7 +123,7 @@ class Denoising:
 
 def denoises(flow: TARFlow) -> bool:
     """Whether the flow was trained with Gaussian noise; for uniform dequantisation there is no such step."""
-    return flow.config.noise == "range" or (flow.config.noise == "gaussian" and flow.config.noise_std > 0)
+    return bool(flow.config.noise_level)
 
 
 def images_at_once(flow: TARFlow) -> int:
@@ -130,78 +133,15 @@ def images_at_once(flow: TARFlow) -> int:
     return max(1, _BUDGET // (values * flow.dtype.itemsize))
 
 
-def clean_mean(
-    flow: TARFlow,
-    labels: Labels = None,
-    guidance: float = 0.0,
-    clamp: bool = False,
-    chunk: int | None = None,
-) -> Mean:
-    """x̂(x, t) = x + t²·∇ log p(x | label, t) of noisy images (B, C, H, W), by Tweedie's formula.
-
-    Args:
-        flow: the model; its weights are taken as they are now.
-        labels: checked ones, of the images.
-        guidance: w of c + w · (c − u), with (c) and without (u) the label.
-        clamp: to [-1, 1], at the end.
-        chunk: images in one pass; None takes :func:`images_at_once`.
-    """
-    chunk = chunk or images_at_once(flow)
-    encode = frozen(flow)
-
-    def tweedie(x: Tensor, t: float, labels: Labels) -> Tensor:
-        # Tensors made in inference mode cannot have gradients; their copies can.
-        with torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            (score,) = torch.autograd.grad(encode(x, labels).log_prob.sum(), x)
-            return torch.add(x.detach(), score, alpha=t**2)
-
-    def mean(x: Tensor, t: float) -> Tensor:
-        means = []
-        for start in range(0, len(x), chunk):
-            part = slice(start, start + chunk)
-            clean = tweedie(x[part], t, None if labels is None else constant(labels[part]))
-            if guidance:
-                clean = torch.lerp(tweedie(x[part], t, None), clean, 1 + guidance)
-            means.append(clean)
-        joined = torch.cat(means) if means else x
-        return joined.clamp(-1, 1) if clamp else joined
-
-    return mean
-
-
-def denoised_states(
+def denoise(
     flow: TARFlow,
     images: Float[Tensor, "b c h w"],
     labels: Labels = None,
-    denoising: Denoising | None = None,
-    draw: Callable[[int], Tensor] | None = None,
     chunk: int | None = None,
-) -> Iterator[Float[Tensor, "b c h w"]]:
-    """The images after each step of denoising; none where :func:`denoises` is false.
-
-    Args:
-        flow: the model.
-        images: samples of the flow at the first level, on [-1, 1].
-        labels: those of the sampling, checked.
-        denoising: its options; None is the default ones.
-        draw: standard normal noise for each step, from 1; only the method ``stochastic`` needs it.
-        chunk: images in one pass; None takes :func:`images_at_once`.
-
-    Raises:
-        InputError: levels that the flow does not know.
-    """
-    denoising = denoising or Denoising()
-    levels = denoising.levels(flow)
-    if levels:
-        mean = clean_mean(flow, labels, denoising.guidance, denoising.clamp, chunk)
-        yield from solve(mean, images, levels, denoising.method, draw)
-
-
-def denoise(
-    flow: TARFlow, images: Float[Tensor, "b c h w"], labels: Labels = None, chunk: int | None = None
+    *,
+    noise: UserLevels = None,
 ) -> Float[Tensor, "b c h w"]:
-    """The denoised images; of a flow with one level σ, x + σ²·∇ log p(x | label).
+    """The denoised images, x̂ = x + σ²·∇ log p(x | label), σ the noise of training, or the given level of it.
 
     Where :func:`denoises` is false, the images as they are.
 
@@ -210,7 +150,62 @@ def denoise(
         images: samples of the flow, on [-1, 1].
         labels: those of the sampling.
         chunk: images in one pass; None takes :func:`images_at_once`.
+        noise: σ, for a flow with a range of levels.
+
+    Raises:
+        InputError: a level that the flow does not have.
     """
-    for state in denoised_states(flow, images, labels, chunk=chunk):
-        images = state
-    return images
+    if not denoises(flow):
+        return images
+    chunk, encode = chunk or images_at_once(flow), frozen(flow)
+    levels = flow.levels(noise, len(images))
+    clean = []
+    for start in range(0, len(images), chunk):
+        part = slice(start, start + chunk)
+        # Tensors made in inference mode cannot have gradients; their copies can.
+        with torch.inference_mode(False), torch.enable_grad():
+            part_labels = None if labels is None else constant(labels[part])
+            part_levels = None if levels is None else constant(levels[part])
+            x = images[part].detach().clone().requires_grad_()
+            (score,) = torch.autograd.grad(encode(x, part_labels, noise=part_levels).log_prob.sum(), x)
+            if part_levels is None:
+                clean.append(torch.add(x.detach(), score, alpha=flow.config.noise_std**2))
+            else:
+                clean.append(torch.addcmul(x.detach(), score, part_levels.square()[:, None, None, None]))
+    return torch.cat(clean) if clean else images
+
+
+def denoised_states(
+    flow: TARFlow,
+    images: Float[Tensor, "b c h w"],
+    labels: Labels = None,
+    denoising: Denoising | None = None,
+    draw: Callable[[int], Tensor] | None = None,
+    *,
+    noise: float | None = None,
+) -> Iterator[Float[Tensor, "b c h w"]]:
+    """The images after each step of denoising; none where :func:`denoises` is false.
+
+    Args:
+        flow: the model.
+        images: samples of the flow, on [-1, 1].
+        labels: those of the sampling, checked.
+        denoising: its options; None is the default ones.
+        draw: standard normal noise for each step, from 1; only the method ``stochastic`` needs it.
+        noise: level of the samples, for a flow with a range of levels; None: its highest.
+
+    Raises:
+        InputError: levels that the flow does not have.
+    """
+    denoising = denoising or Denoising()
+    levels = denoising.levels(flow, noise)
+
+    def mean(x: Tensor, t: float) -> Tensor:
+        level = t if flow.config.noise == "range" else None
+        clean = denoise(flow, x, labels, noise=level)
+        if denoising.guidance:
+            clean = torch.lerp(denoise(flow, x, noise=level), clean, 1 + denoising.guidance)
+        return clean.clamp(-1, 1) if denoising.clamp else clean
+
+    if levels:
+        yield from solve(mean, images, levels, denoising.method, draw)
