@@ -82,7 +82,7 @@ def make(name: str, options: Options, device: torch.device) -> Callable[[], obje
         return gradient
     method, steps = name.split("-")
     denoising = Denoising(int(steps), method)  # type: ignore[arg-type]  # one of the methods, by its name
-    return lambda: list(denoised_states(flow, images, labels, denoising, lambda step: images))
+    return lambda: list(denoised_states(flow, images, labels, denoising, lambda _: images))
 
 
 def measure(options: Options, device: torch.device) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@
 loop's objective with the fused optimiser, theirs the loss and optimiser of their train.py. Neither keeps an
 average of the weights here. ``ratio`` is theirs over ours, ``memory_ratio`` ours over theirs (weights,
 gradients, optimiser and activations, in a fresh process), ``to_peak`` the share of the speed of a large
-matrix product of the same dtype and run; FLOPs are counted with causal attention, for both alike. With
-``--range`` there are rows of a flow with a range of noise levels (`ours-range-fp32`); their ``range_ratio`` is
+matrix product of the same dtype and run; FLOPs are counted with causal attention, for both alike.
+With ``--range`` there are rows of a flow with a range of noise levels (`ours-range-fp32`); ``range_ratio`` is
 their time over the plain step's, the median over the turns (goal: at most 1.05).
 Compiled rows (`ours-fp32-compiled`): ours the Transformers of the blocks, as ``--train.compile`` does, theirs
 the whole model. Rows of the width 256 are named `ours-fp32`, others `ours-fp32-width512`.
@@ -190,11 +190,8 @@ def measure(
     """Rows of one width."""
     suffix = "" if width == 256 else f"-width{width}"
     kinds = [precision + ending for precision in options.precisions for ending in _endings(options)]
-    codes = [
-        "ours",
-        *(["ours-range"] if options.range else []),
-        *(["ml-tarflow"] if options.reference else []),
-    ]
+    more = {"ours-range": options.range, "ml-tarflow": options.reference is not None}
+    codes = ["ours", *(code for code, wanted in more.items() if wanted)]
     names = [f"{code}-{kind}{suffix}" for kind in kinds for code in codes]
     calls = {name: make(name, options, device) for name in names}
     losses = {name: call().item() for name, call in calls.items()}

@@ -456,7 +456,7 @@ class SampleConfig(Checked):
     """Noise levels that denoising goes down; more than one needs a flow trained over a range (--model.noise
     range). None: 10 of such a flow, 1 of any other."""
     denoise_method: Literal["euler", "heun", "stochastic"] = "euler"
-    """How to go from a level to the next; `heun` takes two passes a level but for the last, the others one."""
+    """How to go from a level to the next; `heun` takes two passes for it, the others one."""
     denoise_spacing: Literal["linear", "log", "edm"] = "linear"
     """How the levels are spaced: evenly, evenly in their logarithms, or as EDM's."""
     denoise_last: float | None = None
@@ -502,7 +502,7 @@ class SampleConfig(Checked):
         require(last is None or last > 0, "--denoise-last must be above 0.")
         require(
             first is None or last is None or last < first,
-            f"The noise levels from --noise {first} to --denoise-last {last} do not decrease; lower the last.",
+            f"Noise levels from --noise {first} to --denoise-last {last} do not decrease; lower the last one.",
         )
 
 
