@@ -31,7 +31,7 @@ from flowback.provenance import environment
 from flowback.reading import read_json
 from flowback.sampling.decoder import Decoder, Precision
 from flowback.sampling.jacobi import Init, first_guess, solve_window
-from flowback.sampling.sampler import BlockPlan, Sampler, noise
+from flowback.sampling.sampler import BlockPlan, Sampler, drawing_level, noise
 
 __all__ = [
     "Measured",
