@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import runs
 from accelerator import META, Accelerator, MixedDevicesError
 from flowback import AlignmentConfig, Sampler, classify
-from flowback.alignment.align import Alignment
+from flowback.alignment.align import Alignment, Noised
 from flowback.alignment.encoders import Encoder, Recipe
 from flowback.alignment.targets import CachedTargets, ComputedTargets
 from flowback.data.image_set import FeatureTable, MemoryImages
@@ -251,9 +251,9 @@ def test_figures_during_training():
     align = Alignment(flow.config, target_dim=6, hidden=8).to(META)
     targets = torch.zeros(3, 4, 6, device=META)
     with Accelerator() as machine:
-        assert len(block_statistics(flow, images, labels)) == len(machine.waits) == 6
+        assert len(block_statistics(flow, Noised(images, labels))) == len(machine.waits) == 6
     with Accelerator():
-        gradient_balance(flow, align.projector, images, labels, None, targets, config)
+        gradient_balance(flow, align.projector, Noised(images, labels), targets, config)
 
 
 def test_the_optimiser_that_cuda_gets():

@@ -469,9 +469,8 @@ class SampleFolder:
             for row, pixels in zip(written, pictures, strict=True):
                 text = {**draw.notes(numbers[row]), **({"redraw": attempts[row]} if attempts[row] else {})}
                 save_png(pixels, self.file(numbers[row]), text)
-            broken = [
-                n for row, n in enumerate(numbers) if n in wanted and (attempts[row] or not finite[row])
-            ]
+            at_first = [attempts[row] == 0 and finite[row] for row in range(len(numbers))]
+            broken = [n for n, good in zip(numbers, at_first, strict=True) if n in wanted and not good]
             if broken:
                 faults.stages.update(place.stage for place in draw.overflows(broken, 0) if place)
             bad = [number for row, number in enumerate(numbers) if not finite[row] and number in wanted]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -111,7 +113,7 @@ def test_spacings():
     assert spaced_levels(0.5, 0.1, 5) == pytest.approx((0.5, 0.4, 0.3, 0.2, 0.1))
     assert spaced_levels(0.8, 0.1, 4, "log") == pytest.approx((0.8, 0.4, 0.2, 0.1))
     roots = [level ** (1 / 7) for level in spaced_levels(0.5, 0.01, 5, "edm")]
-    steps = [after - level for level, after in zip(roots, roots[1:], strict=False)]
+    steps = [after - level for level, after in itertools.pairwise(roots)]
     assert steps == pytest.approx([steps[0]] * 4)
     for spacing in ("linear", "log", "edm"):
         levels = spaced_levels(0.3, 0.07, 9, spacing)

@@ -400,9 +400,7 @@ class Faults:
         sentences = [f"{'; '.join(problems)}: {named}."] if problems else []
         if self.stages:
             stages = ", ".join(f"{stage} ({count})" for stage, count in sorted(self.stages.items()))
-            sentences.append(
-                f"Values first became non-finite in: {stages}; the number of images in brackets."
-            )
+            sentences.append(f"Values first became non-finite in (images in brackets): {stages}.")
         return sentences
 
 

@@ -1,7 +1,7 @@
 """Held-out images: their likelihood with its uncertainty, and how well the flow classifies them.
 
-nll           nats per dimension of images with the model's training noise: what training minimises; for a flow
-              with a range of noise levels, at one of them
+nll           nats per dimension of images with the model's training noise: what training minimises; for a
+              flow with a range of noise levels, at one of them
 bits_per_dim  bits per dimension of the 8-bit images, an upper bound by uniform dequantisation
               (Theis et al., arXiv 1511.01844), whatever noise the model was trained with
 
@@ -77,7 +77,7 @@ class LoopOptions(TypedDict, total=False):
     progress: bool
     """Show a bar; by default False."""
     level: float | None
-    """Noise level of the images, for a flow with a range of them; None (the default) is the geometric middle."""
+    """Noise level of the images, for a flow with a range of them; by default the geometric middle."""
 
 
 class HeldOutBatch(NamedTuple):
@@ -275,8 +275,8 @@ def log_densities(
     Args:
         flow: the model.
         batch: the images.
-        dequantised: of 8-bit values with uniform noise, for which a flow with a range of levels is asked at its
-            lowest; else of images with the training noise.
+        dequantised: of 8-bit values with uniform noise, for which a flow with a range of levels is asked at
+            its lowest; else of images with the training noise.
         draws: of the noise.
         conditional: given the labels.
     """

@@ -17,8 +17,8 @@ from flowback.errors import InputError
 
 __all__ = ["UserLevels", "checked_levels", "levels_at", "loss_weights"]
 
-UserLevels = float | Float[Tensor, " b"] | None
-"""Noise levels as users give them: one for all images, one an image, or None."""
+UserLevels = float | Tensor | None
+"""Noise levels as users give them, not yet checked: one for all images, or a tensor of one an image."""
 
 _ROUNDING = 1e-6
 """A level in fp32 may lie this share beyond an end of the range."""
@@ -51,7 +51,7 @@ def checked_levels(
         raise InputError(f"{values.numel()} noise levels for {batch} images; give one, or one per image.")
     if config.noise == "uniform":
         raise InputError(
-            "This flow is trained on uniform dequantisation, without a noise level; leave it out."
+            "This flow is trained on uniform dequantisation: it has no noise level; leave it out."
         )
     low, high = (config.noise_min, config.noise_max) if config.noise == "range" else (config.noise_std,) * 2
     outside = ~((values >= low * (1 - _ROUNDING)) & (values <= high * (1 + _ROUNDING)))  # NaN is outside

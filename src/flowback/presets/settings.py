@@ -270,8 +270,8 @@ _FASHION: _Rows = (
 
 _RANGE: dict[str, Any] = {"model": {"noise": "range", "noise_min": 0.05, "noise_max": 0.5}}
 _LEVELS: dict[str, Any] = {"train": {"levels": "uniform", "level_weight": "level-share"}}
-"""A range from below the noise of `fashion` to the level where only coarse shapes are left. The weights of the
-likelihood have the mean 1/2, and alignment has half the weight, so that the two compare as in `fashion`."""
+"""A range from below the noise of `fashion` to the level where only coarse shapes are left. The likelihood's
+weights have the mean 1/2, and alignment has half the weight, so that the two compare as in `fashion`."""
 
 
 def _ranged(strategy: str = "none", blocks: tuple[int, ...] = _LAST4, order: int | str = 0) -> dict[str, Any]:

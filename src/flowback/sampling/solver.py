@@ -18,6 +18,7 @@ Here t' is the level after t, and ξ is standard normal noise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -81,7 +82,7 @@ def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
     shown = ", ".join(f"{level:g}" for level in levels)
     require(len(levels) > 0, "There are no noise levels to denoise at; give at least one.")
     require(all(0 < level < math.inf for level in levels), f"Noise levels are above 0: {shown}.")
-    falls = all(after < level for level, after in zip(levels, levels[1:], strict=False))
+    falls = all(after < level for level, after in itertools.pairwise(levels))
     require(falls, f"The noise levels {shown} do not decrease; give the largest one first.")
     return tuple(levels)
 

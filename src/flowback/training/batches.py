@@ -1,7 +1,7 @@
 """The endless stream of training images, and everything random about it.
 
-Order, mirroring, label drop, noise and its level depend only on the seed and the number of images seen. A resumed run
-needs no generator state, and 1 or 8 processes see the same batches.
+Order, mirroring, label drop, noise and its level depend only on the seed and the number of images seen. A
+resumed run needs no generator state, and 1 or 8 processes see the same batches.
 """
 
 from __future__ import annotations
