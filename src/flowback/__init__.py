@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from flowback.data.named_sets import register_dataset
     from flowback.data.pixels import to_unit_range
     from flowback.errors import InputError
+    from flowback.evaluation.by_level import LevelAccuracy, accuracy_by_level
     from flowback.evaluation.held_out import Accuracy, accuracy
     from flowback.evaluation.linear_probe import Probe, probe
     from flowback.evaluation.pipeline import evaluate, evaluate_images
@@ -81,6 +82,7 @@ _MODULES = {
     "data.named_sets": ("register_dataset",),
     "data.pixels": ("to_unit_range",),
     "errors": ("InputError",),
+    "evaluation.by_level": ("LevelAccuracy", "accuracy_by_level"),
     "evaluation.held_out": ("Accuracy", "accuracy"),
     "evaluation.linear_probe": ("Probe", "probe"),
     "evaluation.pipeline": ("evaluate", "evaluate_images"),
@@ -115,6 +117,7 @@ __all__ = [
     "Guidance",
     "ImageSet",
     "InputError",
+    "LevelAccuracy",
     "ModelConfig",
     "PixelSet",
     "Prediction",
@@ -131,6 +134,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "accuracy",
+    "accuracy_by_level",
     "classify",
     "create_encoder",
     "create_flow",

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowback.checked import require
 from flowback.config import ModelConfig
 from flowback.errors import InputError
 from flowback.flow import TARFlow
@@ -40,7 +41,7 @@ def classify(
     flow: TARFlow,
     images: Float[Tensor, "b c h w"],
     method: Method = "gradient",
-    noise: bool | float = True,
+    noise: bool | float | Sequence[float] = True,
     draws: int = 1,
     seeds: Sequence[int] | None = None,
     steps: int = 1,
@@ -57,7 +58,8 @@ def classify(
         images: clean images on [-1, 1].
         method: the rule.
         noise: add the model's training noise to the images; False takes them as they are. For a flow with a
-            range of levels: the level, by default the geometric middle; False takes the lowest as theirs.
+            range of levels: the level, by default the geometric middle; several average their scores; False
+            takes the lowest as theirs.
         draws: draws of the noise to average the scores over.
         seeds: of the noise, one for each image; None is 0, 1, 2, ...
         steps: steps of gradient ascent on the logits; 1 is Algorithm 1.
@@ -86,6 +88,10 @@ def classify(
         raise InputError("Seeds are whole numbers; give integers.")
     if len(seeds) != len(images):
         raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed per image.")
+    if isinstance(noise, Sequence):
+        require(len(noise) > 0, "There are no noise levels to classify at; give at least one.")
+        each = [classify(flow, images, method, level, draws, seeds, steps, step_size) for level in noise]
+        return sum(each[1:], each[0]) / len(each)
     images = images.to(flow.device, flow.data_dtype)
     levels = flow.levels(_level(flow.config, noise), len(images))
     noised = [images]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Unpack
+from typing import Any, Unpack
 
 from flowback.checked import require
 from flowback.classification import Method, classify
@@ -17,7 +17,7 @@ from flowback.data.image_set import ImageSet
 from flowback.evaluation.held_out import Accuracy, LoopOptions, held_out_batches, with_labels
 from flowback.model import Flow
 
-__all__ = ["LevelAccuracy", "accuracy_by_level"]
+__all__ = ["LevelAccuracy", "LevelChoice", "accuracy_by_level"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,43 @@ class LevelAccuracy:
     def best(self) -> int:
         """Place of the level with the highest accuracy; of equal ones, the first."""
         return max(range(len(self.levels)), key=lambda place: self.at[place].right1)
+
+
+@dataclass(frozen=True)
+class LevelChoice:
+    """The accuracy of one rule at the level that suits training images best."""
+
+    training: LevelAccuracy
+    """Of training images, which choose the level."""
+    measured: LevelAccuracy
+    """Of the images that are measured."""
+
+    @property
+    def level(self) -> float:
+        """The chosen level."""
+        return self.training.levels[self.training.best]
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Of the images that are measured, at the chosen level."""
+        return self.measured.at[self.training.best]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The level, and top-1 shares at all levels and by the scores' mean, ready for JSON."""
+        pairs = zip(self.training.at, self.measured.at, strict=True)
+        rows = [
+            {"noise": level, "training_top1": training.top1, "top1": measured.top1}
+            for level, (training, measured) in zip(self.training.levels, pairs, strict=True)
+        ]
+        return {
+            "noise": self.level,
+            "chosen_on": self.training.averaged.images,
+            "by_noise": rows,
+            "averaged": {
+                "training_top1": self.training.averaged.top1,
+                "top1": self.measured.averaged.top1,
+            },
+        }
 
 
 def accuracy_by_level(
@@ -70,6 +107,15 @@ def accuracy_by_level(
     Raises:
         InputError: no levels, or one that the flow does not know; images without labels, or of other classes
             than the model's.
+
+    Example:
+        >>> import flowback
+        >>> from flowback.data.load import load_images
+        >>> flow = flowback.create_flow("digits-range", num_classes=10, width=16, head_dim=8, layers=1)
+        >>> test = load_images(flowback.DataConfig("digits"), image_size=8, channels=1, split="test")
+        >>> found = accuracy_by_level(flow, test, [0.1, 0.3], limit=20)
+        >>> [each.images for each in found.at], found.levels[found.best] in (0.1, 0.3)
+        ([20, 20], True)
     """
     require(len(levels) > 0, "There are no noise levels to classify at; give at least one.")
     images, start = with_labels(flow, images), time.perf_counter()
