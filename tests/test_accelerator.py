@@ -16,7 +16,7 @@ from flowback.alignment.align import Alignment, Noised
 from flowback.alignment.encoders import Encoder, Recipe
 from flowback.alignment.targets import CachedTargets, ComputedTargets
 from flowback.data.image_set import FeatureTable, MemoryImages
-from flowback.evaluation.held_out import HeldOutBatch, _log_prob
+from flowback.evaluation.held_out import HeldOutBatch, log_densities
 from flowback.sampling import cuda_graph
 from flowback.sampling.block_plan import BlockPlan
 from flowback.sampling.denoise import denoise
@@ -330,6 +330,6 @@ def test_likelihood_in_float64_on_the_cpu():
     images, labels = batch_there(flow)
     batch = HeldOutBatch(images, labels, [0, 1, 2])
     with Accelerator():
-        found = _log_prob(flow, batch, flow.config)
+        found = log_densities(flow, batch)
     assert found.dtype == torch.float64
     assert found.device == torch.device("cpu")

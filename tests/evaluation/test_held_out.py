@@ -141,5 +141,5 @@ def test_figures_of_a_flow_with_a_range_are_those_of_one_level():
     assert figures["nll"] == pytest.approx(found.nll.mean, rel=1e-12)
     assert figures["top1_gradient"] == accuracy(flow, images, level=middle).top1
     assert "noise" not in held_out_figures(random_flow(), images, 20)
-    with pytest.raises(InputError, match="0.6 is outside the range"):
+    with pytest.raises(InputError, match=r"0\.6 is outside the range"):
         accuracy(flow, images, level=0.6)

@@ -31,7 +31,7 @@ def way(name, monkeypatch):
 @pytest.mark.parametrize("classes", [0, 5])
 @pytest.mark.parametrize("name", ["compiled", "torch", "captured", "jacobi"])
 def test_every_way_of_decoding_takes_the_level(name, classes, monkeypatch):
-    """To 1e-12: the same sums in another order. Two levels after each other, through the same engine's kind."""
+    """To 1e-12: the same sums in another order. Two levels, one after the other."""
     flow, plans = tame_flow(num_classes=classes, **RANGE), way(name, monkeypatch)
     labels = LABELS if classes else None
     for level in (0.05, 0.3):
@@ -75,9 +75,9 @@ def test_denoising_is_the_score_step_of_each_images_level():
 
 
 def test_levels_that_the_flow_does_not_have_are_refused_before_the_work():
-    with pytest.raises(InputError, match="0.6 is outside the range that the flow is trained on, 0.05 to 0.5"):
+    with pytest.raises(InputError, match=r"0\.6 is outside the range that the flow is trained on, 0.05 to"):
         Sampler(tame_flow(**RANGE), noise=0.6)
-    with pytest.raises(InputError, match="0.2 is not that of this flow, which knows only 0.05"):
+    with pytest.raises(InputError, match=r"0\.2 is not that of this flow, which knows only 0.05"):
         Sampler(tame_flow(), noise=0.2)
     with pytest.raises(InputError, match="give the level"):
         denoise(tame_flow(**RANGE), random_images(tame_flow(), 1))

@@ -89,7 +89,7 @@ class HeldOutBatch(NamedTuple):
     """Ids of the model's classes, on the flow's device; None for an unconditional model, or no labels."""
     seeds: list[int]
     """Of each image's noise."""
-    levels: Float[Tensor, " b"] | None
+    levels: Float[Tensor, " b"] | None = None
     """Noise levels, for a flow with a range of them."""
 
     @property
