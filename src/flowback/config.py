@@ -502,7 +502,7 @@ class SampleConfig(Checked):
         require(last is None or last > 0, "--denoise-last must be above 0.")
         require(
             first is None or last is None or last < first,
-            f"Noise levels from --noise {first} to --denoise-last {last} do not decrease; lower the last one.",
+            f"Noise levels from --noise {first} to --denoise-last {last} do not decrease; lower the last.",
         )
 
 
