@@ -101,10 +101,11 @@ def _timed(
     model, grid = config.model, config.alignment.grid or config.model.grid
     noised = torch.randn(count, model.channels, model.image_size, model.image_size, device=device)
     labels = torch.zeros(count, dtype=torch.int64, device=device) if model.num_classes else None
+    levels = torch.full((count,), model.noise_max, device=device) if model.noise == "range" else None
     targets = None if encoder is None else torch.randn(count, grid**2, encoder.dim, device=device)
 
     def step() -> None:
-        objective(noised, labels, None, targets).loss.backward()
+        objective(noised, labels, None, targets, levels=levels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
