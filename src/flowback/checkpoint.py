@@ -104,7 +104,9 @@ def _runs_in(folder: Path) -> list[str]:
     """Runs and checkpoints in a folder, or in the folders in it."""
     places: list[Path] = []
     for pattern in ("*", "*/*"):
-        places += sorted(place for place in folder.glob(pattern) if not place.name.startswith("."))[:_LOOKED_AT]
+        places += sorted(place for place in folder.glob(pattern) if not place.name.startswith("."))[
+            :_LOOKED_AT
+        ]
     found = [place for place in places if _is_checkpoint(place) or step_folders(place)]
     return [str(place) for place in found if not {*place.parents} & {*found} and place.name != "checkpoints"]
 

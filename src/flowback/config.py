@@ -519,8 +519,8 @@ class EvaluateConfig(Checked):
     inception_weights: Path | None = None
     """Local file of the Inception weights, instead of a download."""
     reference_limit: int | Literal["auto"] | None = "auto"
-    """Compare with only this many images of the reference, spread evenly; None: all. `auto`: 10 for each sample
-    and at least 2,000 with the protocol `none`, all with the others, whose figures compare with published ones."""
+    """Compare with only this many images of the reference, spread evenly; None: all. `auto`: 10 for each
+    sample and at least 2,000 with the protocol `none`; all with the others, which publish figures."""
     likelihood: bool = True
     """Measure nll and bits/dim of the test images."""
     classification: bool = True

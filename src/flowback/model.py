@@ -126,14 +126,14 @@ class Flow(TARFlow):
         count: int | None = None,
         **options: Any,
     ) -> Float[Tensor, "b c h w"]:
-        """Draw images on [-1, 1], raw: not clamped, not rounded. :func:`flowback.to_pil` makes pictures of them.
+        """Draw images on [-1, 1], raw: not clamped, not rounded; :func:`flowback.to_pil` makes pictures.
 
         For many batches use :class:`flowback.Sampler`, which prepares the weights only once.
 
         Args:
             labels: one for each image, or one for all; None is unconditional.
             seeds: one for each image; None: 0, 1, 2, ...
-            count: number of images, in place of ``seeds``; fewer labels take turns, as in ``flowback sample``.
+            count: number of images, in place of ``seeds``; fewer labels take turns.
             **options: those of :func:`flowback.sample`.
 
         Raises:

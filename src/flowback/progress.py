@@ -64,7 +64,7 @@ def bar(unit: str = "images") -> Progress:
 def track(
     items: Iterable[T], total: int, description: str, unit: str = "images", step: int = 1
 ) -> Iterator[T]:
-    """Yield ``items`` while a bar advances by ``step`` at each; off a terminal, the log says how far it is."""
+    """Yield ``items`` while a bar advances by ``step`` at each; off a terminal, the log has lines instead."""
     speaks = not on_terminal() and os.environ.get("RANK", "0") == "0"
     started = time.monotonic()
     due = started + FIRST
@@ -78,5 +78,11 @@ def track(
                 due, rate = now + SECONDS, done / (now - started)
                 left = timedelta(seconds=round((total - done) / rate))
                 log.info(
-                    "%s: %s of %s, %.3g %s/s, %s left.", description, f"{done:,}", f"{total:,}", rate, unit, left
+                    "%s: %s of %s, %.3g %s/s, %s left.",
+                    description,
+                    f"{done:,}",
+                    f"{total:,}",
+                    rate,
+                    unit,
+                    left,
                 )

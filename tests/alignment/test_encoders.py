@@ -457,6 +457,7 @@ def test_models_without_feature_maps(monkeypatch, tmp_path):
 
 def test_on_a_cpu_few_images_are_encoded_at_once(monkeypatch):
     """As many as the limit on pixels allows, in their order; at least one."""
+
     class Means(encoders.Encoder):
         def feature_map(self, images, size):
             seen.append(len(images))

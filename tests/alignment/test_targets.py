@@ -228,7 +228,8 @@ def test_a_run_that_aligns_fewer_images_than_a_table_has_encodes_only_those(
     assert (tmp_path / "cache").exists() == (aligned >= 12)
     if aligned < 12:
         assert caplog.messages == [
-            f"The encoder efficientnet_lite0 runs at every step: the run aligns {aligned} images, a table has 12."
+            "The encoder efficientnet_lite0 runs at every step: "
+            f"the run aligns {aligned} images, a table has 12."
         ]
         module.cached_features(ENCODER("efficientnet_lite0"), images, 2, True, tmp_path / "cache")
         assert isinstance(make_targets(config, images, tmp_path / "cache"), CachedTargets)  # it is there now

@@ -94,10 +94,19 @@ def test_nothing_is_written_before_all_options_are_checked(flowback, model, tmp_
     assert sorted(model.iterdir()) == before
 
 
-@pytest.mark.parametrize("words", [["--noise-std", "nan"], ["--patch-size", "0"], ["--patch-size", "2"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [["--noise-std", "nan"], ["--patch-size", "0"], ["--patch-size", "2"]], ids=str
+)
 def test_nor_by_an_import(flowback, tmp_path, words):
     code, _, error = flowback(
-        "import-tarflow", tmp_path / "none.pth", tmp_path / "new", "--image-size", 8, "--patch-size", 4, *words
+        "import-tarflow",
+        tmp_path / "none.pth",
+        tmp_path / "new",
+        "--image-size",
+        8,
+        "--patch-size",
+        4,
+        *words,
     )
     assert code == 2, error
     assert list(tmp_path.iterdir()) == []

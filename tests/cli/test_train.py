@@ -113,7 +113,16 @@ def test_dry_run_looks_at_the_images_and_tries_a_step(flowback, photos, small, t
     shutil.copytree(photos, folder)
     broken = folder / "china" / "broken.jpg"
     broken.write_bytes(b"no picture")
-    words = ("train", "folder-32-reverse", *small, "--data.path", folder, "--dry-run", "--out", tmp_path / "run")
+    words = (
+        "train",
+        "folder-32-reverse",
+        *small,
+        "--data.path",
+        folder,
+        "--dry-run",
+        "--out",
+        tmp_path / "run",
+    )
     code, _, error = flowback(*words)
     assert code == 2
     assert "broken.jpg" in error

@@ -190,7 +190,10 @@ def test_the_reference_fits_the_samples_and_the_record_says_so(monkeypatch):
     assert (whole.settings["reference_limit"], whole.settings["reference_images"]) == (None, 60)
     assert fitted.settings["reference_hash"] != whole.settings["reference_hash"]
     assert fitted.figures != whole.figures
-    assert flowback.evaluate(small_flow(), reference=train, reference_limit=20, **options).figures == fitted.figures
+    assert (
+        flowback.evaluate(small_flow(), reference=train, reference_limit=20, **options).figures
+        == fitted.figures
+    )
 
 
 def test_published_protocols_take_the_whole_reference():

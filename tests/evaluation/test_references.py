@@ -138,7 +138,7 @@ def test_a_folder_is_read_as_training_reads_it(tmp_path):
     assert len(open_images(folder, "skip")) == len(load_reference(folder, 16, 3, "skip").images) == 4
     for file in folder.glob("[0-3].png"):
         file.unlink()
-    with pytest.raises(InputError, match="None of the images in .* can be read"):
+    with pytest.raises(InputError, match=r"None of the images in .* can be read"):
         open_images(folder, "skip")
 
 
@@ -148,5 +148,7 @@ def test_grey_prepared_sets_serve_as_both_sides(tmp_path):
     prepare(open_source(str(folder), 16, 1, 0.0), tmp_path / "grey", "messy", settings, workers=0)
     samples = open_images(folder)
     reference = load_reference(tmp_path / "grey", 16, samples.read(torch.tensor([0])).shape[1])
-    assert torch.equal(reference.images.read(torch.arange(4)).expand(-1, 3, -1, -1), samples.read(torch.arange(4)))
+    assert torch.equal(
+        reference.images.read(torch.arange(4)).expand(-1, 3, -1, -1), samples.read(torch.arange(4))
+    )
     assert len(open_images(tmp_path / "grey")) == 4

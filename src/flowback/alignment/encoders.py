@@ -148,8 +148,8 @@ class Encoder(nn.Module):
     def _in_parts(self, images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b {self.dim} p q"]:
         """:meth:`feature_map`; on a CPU, of a few images at once.
 
-        glibc takes arrays above 32 MiB from the system and gives them back after each use, which costs as much
-        as the convolutions: every page is mapped and cleared again. Smaller ones it keeps.
+        glibc takes arrays above 32 MiB from the system and gives them back after each use, which costs as
+        much as the convolutions: every page is mapped and cleared again. Smaller ones it keeps.
         """
         if images.device.type != "cpu" or not len(images):
             return self.feature_map(images, size)

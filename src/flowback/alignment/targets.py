@@ -42,7 +42,14 @@ from flowback.files import cache_folder, no_cache, write_json
 from flowback.progress import track
 from flowback.reading import read_json
 
-__all__ = ["CachedTargets", "CentredTargets", "ComputedTargets", "cached_features", "make_targets", "without_table"]
+__all__ = [
+    "CachedTargets",
+    "CentredTargets",
+    "ComputedTargets",
+    "cached_features",
+    "make_targets",
+    "without_table",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +61,7 @@ _FLUSHED = 1024
 """Images after which a table that is being written is flushed to disk, and its note renewed."""
 
 _STALE = 24 * 3600.0
-"""Seconds after which nobody goes on with a temporary file: its process, here or elsewhere, renewed it often."""
+"""Seconds after which nobody goes on with a temporary file: the process that writes it renews it often."""
 
 CACHE_LIMIT = 4 * 2**30
 """Bytes up to which features are computed once and kept on disk; beyond it, at every step."""

@@ -15,10 +15,10 @@ from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
 from flowback.data.pixels import to_bytes
+from flowback.errors import InputError
 from flowback.evaluation.held_out import held_out_figures
 from flowback.evaluation.judge import Judge
 from flowback.evaluation.references import Reference
-from flowback.errors import InputError
 from flowback.files import check_folder, replacing, write_json
 from flowback.model import Flow
 from flowback.presets import get_preset
@@ -64,7 +64,6 @@ class Options:
     """Guidance of the samples; 0 is off."""
     json: Path | None = None
     """Also write the report to this file."""
-
 
     def check(self) -> None:
         """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""

@@ -75,7 +75,11 @@ def run(argv: list[str]) -> None:
             _show_search(report, folder)
         for warning in report.warnings:
             say(f"Warning: {warning}")
-        say(f"Report: {files[-1]}" if files else "No report is written: --json FILE or --out FOLDER writes one.")
+        say(
+            f"Report: {files[-1]}"
+            if files
+            else "No report is written: --json FILE or --out FOLDER writes one."
+        )
     processes.close()
 
 

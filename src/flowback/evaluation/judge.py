@@ -78,7 +78,9 @@ class Judge:
             key = (images.fingerprint, encoder.fingerprint, "pooled")
             arrays = kept(
                 key,
-                lambda: pooled_moments(encoder, announced(images, encoder.name, batch_size, progress)).arrays(),
+                lambda: pooled_moments(
+                    encoder, announced(images, encoder.name, batch_size, progress)
+                ).arrays(),
             )
             self.encoded = Moments.from_arrays(arrays)
         self.statistics: InceptionStatistics | None = None

@@ -173,10 +173,10 @@ def batches(images: ImageSet, size: int = 64) -> Iterator[UInt8[Tensor, "_ c h w
 def announced(
     images: ImageSet, network: str, size: int, progress: bool = True
 ) -> Iterator[UInt8[Tensor, "_ c h w"]]:
-    """All images of a reference, in order; the log says that its statistics are made, and a bar how far."""
+    """All images of a reference, in order; it is said that its statistics are made, and how far that is."""
     log.info(
-        "Statistics of the reference, %s images of %s, in %s: made once, then kept. --reference-limit N takes "
-        "fewer.",
+        "Statistics of the reference, %s images of %s, in %s: made once, then kept. "
+        "--reference-limit N takes fewer.",
         *(f"{len(images):,}", images.name, network),
     )
     parts = batches(images, size)

@@ -94,9 +94,7 @@ class Reference:
         return replace(self, images=images, fingerprint=images.fingerprint)
 
 
-def load_reference(
-    path: Path, image_size: int, channels: int, bad_images: BadImages = "refuse"
-) -> Reference:
+def load_reference(path: Path, image_size: int, channels: int, bad_images: BadImages = "refuse") -> Reference:
     """The reference in a .npz file, a folder of images or a prepared set.
 
     A folder's images are resized and cropped to ``image_size``; those of a .npz or a prepared set must have

@@ -79,8 +79,8 @@ PHOTOS_LARGE = RunConfig(
 )
 
 PHOTOS = replace(PHOTOS_LARGE, model=replace(PHOTOS_LARGE.model, width=96, layers=2))
-"""0.38 GFLOP for an image in a step, a sixth of the larger one's: its 128,000 images are 49 TFLOP, 20 minutes for two
-cores at about 20 GFLOP/s each."""
+"""0.38 GFLOP for an image in a step, a sixth of the larger one's: its 128,000 images are 49 TFLOP, 20 minutes
+for two cores at about 20 GFLOP/s each."""
 
 EMOJI = replace(PHOTOS_LARGE, data=DataConfig("emoji", flip=True))
 """Nine classes of 3,655 drawings; made from Debian's packages."""
@@ -313,7 +313,10 @@ _EMOJI: _Rows = (
 )
 
 _PHOTOS: _Rows = (
-    ("folder-32", "a folder of images at 32×32 (--data.path), likelihood alone; shapes in 20 minutes on two cores"),
+    (
+        "folder-32",
+        "a folder of images at 32×32 (--data.path), likelihood alone; shapes in 20 minutes on two cores",
+    ),
     ("folder-32-reverse", "the same with exact reverse alignment", _EXACT),
 )
 

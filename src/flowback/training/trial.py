@@ -24,7 +24,7 @@ from flowback.training.state import set_up_bodies
 __all__ = ["Trial", "try_run"]
 
 _FLOPS = 2e11
-"""Operations of a step that is tried on a CPU, at most: seconds on one core. A GPU takes a hundred times as many."""
+"""Most operations of a step that is tried on a CPU: seconds on one core. A GPU takes 100 times as many."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Trial:
     images: ImageSet
     test: ImageSet | None
     memory: int
-    """Bytes of one process, estimated: the program, weights, optimiser, average and one step's activations."""
+    """Bytes of one process, estimated: program, weights, optimiser, average and one step's activations."""
     step_seconds: float | None
     """Of one step of this process alone, from a part of a batch; None where that is too large to be tried."""
     encoder_seconds: float
@@ -83,7 +83,7 @@ def try_run(config: RunConfig, images: ImageSet | None = None, test: ImageSet | 
     held = training_bytes(config.model, 1, config.train.precision)
     if not most or (device.type == "cpu" and held > psutil.virtual_memory().available):
         return Trial(config, images, test, memory, None, 0.0)
-    step, encode = _timed(config, images, min(most, share, len(images)), encoder, device)
+    step, encode = _timed(config, min(most, share, len(images)), encoder, device)
     table = encoder is not None and without_table(config, len(images), encoder.dim) is None
     batch, rows = config.train.batch_size, (2 if config.data.flip else 1) * len(images)
     whole = batch * (step if table else step + encode)
@@ -91,7 +91,7 @@ def try_run(config: RunConfig, images: ImageSet | None = None, test: ImageSet | 
 
 
 def _timed(
-    config: RunConfig, images: ImageSet, count: int, encoder: Encoder | None, device: torch.device
+    config: RunConfig, count: int, encoder: Encoder | None, device: torch.device
 ) -> tuple[float, float]:
     """Seconds for one of ``count`` images in a step, and in the encoder; each after one that is not timed."""
     torch.manual_seed(config.train.seed)
