@@ -545,7 +545,7 @@ class EvaluateConfig(Checked):
             "--samples must be 0, or at least 2: a covariance needs two.",
         )
         require(
-            self.reference_limit in (None, "auto") or self.reference_limit >= 2,
+            not isinstance(self.reference_limit, int) or self.reference_limit >= 2,
             "--reference-limit must be at least 2: a covariance needs two.",
         )
         require(self.draws >= 1, "--draws must be at least 1.")

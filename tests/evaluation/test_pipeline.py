@@ -15,6 +15,7 @@ from flowback.evaluation.pipeline import reference_limit
 from flowback.evaluation.references import Reference
 from flowback.evaluation.report import Report
 from flowback.sampling.image_files import save_npz
+from flowback.training.run import open_images
 from reference import random_flow
 
 RULES = ("gradient", "normalised", "exhaustive")
@@ -213,3 +214,26 @@ def test_a_reference_is_announced_once(caplog, monkeypatch, tmp_path):
         "Statistics of the reference, 20 images of set 1, in efficientnet_lite0: made once, then kept. "
         "--reference-limit N takes fewer."
     ]
+
+
+def test_tensors_and_datasets_serve_wherever_a_set_does():
+    images = image_set(20)
+    tensors = images.pixels, images.labels
+    dataset = torch.utils.data.TensorDataset(*tensors)
+    flow, options = small_flow(), {"samples": 2, "draws": 1, "reference": images.pixels}
+    expected = flowback.evaluate(flow, images, samples=2, draws=1, reference=images).figures
+    assert flowback.evaluate(flow, dataset, **options).figures == expected
+    assert flowback.accuracy(flow, dataset).top1 == flowback.accuracy(flow, images).top1
+    assert flowback.predict(flow, images.pixels)[3].label == flowback.predict(flow, images)[3].label
+    ours = flowback.evaluate_images(images.pixels, images.pixels).figures
+    assert ours == flowback.evaluate_images(images, images).figures
+
+
+def test_a_dataset_is_trained_on():
+    images = image_set(20)
+    config = RunConfig(ModelConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8))
+    dataset = torch.utils.data.TensorDataset(images.pixels, images.labels)
+    completed, opened, test = open_images(config, dataset, images.pixels)
+    assert completed.model.num_classes == 5
+    assert torch.equal(opened.read(torch.arange(20)), images.pixels)
+    assert len(test) == 20

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowback.alignment.encoders import create_encoder
 from flowback.checked import replaced, to_dict
 from flowback.config import CodecConfig, DataConfig, EvaluateConfig, SampleConfig
-from flowback.data.image_set import ImageSet, evenly, in_batches
+from flowback.data.image_set import AnyImages, ImageSet, as_image_set, evenly, in_batches
 from flowback.data.pixels import Faults, Rounding, quantise
 from flowback.data.vae import Codec, open_codec
 from flowback.evaluation.held_out import (
@@ -45,9 +45,9 @@ __all__ = ["deciding_figure", "evaluate", "evaluate_images"]
 
 def evaluate(
     flow: Flow,
-    images: ImageSet | DataConfig | None = None,
+    images: AnyImages | DataConfig | None = None,
     *,
-    reference: Reference | ImageSet | Path | str | None = None,
+    reference: Reference | AnyImages | Path | str | None = None,
     config: EvaluateConfig | None = None,
     sampling: SampleConfig | None = None,
     plans: Sequence[BlockPlan] | None = None,
@@ -92,8 +92,8 @@ def evaluate(
 
 
 def evaluate_images(
-    images: ImageSet | Path | str,
-    reference: Reference | ImageSet | Path | str,
+    images: AnyImages | Path | str,
+    reference: Reference | AnyImages | Path | str,
     *,
     config: EvaluateConfig | None = None,
     batch_size: int = 64,
@@ -126,7 +126,7 @@ def evaluate_images(
         ['fd_efficientnet_lite0']
     """
     (config,) = replaced((config or EvaluateConfig(),), options)
-    images = open_images(Path(images)) if isinstance(images, (str, Path)) else images
+    images = open_images(Path(images)) if isinstance(images, (str, Path)) else as_image_set(images)
     processes = processes or Processes(str(device), alone=True)
     _, channels, _, size = images.read(torch.tensor([0])).shape
     opened = _opened(reference, size, channels)
@@ -160,7 +160,9 @@ class _Data:
     @functools.cached_property
     def held_out(self) -> ImageSet:
         """The test images."""
-        return run_images(self.flow, "test", self.config) if self._images is None else self._images
+        return (
+            run_images(self.flow, "test", self.config) if self._images is None else as_image_set(self._images)
+        )
 
     @functools.cached_property
     def reference(self) -> Reference:
@@ -174,13 +176,13 @@ class _Data:
 
 
 def _opened(
-    reference: Reference | ImageSet | Path | str, size: int, channels: int, bad_images: BadImages = "refuse"
+    reference: Reference | AnyImages | Path | str, size: int, channels: int, bad_images: BadImages = "refuse"
 ) -> Reference:
     if isinstance(reference, Reference):
         return reference
     if isinstance(reference, (str, Path)):
         return load_reference(Path(reference), size, channels, bad_images)
-    return Reference.of(reference)
+    return Reference.of(as_image_set(reference))
 
 
 class _Part(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 
 from flowback.alignment.targets import make_targets
 from flowback.config import RunConfig
-from flowback.data.image_set import ImageSet, labelled, match_classes
+from flowback.data.image_set import AnyImages, ImageSet, as_image_set, labelled, match_classes
 from flowback.data.load import UNNAMED, load_images
 from flowback.errors import InputError
 from flowback.files import located
@@ -57,10 +57,10 @@ class TrainResult:
 
 def train(
     config: RunConfig,
-    images: ImageSet | None = None,
+    images: AnyImages | None = None,
     out: Path | str = "runs/train",
     *,
-    test: ImageSet | None = None,
+    test: AnyImages | None = None,
     targets: Targets | None = None,
     evaluators: Sequence[Evaluator] = (),
     description: str = "train",
@@ -118,7 +118,7 @@ def train(
 
 
 def open_images(
-    config: RunConfig, images: ImageSet | None = None, test: ImageSet | None = None
+    config: RunConfig, images: AnyImages | None = None, test: AnyImages | None = None
 ) -> tuple[RunConfig, ImageSet, ImageSet | None]:
     """The images of a run, checked, and its settings completed from them; see :func:`train`.
 
@@ -132,6 +132,7 @@ def open_images(
             load_images(config.data, model.image_size, model.channels, split) for split in ("train", "test")
         )
         test = own_test if test is None else test
+    images, test = as_image_set(images), None if test is None else as_image_set(test)
     config = _resolve(config, images)
     for part in (images,) if test is None else (images, test):
         _check_images(part, config)

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowback.alignment.encoders import Encoder, create_encoder
 from flowback.alignment.targets import without_table
 from flowback.config import RunConfig
-from flowback.data.image_set import ImageSet
+from flowback.data.image_set import AnyImages, ImageSet
 from flowback.devices import pick_device
 from flowback.flow.cost import flops_per_image, training_bytes
 from flowback.training.loop import check_fit
@@ -50,7 +50,7 @@ class Trial:
         return self.encoder_seconds + self.config.train.steps * self.step_seconds
 
 
-def try_run(config: RunConfig, images: ImageSet | None = None, test: ImageSet | None = None) -> Trial:
+def try_run(config: RunConfig, images: AnyImages | None = None, test: AnyImages | None = None) -> Trial:
     """Open the images of a run and try one step: what ``flowback train --dry-run`` does.
 
     Args:
