@@ -40,7 +40,7 @@ from flowback.sampling.block_plan import resolve_plan
 from flowback.sampling.denoise import denoises
 from flowback.sampling.sampler import drawing_level
 
-__all__ = ["deciding_figure", "evaluate", "evaluate_images"]
+__all__ = ["deciding_figure", "evaluate", "evaluate_images", "reference_limit"]
 
 
 def evaluate(

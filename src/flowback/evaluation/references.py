@@ -24,7 +24,7 @@ from flowback.errors import InputError, shorten
 from flowback.evaluation.metrics import Moments
 from flowback.evaluation.npz import read_npz
 
-__all__ = ["NpzImages", "Reference", "load_reference", "open_images"]
+__all__ = ["BadImages", "NpzImages", "Reference", "load_reference", "open_images"]
 
 
 BadImages = Literal["refuse", "skip"]
