@@ -33,7 +33,7 @@ from flowback.model import Flow
 from flowback.progress import bar
 from flowback.provenance import environment
 from flowback.reading import read_json
-from flowback.sampling import BlockPlan, Denoising, Sampler
+from flowback.sampling import BlockPlan, Sampler
 from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.denoise import denoises
 from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
@@ -308,10 +308,11 @@ def _settings(
 
 
 def _denoising(sampler: Sampler) -> dict[str, Any] | None:
-    """How images are denoised; None for one step of a flow of one level, without options."""
-    if not sampler.levels or (len(sampler.levels) == 1 and sampler.denoising == Denoising()):
-        return None
-    return {**asdict(sampler.denoising), "levels": sampler.levels}
+    """What decides how images are denoised; None for none, or one step without options."""
+    how = {name: getattr(sampler.denoising, name) for name in ("method", "clamp", "guidance")}
+    if len(sampler.levels) > 1:
+        return {"levels": sampler.levels, **how}
+    return how if sampler.levels and (how["clamp"] or how["guidance"]) else None
 
 
 class Draw(Protocol):
