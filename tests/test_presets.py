@@ -99,8 +99,7 @@ def test_every_preset_is_a_run_and_has_a_name_of_its_own():
         assert from_dict(RunConfig, to_dict(preset.config)) == preset.config
         assert preset.about, name
         for block, layer in preset.config.alignment.locations if preset.config.alignment.active else ():
-            assert block <= preset.config.model.blocks, name
-            assert layer <= preset.config.model.layers, name
+            assert (block, layer) in preset.config.model.locations, name
 
 
 def test_rows_do_what_their_names_say():

@@ -57,8 +57,9 @@ def run_import(argv: list[str]) -> None:
     )
     checkpoint.save(options.out, RunConfig(model, DataConfig(UNNAMED)), weights)
     classes = f"{model.num_classes} classes" if model.num_classes else "no classes"
+    layers = model.layers if isinstance(model.layers, int) else ", ".join(map(str, model.layers))
     say(
-        f"{options.out}: {model.blocks} blocks of {model.layers} layers, width {model.width}, "
+        f"{options.out}: {model.blocks} blocks of {layers} layers, width {model.width}, "
         f"{model.channels}x{model.image_size}x{model.image_size} images, {model.tokens} tokens, {classes}, "
         f"{parameters(model) / 1e6:.1f} M parameters."
     )
