@@ -300,6 +300,7 @@ def _settings(
         "seed": config.seed,
         **{name: getattr(sampling, name) for name in keep},
         "plans": [asdict(plan) for plan in sampler.plans] if swept else None,
+        **({} if sampler.noise is None else {"noise": sampler.noise}),
         **({"vae": codec.config.weights} if codec.config.vae else {}),
     }
 

@@ -218,7 +218,7 @@ def test_images_without_overflow_have_none(flow):
 
 
 def test_an_overflow_while_denoising(flow, monkeypatch):
-    broken = lambda flow, images, labels: torch.cat([images[:1], images[1:] / 0])  # noqa: E731
+    broken = lambda flow, images, labels, noise: torch.cat([images[:1], images[1:] / 0])  # noqa: E731
     monkeypatch.setattr("flowback.sampling.sampler.denoise_step", broken)
     assert Sampler(flow).overflows([0, 1]) == [None, Overflow(None, None)]
     assert str(Overflow(None, None)) == "denoising"

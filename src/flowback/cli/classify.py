@@ -57,6 +57,8 @@ class Options:
     exhaustive up to 20 classes."""
     noise: bool = True
     """Add the training noise to the images; the flow never saw clean ones."""
+    level: float | None = None
+    """Noise level, for a flow trained over a range; None is the geometric middle."""
     draws: int = 1
     """Draws of the noise to average over."""
     steps: int = 1
@@ -95,6 +97,8 @@ def run(argv: list[str]) -> None:
     folder = out_folder(options.out, options.checkpoint)
     processes = Processes(options.device)
     flow = Flow.from_pretrained(options.checkpoint, processes.device)
+    if options.level is not None:
+        flow.levels(options.level, 1)
     if options.images is not None:
         _predict(options, options.images, flow, processes, folder)
         return
@@ -106,7 +110,8 @@ def run(argv: list[str]) -> None:
             accuracy(
                 flow, images, method, noise=options.noise, draws=options.draws, steps=options.steps,
                 step_size=options.step_size, limit=options.limit, seed=options.seed,
-                batch_size=options.batch_size, share=processes.share, progress=True,
+                batch_size=options.batch_size, level=options.level, share=processes.share,
+                progress=True,
             )
         )
         for method in _methods(options, flow)
@@ -126,7 +131,7 @@ def _predict(options: Options, path: Path, flow: Flow, processes: Processes, fol
         Predictions(
             predict(
                 flow, images, method, options.draws, limit=options.limit, seed=options.seed,
-                batch_size=options.batch_size, share=processes.share, progress=True,
+                batch_size=options.batch_size, level=options.level, share=processes.share, progress=True,
             )
         )
     )  # fmt: skip
@@ -145,7 +150,7 @@ def _predict(options: Options, path: Path, flow: Flow, processes: Processes, fol
 
 def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Flow, folder: Path) -> None:
     """Files, pictures, tables, warnings."""
-    names = ("noise", "draws", "steps", "step_size", "seed", "batch_size")
+    names = ("noise", "level", "draws", "steps", "step_size", "seed", "batch_size")
     settings = {
         **weights_of(flow),
         "data": to_dict(options.data),

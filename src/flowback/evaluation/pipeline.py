@@ -38,6 +38,7 @@ from flowback.provenance import environment
 from flowback.sampling import BlockPlan, Guidance, Sampler
 from flowback.sampling.block_plan import resolve_plan
 from flowback.sampling.denoise import denoises
+from flowback.sampling.sampler import drawing_level
 
 __all__ = ["deciding_figure", "evaluate", "evaluate_images"]
 
@@ -201,6 +202,8 @@ class _Evaluation:
     def report(self) -> Report:
         """Check, measure, put together."""
         images = judge = codec = None  # all are made first: what is missing is known at once
+        self.flow.levels(self._level, 1)
+        drawing_level(self.flow, self.sampling.noise)
         if self.config.likelihood or self.config.classification:
             images = matched(self.flow, self.data.held_out)
         if self.config.samples:
@@ -229,6 +232,7 @@ class _Evaluation:
             "batch_size": self.sampling.batch_size,
             "share": self.processes.share,
             "progress": self.progress,
+            "level": config.level,
         }
         labelled = bool(self.flow.config.num_classes) and images.labels is not None
         figures: dict[str, Any] = {}
@@ -248,6 +252,7 @@ class _Evaluation:
             "images_hash": self.data.held_out.fingerprint,
             "limit": config.limit,
             "draws": config.draws,
+            **({"noise": self._level} if self.flow.config.noise == "range" else {}),
             "labels": "each image's own" if labelled else None,
         }
         return _Part(figures, {"held_out": settings}, [])
@@ -283,6 +288,11 @@ class _Evaluation:
         return _Part(figures, settings, warnings + judge.warnings(self.config.samples))
 
     @property
+    def _level(self) -> float | None:
+        """Noise level of the test images."""
+        return self.flow.config.noise_level if self.config.level is None else self.config.level
+
+    @property
     def _scales(self) -> tuple[float, ...]:
         return self.config.search or (self.sampling.guidance,)
 
@@ -312,6 +322,7 @@ class _Evaluation:
             "guidance": self._scales[0] if one else list(self._scales),
             "sampler": samplers[0] if one else samplers,
             "tolerance": 0 if exact else self.sampling.tolerance,
+            "noise": drawing_level(self.flow, self.sampling.noise),
             "denoise": self.sampling.denoise and denoises(self.flow),
         }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
+from flowback.flow.levels import UserLevels
 
 __all__ = ["denoise", "denoises", "images_at_once"]
 
@@ -23,7 +24,7 @@ _ACTIVATIONS = 24
 
 def denoises(flow: TARFlow) -> bool:
     """Whether the flow was trained with Gaussian noise; for uniform dequantisation there is no such step."""
-    return flow.config.noise == "gaussian" and flow.config.noise_std > 0
+    return bool(flow.config.noise_level)
 
 
 def images_at_once(flow: TARFlow) -> int:
@@ -34,9 +35,14 @@ def images_at_once(flow: TARFlow) -> int:
 
 
 def denoise(
-    flow: TARFlow, images: Float[Tensor, "b c h w"], labels: Labels = None, chunk: int | None = None
+    flow: TARFlow,
+    images: Float[Tensor, "b c h w"],
+    labels: Labels = None,
+    chunk: int | None = None,
+    *,
+    noise: UserLevels = None,
 ) -> Float[Tensor, "b c h w"]:
-    """The denoised images, x + σ²·∇ log p(x | label), σ the noise of training.
+    """The denoised images, x + σ²·∇ log p(x | label), σ the noise of training, or the given level of it.
 
     Where :func:`denoises` is false, the images as they are.
 
@@ -45,11 +51,15 @@ def denoise(
         images: samples of the flow, on [-1, 1].
         labels: those of the sampling.
         chunk: images in one pass; None takes :func:`images_at_once`.
+        noise: σ, for a flow with a range of levels.
+
+    Raises:
+        InputError: a level that the flow does not have.
     """
     if not denoises(flow):
         return images
     chunk = chunk or images_at_once(flow)
-    variance = flow.config.noise_std**2
+    levels = flow.levels(noise, len(images))
     clean = []
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
@@ -57,6 +67,11 @@ def denoise(
         with torch.inference_mode(False), torch.enable_grad():
             part_labels = None if labels is None else labels[part].clone()
             x = images[part].detach().clone().requires_grad_()
-            (score,) = torch.autograd.grad(flow(x, part_labels).log_prob.sum(), x)
-            clean.append(torch.add(x.detach(), score, alpha=variance))
+            part_levels = None if levels is None else levels[part].clone()
+            log_prob = flow(x, part_labels, noise=part_levels).log_prob
+            (score,) = torch.autograd.grad(log_prob.sum(), x)
+            if part_levels is None:
+                clean.append(torch.add(x.detach(), score, alpha=flow.config.noise_std**2))
+            else:
+                clean.append(torch.addcmul(x.detach(), score, part_levels.square()[:, None, None, None]))
     return torch.cat(clean) if clean else images

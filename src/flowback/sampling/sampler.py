@@ -26,7 +26,7 @@ from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.jacobi import Init, jacobi
 
-__all__ = ["BlockPlan", "Overflow", "Sampler", "noise", "sample"]
+__all__ = ["BlockPlan", "Overflow", "Sampler", "drawing_level", "noise", "sample"]
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,11 @@ class Sampler:
         precision: of the Transformers' weights and caches while decoding.
         plans: how each block is inverted, from block 1 (:func:`flowback.plan_sampling` measures it); None is
             sequential, which is exact.
+        noise: level to draw at, for a flow with a range of them; None is its highest (arXiv 2604.20041).
 
     Raises:
-        InputError: more guided blocks than the flow has, or not one plan per block.
+        InputError: more guided blocks than the flow has, not one plan per block, or a noise level that the
+            flow does not have.
 
     Example:
         >>> from flowback import Flow, ModelConfig, Sampler
@@ -115,8 +117,11 @@ class Sampler:
         batch_size: int = 64,
         precision: Precision = "fp32",
         plans: Sequence[BlockPlan] | None = None,
+        noise: float | None = None,
     ) -> None:
         self.flow, self.denoise = flow, denoise
+        self.noise = drawing_level(flow, noise)
+        """Level that images are drawn at; None for a flow that has only one."""
         self.guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         blocks = flow.config.blocks
         if batch_size < 1:
@@ -152,6 +157,7 @@ class Sampler:
             batch_size=config.batch_size,
             precision=config.precision,
             plans=BlockPlan.windows(flow, config) if plan is None else plan,
+            noise=config.noise,
         )
 
     def __call__(
@@ -230,7 +236,7 @@ class Sampler:
             states = [z, *self.invert(z, part_labels, scales[part])]
             states = [self.flow.images(x) for x in (states if every_block else states[-1:])]
             if self.denoise:
-                states.append(denoise_step(self.flow, states[-1], part_labels))
+                states.append(denoise_step(self.flow, states[-1], part_labels, noise=self.noise))
             parts.append(states)
         return parts
 
@@ -261,11 +267,12 @@ class Sampler:
         The decoder before it can no longer be used.
         """
         config, count, block = self.flow.config, len(scales), self.flow.blocks[index - 1]
-        context = block.context(labels)
+        levels = self.flow.levels(self.noise, count)
+        context = block.context(labels, levels=levels)
         if not self.guidance.covers(index, config.blocks):
             return self.engine.decoder(index, count, context, new=new)
         # One batch of 2B rows: with label, then without.
-        without = block.context(None)
+        without = block.context(None, levels=levels)
         if context is not None and without is not None:
             context = torch.cat([context.expand(count, -1), without.expand(count, -1)])
         temperature = None
@@ -274,6 +281,17 @@ class Sampler:
             temperature[count:] = self.guidance.temperature
         guide = self.guidance.guide(scales, config.tokens)
         return self.engine.decoder(index, count, context, guide, temperature, new)
+
+
+def drawing_level(flow: TARFlow, level: float | None) -> float | None:
+    """The noise level that images are drawn at: by default a range's highest. None for a flow of one level.
+
+    Raises:
+        InputError: a level that the flow does not have.
+    """
+    if level is None and flow.config.noise == "range":
+        level = flow.config.noise_max
+    return level if flow.levels(level, 1) is not None else None
 
 
 _SEEDS = 2**32
@@ -311,6 +329,7 @@ def sample(
     precision: Precision = "fp32",
     plans: Sequence[BlockPlan] | None = None,
     redraw: int = 0,
+    noise: float | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Images of the flow on [-1, 1], not clamped; non-finite values are returned as they are.
 
@@ -326,7 +345,9 @@ def sample(
         >>> sample(flow, [0, 1], seeds=[7, 8], guidance=1.0).shape
         torch.Size([2, 1, 4, 4])
     """
-    sampler = Sampler(flow, guidance, denoise, batch_size=batch_size, precision=precision, plans=plans)
+    sampler = Sampler(
+        flow, guidance, denoise, batch_size=batch_size, precision=precision, plans=plans, noise=noise
+    )
     return sampler(labels, seeds, redraw)
 
 
