@@ -196,7 +196,10 @@ def test_layers_are_one_number_or_one_a_block():
 @pytest.mark.parametrize(
     ("layers", "sentence"),
     [
-        ((4, 4, 24), "--model.layers 4,4,24 names 3 blocks, and --model.blocks is 4; give one number for all"),
+        (
+            (4, 4, 24),
+            "--model.layers 4,4,24 names 3 blocks, and --model.blocks is 4; give one number for all",
+        ),
         ((), "names 0 blocks, and --model.blocks is 4"),
         ((4, 4, 0, 24), "--model.layers must be at least 1."),
         ((4, 4, 4, 2**11), "--model.layers is 2.05e+03, and flowback takes at most 1024."),

@@ -196,7 +196,5 @@ def _one_or_several(
         metavar="INT[,INT,...]",
         instance_from_str=read,
         is_instance=lambda value: isinstance(value, (int, tuple)),
-        str_from_instance=lambda value: [
-            ",".join(map(str, value if isinstance(value, tuple) else (value,)))
-        ],
+        str_from_instance=lambda value: [",".join(map(str, value if isinstance(value, tuple) else (value,)))],
     )

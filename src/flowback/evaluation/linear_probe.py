@@ -114,9 +114,7 @@ def features(
     known = set(all_locations(flow))
     for location in locations:
         if location not in known:
-            raise InputError(
-                f"Location {location} is outside the model; {flow.config.locations_in_words}."
-            )
+            raise InputError(f"Location {location} is outside the model; {flow.config.locations_in_words}.")
     parts: dict[Location, list[Tensor]] = {location: [] for location in locations}
     for batch in held_out_batches(flow, images, "features", **loop):
         out = flow(batch.noised(flow.config), hidden=locations, noise=batch.levels)
