@@ -20,11 +20,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 
+from flowback.checked import require
 from flowback.config import ModelConfig
 from flowback.errors import InputError
 from flowback.flow import TARFlow
+from flowback.flow.frozen import constant, frozen
 from flowback.flow.likelihood import add_noise
 
 __all__ = ["Method", "classify", "embedding_distances"]
@@ -40,7 +41,7 @@ def classify(
     flow: TARFlow,
     images: Float[Tensor, "b c h w"],
     method: Method = "gradient",
-    noise: bool | float = True,
+    noise: bool | float | Sequence[float] = True,
     draws: int = 1,
     seeds: Sequence[int] | None = None,
     steps: int = 1,
@@ -57,7 +58,8 @@ def classify(
         images: clean images on [-1, 1].
         method: the rule.
         noise: add the model's training noise to the images; False takes them as they are. For a flow with a
-            range of levels: the level, by default the geometric middle; False takes the lowest as theirs.
+            range of levels: the level, by default the geometric middle; several average their scores; False
+            takes the lowest as theirs.
         draws: draws of the noise to average the scores over.
         seeds: of the noise, one for each image; None is 0, 1, 2, ...
         steps: steps of gradient ascent on the logits; 1 is Algorithm 1.
@@ -86,6 +88,10 @@ def classify(
         raise InputError("Seeds are whole numbers; give integers.")
     if len(seeds) != len(images):
         raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed per image.")
+    if isinstance(noise, Sequence):
+        require(len(noise) > 0, "There are no noise levels to classify at; give at least one.")
+        each = [classify(flow, images, method, level, draws, seeds, steps, step_size) for level in noise]
+        return sum(each[1:], each[0]) / len(each)
     images = images.to(flow.device, flow.data_dtype)
     levels = flow.levels(_level(flow.config, noise), len(images))
     noised = [images]
@@ -130,8 +136,8 @@ def _gradient(
 
     Weights enter detached: autograd then keeps only what the path to the class logits needs.
     """
-    fixed = {name: _fixed(tensor) for name, tensor in (*flow.named_parameters(), *flow.named_buffers())}
-    draws, levels = [_fixed(images) for images in draws], None if levels is None else _fixed(levels)
+    encode = frozen(flow)
+    draws, levels = [constant(images) for images in draws], None if levels is None else constant(levels)
     logits = torch.zeros(
         len(draws[0]), flow.config.num_classes or 0, device=flow.device, dtype=flow.data_dtype
     )
@@ -142,16 +148,11 @@ def _gradient(
             with torch.enable_grad():
                 point = logits.detach().requires_grad_()
                 weights = point.softmax(dim=-1).to(flow.dtype)
-                log_prob = functional_call(flow, fixed, (images, weights), {"noise": levels}).log_prob
+                log_prob = encode(images, weights, noise=levels).log_prob
                 (slope,) = torch.autograd.grad(log_prob.sum(), point)
             rise += slope / len(draws)
         logits = logits + step_size * rise
     return rise if steps == 1 else logits
-
-
-def _fixed(tensor: Tensor) -> Tensor:
-    """A constant for autograd, which refuses tensors made in inference mode but takes copies of them."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 @torch.no_grad()

@@ -481,9 +481,22 @@ class SampleConfig(Checked):
     guided_blocks: int | None = None
     """Guide only this many blocks, those nearest the noise; None guides all."""
     denoise: bool = True
-    """End with one denoising step."""
+    """End with denoising by the flow's own score."""
     noise: float | None = None
     """Noise level to draw at, for flows trained over a range; None is the highest. Others have only one."""
+    denoise_steps: int | None = None
+    """Noise levels that denoising goes down; more than one needs a flow trained over a range (--model.noise
+    range). None: 10 of such a flow, 1 of any other."""
+    denoise_method: Literal["euler", "heun", "stochastic"] = "euler"
+    """How to go from a level to the next; `heun` takes two passes for it, the others one."""
+    denoise_spacing: Literal["linear", "log", "edm"] = "linear"
+    """How the levels are spaced: evenly, evenly in their logarithms, or as EDM's."""
+    denoise_last: float | None = None
+    """Last noise level of denoising, which begins at the level of drawing; None is the lowest of training."""
+    denoise_clamp: bool = False
+    """Clamp each estimate of the clean image to [-1, 1]."""
+    denoise_guidance: float = 0.0
+    """Guidance scale of the estimates of the clean image, c + w·(c - u); 0 is off. It doubles their cost."""
     sampler: Literal["auto", "sequential", "jacobi"] = "sequential"
     """`auto`: the plan of `flowback plan` if it fits, else sequential; `jacobi`: windows in all blocks."""
     tolerance: float = 1e-3
@@ -508,6 +521,21 @@ class SampleConfig(Checked):
             self.guided_blocks is None or self.guided_blocks >= 0, "--guided-blocks must not be negative."
         )
         require(self.tolerance > 0, f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
+        self._check_denoising()
+
+    def _check_denoising(self) -> None:
+        steps, first, last = self.denoise_steps, self.noise, self.denoise_last
+        require(steps is None or steps >= 1, f"--denoise-steps is {steps}; it must be at least 1.")
+        options = (steps, last, self.denoise_guidance or None, self.denoise_clamp or None)
+        require(
+            self.denoise or all(option is None for option in options),
+            "--no-denoise leaves out what the other --denoise options describe; give either.",
+        )
+        require(last is None or last > 0, "--denoise-last must be above 0.")
+        require(
+            first is None or last is None or last < first,
+            f"Noise levels from --noise {first} to --denoise-last {last} do not decrease; lower the last.",
+        )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ __all__ = [
     "log_densities",
     "matched",
     "run_images",
+    "with_labels",
 ]
 
 
@@ -306,6 +307,22 @@ class Accuracy:
     """Images with scores that are not finite; they count as wrong and are left out of ``confusion``."""
     seconds: float
 
+    @classmethod
+    def none(cls, method: Method, classes: int) -> Accuracy:
+        """Of no images, to which others are merged."""
+        return cls(method, 0, 0, 0, torch.zeros(classes, classes, dtype=torch.int64), 0, 0.0)
+
+    @classmethod
+    def of(cls, method: Method, scores: Float[Tensor, "b k"], labels: Int64[Tensor, " b"]) -> Accuracy:
+        """Of some images, by the scores of every class; its seconds are 0."""
+        classes = scores.shape[1]
+        finite = scores.isfinite().all(dim=1)
+        hits, truth = _hits(scores, labels), labels[finite].cpu()
+        called = scores[finite].argmax(dim=1).cpu()
+        confusion = torch.bincount(truth * classes + called, minlength=classes**2).view(classes, classes)
+        right1, right5 = int(hits[:, 0].sum()), int(hits.any(dim=1).sum())
+        return cls(method, len(hits), right1, right5, confusion, int((~finite).sum()), 0.0)
+
     def merge(self, other: Accuracy) -> Accuracy:
         """Both sets together, classified at the same time."""
         return Accuracy(
@@ -376,29 +393,28 @@ def accuracy(
         >>> result.images, result.confusion.shape, result.top1 <= result.top5
         (20, torch.Size([10, 10]), True)
     """
+    images, start = with_labels(flow, images), time.perf_counter()
+    total = Accuracy.none(method, flow.config.num_classes or 0)
+    for batch in held_out_batches(flow, images, f"classify ({method})", **loop):
+        level = batch.level if noise else False
+        scores = classify(flow, batch.images, method, level, draws, batch.seeds, steps, step_size)
+        assert batch.labels is not None
+        total = total.merge(Accuracy.of(method, scores, batch.labels))
+    return replace(total, seconds=time.perf_counter() - start)
+
+
+def with_labels(flow: Flow, images: ImageSet) -> ImageSet:
+    """The images with labels that are the model's class ids.
+
+    Raises:
+        InputError: images without labels, or of other classes than the model's.
+    """
     images = matched(flow, images)
     if images.labels is None:
         raise InputError(
             f"{images.name} has no labels; to measure accuracy give images sorted into class folders."
         )
-    classes = flow.config.num_classes or 0
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    total = right1 = right5 = nonfinite = 0
-    start = time.perf_counter()
-    for batch in held_out_batches(flow, images, f"classify ({method})", **loop):
-        level = batch.level if noise else False
-        scores = classify(flow, batch.images, method, level, draws, batch.seeds, steps, step_size)
-        assert batch.labels is not None
-        finite = scores.isfinite().all(dim=1)
-        hits, truth = _hits(scores, batch.labels), batch.labels[finite].cpu()
-        called = scores[finite].argmax(dim=1).cpu()
-        total += len(hits)
-        nonfinite += int((~finite).sum())
-        right1 += int(hits[:, 0].sum())
-        right5 += int(hits.any(dim=1).sum())
-        confusion += torch.bincount(truth * classes + called, minlength=classes**2).view(classes, classes)
-    seconds = time.perf_counter() - start
-    return Accuracy(method, total, right1, right5, confusion, nonfinite, seconds)
+    return images
 
 
 def _hits(scores: Float[Tensor, "b k"], labels: Int64[Tensor, " b"]) -> Bool[Tensor, "b r"]:

@@ -35,7 +35,7 @@ from flowback.model import Flow
 from flowback.processes import Processes
 from flowback.progress import track
 from flowback.provenance import environment
-from flowback.sampling import BlockPlan, Guidance, Sampler
+from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler
 from flowback.sampling.block_plan import resolve_plan
 from flowback.sampling.denoise import denoises
 from flowback.sampling.sampler import drawing_level
@@ -210,6 +210,9 @@ class _Evaluation:
             for scale in self._scales:
                 guidance = Guidance.from_config(replace(self.sampling, guidance=scale))
                 guidance.check(bool(self.flow.config.num_classes))
+            if self._denoise_levels:
+                denoising = Denoising.from_config(self.sampling)
+                denoising.check(bool(self.flow.config.num_classes), self.data.codec.vae is not None)
             judge = _judge(self.data.reference, self.config, self.sampling.batch_size, self.processes)
             codec = open_codec(self.data.codec, self.flow.device, self.config.vae, self.config.force_vae)
         data = to_dict(self.data.config) if self.data.config is not None else None
@@ -293,6 +296,14 @@ class _Evaluation:
         return self.flow.config.noise_level if self.config.level is None else self.config.level
 
     @property
+    def _denoise_levels(self) -> tuple[float, ...]:
+        """Of the steps that samples are denoised in."""
+        if not self.sampling.denoise:
+            return ()
+        first = drawing_level(self.flow, self.sampling.noise)
+        return Denoising.from_config(self.sampling).levels(self.flow, first)
+
+    @property
     def _scales(self) -> tuple[float, ...]:
         return self.config.search or (self.sampling.guidance,)
 
@@ -309,7 +320,13 @@ class _Evaluation:
         parts = in_batches(numbers, self.sampling.batch_size)
         for index in track(parts, len(parts), description, "batches") if self.progress else parts:
             seeds = (self.config.seed + index).tolist()
-            images = sampler((index % classes).tolist() if classes else None, seeds)
+            labels = (index % classes).tolist() if classes else None
+            images = sampler(labels, seeds)
+            broken = torch.nonzero(~images.flatten(1).isfinite().all(1)).flatten().tolist()
+            if broken:
+                again = [labels[row] for row in broken] if labels else None
+                places = sampler.overflows(again, [seeds[row] for row in broken])
+                faults.stages.update(place.stage for place in places if place)
             names = [f"seed {seed}" for seed in seeds]
             yield quantise(codec.decode(images), names, faults, rounding).cpu()
 
@@ -324,6 +341,7 @@ class _Evaluation:
             "tolerance": 0 if exact else self.sampling.tolerance,
             "noise": drawing_level(self.flow, self.sampling.noise),
             "denoise": self.sampling.denoise and denoises(self.flow),
+            "denoise_levels": list(self._denoise_levels),
         }
 
 
