@@ -59,8 +59,8 @@ class ModelConfig(Checked):
     """Width of the Transformers."""
     blocks: int = 8
     """Autoregressive blocks T."""
-    layers: int = 8
-    """Transformer layers in each block."""
+    layers: int | tuple[int, ...] = 8
+    """Transformer layers in each block: one number for all, or one a block from block 1, next to the data."""
     head_dim: int = 64
     """Width of one attention head."""
     mlp_ratio: int = 4
@@ -71,6 +71,8 @@ class ModelConfig(Checked):
     """Position code: a learned table, or rotary embedding of the token's row and column."""
     qk_norm: bool = False
     """RMS-normalise queries and keys."""
+    log_scale_bound: float | None = None
+    """Keep every log-scale s within ±a, smoothly, as a·tanh(s/a); None leaves it free."""
     num_classes: int | None = None
     """Number of classes; 0 is unconditional; None takes the number from the data."""
     noise: Literal["gaussian", "uniform", "range"] = "gaussian"
@@ -86,9 +88,18 @@ class ModelConfig(Checked):
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
         for name, most in _MOST.items():
-            size, option = getattr(self, name), f"--model.{name.replace('_', '-')}"
-            require(size > 0, f"{option} must be at least 1.")
-            require(size <= most, f"{option} is {size:.3g}, and flowback takes at most {most}.")
+            value, option = getattr(self, name), f"--model.{name.replace('_', '-')}"
+            for size in value if isinstance(value, tuple) else (value,):
+                require(size > 0, f"{option} must be at least 1.")
+                require(size <= most, f"{option} is {size:.3g}, and flowback takes at most {most}.")
+        if isinstance(self.layers, tuple):
+            require(
+                len(self.layers) == self.blocks,
+                f"--model.layers {','.join(map(str, self.layers[:16]))} names {len(self.layers)} blocks, and "
+                f"--model.blocks is {self.blocks}; give one number for all blocks, or one for each.",
+            )
+            if len(set(self.layers)) == 1:  # one way to write a model, so that equal ones compare equal
+                object.__setattr__(self, "layers", self.layers[0])
         require(
             self.image_size % self.patch_size == 0,
             f"--model.image-size {self.image_size} is not divisible by --model.patch-size {self.patch_size}; "
@@ -111,7 +122,7 @@ class ModelConfig(Checked):
             f"--model.num-classes is above {MOST_CLASSES}, the most that flowback takes.",
         )
         require(
-            self.blocks * self.layers <= MOST_LAYERS,
+            sum(self.depths) <= MOST_LAYERS,
             f"--model.blocks {self.blocks} of --model.layers {self.layers} are more than the {MOST_LAYERS} "
             "layers that flowback takes.",
         )
@@ -121,6 +132,10 @@ class ModelConfig(Checked):
             f"{self.tokens} tokens, and flowback takes at most {MOST_TOKENS}; choose larger patches.",
         )
         require(self.noise_std >= 0, "--model.noise-std must not be negative.")
+        require(
+            self.log_scale_bound is None or self.log_scale_bound > 0,
+            "--model.log-scale-bound must be above 0.",
+        )
         if self.noise != "range":
             return
         require(
@@ -139,6 +154,23 @@ class ModelConfig(Checked):
         if self.noise == "range":
             return math.sqrt(self.noise_min * self.noise_max)
         return self.noise_std if self.noise == "gaussian" else None
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer layers of each block, from block 1."""
+        return self.layers if isinstance(self.layers, tuple) else (self.layers,) * self.blocks
+
+    @property
+    def locations(self) -> list[tuple[int, int]]:
+        """Every (block, layer), counted from 1."""
+        return [(t, layer) for t, depth in enumerate(self.depths, start=1) for layer in range(1, depth + 1)]
+
+    @property
+    def locations_in_words(self) -> str:
+        """Which (block, layer) pairs there are, for messages."""
+        if isinstance(self.layers, int):
+            return f"blocks go from 1 to {self.blocks}, layers from 1 to {self.layers}"
+        return f"blocks go from 1 to {self.blocks}, and have {', '.join(map(str, self.depths))} layers"
 
     @property
     def grid(self) -> int:
@@ -607,9 +639,10 @@ class RunConfig(Checked):
             self.alignment.stop_below is None or self.train.diagnose_every > 0,
             "--alignment.stop-below needs --train.diagnose-every, the steps between two measurements.",
         )
+        known = set(self.model.locations)
         for block, layer in self.alignment.locations:
             require(
-                1 <= block <= self.model.blocks and 1 <= layer <= self.model.layers,
+                (block, layer) in known,
                 f"--alignment.locations: ({block}, {layer}) is outside the model; "
-                f"blocks go from 1 to {self.model.blocks}, layers from 1 to {self.model.layers}.",
+                f"{self.model.locations_in_words}.",
             )

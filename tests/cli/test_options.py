@@ -44,6 +44,14 @@ def saved(tmp_path_factory):
     return folder
 
 
+def test_layers_of_each_block_on_the_command_line(options_of, tmp_path):
+    words = ("train", "digits", "--model.layers")
+    assert options_of(*words, "1,1,1,4").model.layers == (1, 1, 1, 4)
+    assert options_of(*words, "3").model.layers == 3
+    (tmp_path / "a.yaml").write_text("model: {layers: [1, 1, 1, 4]}")
+    assert options_of("train", "digits", "--config", tmp_path / "a.yaml").model.layers == (1, 1, 1, 4)
+
+
 POSITIONAL = "POSITIONAL"
 WORDS = {
     "demo": [["--steps", "3"], ["--out", "x"], ["--json=y"]],

@@ -28,8 +28,8 @@ VERBS = {
     "cache": ("cache:run", "show or clear what is kept for later runs"),
     "presets": ("list_presets:run", "list the presets"),
     "reproduce": ("reproduce:run", "train and evaluate the rows of a table, and fill it in"),
-    "import-tarflow": ("convert:run_import", "read a checkpoint with TARFlow's parameter names"),
-    "export-tarflow": ("convert:run_export", "write a checkpoint with TARFlow's parameter names"),
+    "import-tarflow": ("convert:run_import", "read weights of the original TARFlow or iTARFlow code"),
+    "export-tarflow": ("convert:run_export", "write a checkpoint for that code"),
 }
 """Each verb's function, as module:function of this package, and what it does."""
 

@@ -64,18 +64,22 @@ def parse(
     if defaults or has_data:
         read = [word for word in words if word not in ("-h", "--help")]
         try:
-            seen = tyro.cli(_unchecked(kind), args=read, prog=f"flowback {verb}", console_outputs=not helps)
+            seen = _read(_unchecked(kind), read, verb, console_outputs=not helps)
             overrides = (defaults or _data_of_checkpoint)(seen)
         except SystemExit:  # something is missing or misspelled, as tyro has said
             if not helps:
                 raise
     if helps:
         words = ["--help"]  # alone: tyro's help leaves out the positionals before it
-    options = tyro.cli(kind, args=words, default=_start(kind, overrides), prog=f"flowback {verb}")
+    options = _read(kind, words, verb, default=_start(kind, overrides))
     record = getattr(options, "json", None)  # known now, not when the work is done
     if record is not None:
         check_file(record, "--json")
     return options
+
+
+def _read(kind: type[Options], words: Sequence[str], verb: str, **options: Any) -> Options:
+    return tyro.cli(kind, args=words, prog=f"flowback {verb}", registry=_REGISTRY, **options)
 
 
 def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
@@ -172,6 +176,30 @@ SEARCH = tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [":".join(map(str, value)) or "none"],
 )
 """How guidance scales to try are typed."""
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _one_or_several(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[int | tuple[int, ...]] | None:
+    """A number, or one a block: ``8`` or ``4,4,4,24``."""
+    if info.type != int | tuple[int, ...]:
+        return None
+
+    def read(words: list[str]) -> int | tuple[int, ...]:
+        numbers = tuple(map(int, words[0].split(",")))
+        return numbers if len(numbers) > 1 else numbers[0]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT[,INT,...]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, (int, tuple)),
+        str_from_instance=lambda value: [",".join(map(str, value if isinstance(value, tuple) else (value,)))],
+    )
 
 
 def noise_levels(text: str) -> tuple[float, ...]:
