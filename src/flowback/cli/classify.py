@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from flowback.checked import to_dict
-from flowback.classification import Method
 from flowback.cli.console import say, show_table
 from flowback.cli.options import out_folder, parse
 from flowback.config import DataConfig
-from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
-from flowback.evaluation.held_out import Accuracy, accuracy, default_methods, matched, run_images
-from flowback.evaluation.plots import plot_confusion
-from flowback.evaluation.predictions import Prediction, Predictions, open_pictures, predict
-from flowback.evaluation.report import Report, weights_of
-from flowback.model import Flow
-from flowback.processes import Processes
-from flowback.provenance import environment
+
+if TYPE_CHECKING:
+    from flowback.classification import Method
+    from flowback.data.image_set import ImageSet
+    from flowback.evaluation.held_out import Accuracy
+    from flowback.model import Flow
+    from flowback.processes import Processes
 
 __all__ = ["Options", "run"]
 
@@ -92,6 +90,10 @@ def run(argv: list[str]) -> None:
     """Classify, show, write."""
     options = parse(Options, argv, "classify")
     options.check()
+    from flowback.evaluation.held_out import accuracy, matched, run_images
+    from flowback.model import Flow
+    from flowback.processes import Processes
+
     folder = out_folder(options.out, options.checkpoint)
     processes = Processes(options.device)
     flow = Flow.from_pretrained(options.checkpoint, processes.device)
@@ -118,6 +120,9 @@ def run(argv: list[str]) -> None:
 
 def _predict(options: Options, path: Path, flow: Flow, processes: Processes, folder: Path) -> None:
     """Say of each picture what it is."""
+    from flowback.evaluation.predictions import Prediction, Predictions, open_pictures, predict
+    from flowback.evaluation.report import weights_of
+
     if options.method == "both":
         raise InputError("--images takes one rule; give --method gradient, normalised or exhaustive.")
     method: Method | None = None if options.method == "auto" else options.method
@@ -145,6 +150,10 @@ def _predict(options: Options, path: Path, flow: Flow, processes: Processes, fol
 
 def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Flow, folder: Path) -> None:
     """Files, pictures, tables, warnings."""
+    from flowback.evaluation.plots import plot_confusion
+    from flowback.evaluation.report import Report, weights_of
+    from flowback.provenance import environment
+
     names = ("noise", "draws", "steps", "step_size", "seed", "batch_size")
     settings = {
         **weights_of(flow),
@@ -174,6 +183,8 @@ def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Fl
 
 
 def _methods(options: Options, flow: Flow) -> tuple[Method, ...]:
+    from flowback.evaluation.held_out import default_methods
+
     if options.method == "auto":
         return default_methods(flow)
     return ("gradient", "exhaustive") if options.method == "both" else (options.method,)

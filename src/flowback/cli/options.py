@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -10,8 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from flowback import checkpoint
-from flowback.data.named_sets import dataset_names
+from flowback.cli.console import wrapped
 from flowback.errors import InputError
 from flowback.files import check_file, check_folder
 
@@ -28,6 +28,8 @@ Options = TypeVar("Options")
 
 def is_checkpoint(path: Path) -> bool:
     """Whether ``path`` is a checkpoint or a run."""
+    from flowback import checkpoint
+
     return (path / "config.json").is_file() or bool(checkpoint.step_folders(path))
 
 
@@ -59,8 +61,8 @@ def parse(
     words = _without_shorthand(argv) if has_data else list(argv)
     helps = bool({"-h", "--help"} & set(itertools.takewhile(lambda word: word != "--", words)))
     overrides: dict[str, Any] = {}
-    if defaults or has_data:
-        read = [word for word in words if word not in ("-h", "--help")]
+    read = [word for word in words if word not in ("-h", "--help")]
+    if (defaults or has_data) and (read or not helps):
         try:
             seen = tyro.cli(_unchecked(kind), args=read, prog=f"flowback {verb}", console_outputs=not helps)
             overrides = (defaults or _data_of_checkpoint)(seen)
@@ -69,15 +71,25 @@ def parse(
                 raise
     if helps:
         words = ["--help"]  # alone: tyro's help leaves out the positionals before it
-    options = tyro.cli(kind, args=words, default=_start(kind, overrides), prog=f"flowback {verb}")
+    about = _about(kind) if helps else None
+    start = _start(kind, overrides)
+    options = tyro.cli(kind, args=words, default=start, prog=f"flowback {verb}", description=about)
     record = getattr(options, "json", None)  # known now, not when the work is done
     if record is not None:
         check_file(record, "--json")
     return options
 
 
+def _about(kind: type[Any]) -> str:
+    """What the verb does, in lines that fit; tyro joins those that do not begin with a space."""
+    paragraphs = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
+    return "\n".join("\n".join(wrapped(f" {paragraph}", indent=1)) for paragraph in paragraphs)
+
+
 def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
     """The data of the checkpoint that the first field names; nothing where it names none."""
+    from flowback import checkpoint
+
     subject = getattr(seen, fields(seen)[0].name)
     return {"data": checkpoint.load_config(subject).data} if is_checkpoint(subject) else {}
 
@@ -127,6 +139,8 @@ def _without_shorthand(argv: Sequence[str]) -> list[str]:
 
 
 def _shorthand(value: str, path_given: bool) -> list[str]:
+    from flowback.data.named_sets import dataset_names
+
     if value not in dataset_names():
         return ["--data.name", "folder", "--data.path", value]  # a prepared set is recognised there
     return ["--data.name", value, *(() if path_given else ("--data.path", "None"))]
