@@ -81,6 +81,8 @@ def _choices(kind: type[Any], prefix: str) -> Choices:
                 getattr(mark, "name", None) == "" for mark in marks
             )
             found |= _choices(cast(type[Any], hint), prefix if plain else f"{name}.")
+        elif tyro.conf.FlagCreatePairsOff in marks:
+            found[name] = ()
         elif hint is bool:
             found |= {name: (), f"{prefix}no-{one.name.replace('_', '-')}": ()}
         elif not {tyro.conf.Positional, tyro.conf.Suppress} & set(marks):
