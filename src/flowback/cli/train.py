@@ -6,7 +6,7 @@ import json as jsonlib
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -16,11 +16,9 @@ from flowback.cli.options import parse
 from flowback.config import AlignmentConfig, CodecConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.flow.cost import flops_per_image, parameters, training_bytes
-from flowback.presets import get_preset
-from flowback.provenance import environment
-from flowback.reading import read_yaml
-from flowback.training import Trial, classes_shown, start, train, try_run
+
+if TYPE_CHECKING:
+    from flowback.training import Trial
 
 __all__ = ["Options", "run"]
 
@@ -68,6 +66,9 @@ def run(argv: list[str]) -> None:
     if options.dry_run:
         _dry_run(config)
         return
+    from flowback.provenance import environment
+    from flowback.training import start, train
+
     result = train(config, out=options.out, description=options.preset)
     row = result.metrics
     if not start(config.train).is_main_process:
@@ -87,6 +88,8 @@ def run(argv: list[str]) -> None:
 
 def _settings(seen: Any) -> dict[str, Any]:
     """The preset's settings with those of ``--config`` on top, by section."""
+    from flowback.presets import get_preset
+
     base = get_preset(seen.preset).config
     if seen.config is not None:
         base = _from_yaml(seen.config, base)
@@ -94,6 +97,8 @@ def _settings(seen: Any) -> dict[str, Any]:
 
 
 def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
+    from flowback.reading import read_yaml
+
     try:
         values = read_yaml(file)
     except (OSError, ValueError) as error:
@@ -107,6 +112,9 @@ def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
 
 def _dry_run(config: RunConfig) -> None:
     """Show the settings, and what the run will take; with a step tried, if its data are named."""
+    from flowback.flow.cost import flops_per_image, parameters, training_bytes
+    from flowback.training import try_run
+
     model, train = config.model, config.train
     unnamed = config.data.path is None and config.data.name in ("folder", "prepared")
     trial = None if unnamed else try_run(config)
@@ -128,6 +136,8 @@ def _dry_run(config: RunConfig) -> None:
 
 def _images_of(trial: Trial) -> list[list[Any]]:
     """Counts, names and sizes; the files that are left out."""
+    from flowback.training import classes_shown
+
     images, model = trial.images, trial.config.model
     tested = "none" if trial.test is None else f"{len(trial.test):,}"
     rows: list[list[Any]] = [
