@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
-    from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
+    from flowback.sampling import BlockPlan, Guidance, Inpainted, Sampler, plan_sampling, sample
     from flowback.tables import reproduce
     from flowback.training import Evaluator, TrainResult, train
 
@@ -92,7 +92,7 @@ _MODULES = {
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "sampling": ("BlockPlan", "Guidance", "Inpainted", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
     "training": ("Evaluator", "TrainResult", "train"),
 }
@@ -113,6 +113,7 @@ __all__ = [
     "FlowOutput",
     "Guidance",
     "ImageSet",
+    "Inpainted",
     "InputError",
     "ModelConfig",
     "PixelSet",

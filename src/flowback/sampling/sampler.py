@@ -7,6 +7,7 @@ drawn in, on the device, or on how many processes draw.
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -208,8 +209,20 @@ class Sampler:
                 return Overflow(index, int(order[int(finite[order].int().argmin())]))
         return None if states[-1].isfinite().all() else Overflow(None, None)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    def follow(
+        self,
+        labels: UserLabels = None,
+        seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
+        redraw: int = 0,
+    ) -> Iterator[tuple[slice, Float[Tensor, "_ c h w"]]]:
+        """The states of :meth:`trajectory`, each as soon as it is there: which images, and their state.
+
+        Images decoded together come together; a batch is done before the next one begins.
+        """
+        for part, states in self._batches(labels, seeds, redraw):
+            for state in states:
+                yield part, state
+
     def _parts(
         self,
         labels: UserLabels,
@@ -218,21 +231,38 @@ class Sampler:
         every_block: bool,
     ) -> list[list[Tensor]]:
         """The trajectories of batches, or their ends."""
+        batches = self._batches(labels, seeds, redraw)
+        return [list(states) if every_block else list(deque(states, maxlen=1)) for _, states in batches]
+
+    def _batches(
+        self, labels: UserLabels, seeds: Sequence[int] | Tensor | None, redraw: int
+    ) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+        """Batches of what is asked for, and the trajectory of each; one must be read before the next."""
         seeds = _seeds(labels, seeds)
-        checked = self.flow.labels(labels, len(seeds))
-        self.guidance.check(checked is not None)
-        scales = self.guidance.scales(len(seeds), self.flow.blocks[0].proj_in.weight)
-        parts = []
+        with torch.inference_mode(False), torch.no_grad():
+            checked = self.flow.labels(labels, len(seeds))
+            self.guidance.check(checked is not None)
+            scales = self.guidance.scales(len(seeds), self.flow.blocks[0].proj_in.weight)
         for start in range(0, len(seeds), self.images_at_once):
             part = slice(start, start + self.images_at_once)
             part_labels = None if checked is None else checked[part]
-            z = noise(self.flow, seeds[part], redraw)
-            states = [z, *self.invert(z, part_labels, scales[part])]
-            states = [self.flow.images(x) for x in (states if every_block else states[-1:])]
-            if self.denoise:
-                states.append(denoise_step(self.flow, states[-1], part_labels))
-            parts.append(states)
-        return parts
+            yield part, self._states(seeds[part], part_labels, scales[part], redraw)
+
+    def _states(
+        self, seeds: Sequence[int], labels: Labels, scales: Float[Tensor, " b"], redraw: int
+    ) -> Iterator[Tensor]:
+        """The trajectory of one batch, each state when it is asked for; the caller's modes are left alone."""
+        with torch.inference_mode(False), torch.no_grad():
+            z = noise(self.flow, seeds, redraw)
+            images = self.flow.images(z)
+            outputs = self.invert(z, labels, scales)
+        yield images
+        for _ in self.flow.blocks:
+            with torch.inference_mode(False), torch.no_grad():
+                images = self.flow.images(next(outputs))
+            yield images
+        if self.denoise:
+            yield denoise_step(self.flow, images, labels)
 
     def invert(
         self,
