@@ -96,7 +96,7 @@ def test_a_round_step_by_step(flow, pictures):
 
 
 def test_one_block_with_the_kept_tokens_first_is_exact(one_block):
-    """x of the first tokens is a function of their z alone: drawing the others' z is drawing from p(x | kept)."""
+    """The first tokens are a function of their z alone, so fresh z of the others draws from p(x | kept)."""
     images = one_block.sample([0, 1], [0, 1], denoise=False)
     result = one_block.inpaint(images, TOP, [0, 1], seeds=[7, 8], rounds=3)
     assert result.exact.all()

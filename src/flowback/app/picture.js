@@ -10,7 +10,10 @@ const most = Number(stage.dataset.mostBytes);
 let image = '';
 
 const marked = () => boxes.flatMap((box, token) => (box.checked ? [token] : []));
-const keep = () => { props.value = JSON.stringify({ image, marked: marked() }); };
+const keep = () => {
+  stage.classList.toggle('fb-filled', image !== '');
+  props.value = JSON.stringify({ image, marked: marked() });
+};
 const blank = () => { pen.fillStyle = '#000'; pen.fillRect(0, 0, canvas.width, canvas.height); };
 
 function show(url) {
@@ -43,6 +46,7 @@ watch('value', () => {
   if (field.error) note.textContent = field.error;
   if ((field.image || '') === image) return;
   image = field.image || '';
+  stage.classList.toggle('fb-filled', image !== '');
   if (image) show(image); else blank();
 });
 
@@ -123,6 +127,7 @@ if (boxes.length) { // mark tokens: tap, drag, or space
   };
   canvas.addEventListener('pointerdown', (event) => {
     canvas.setPointerCapture(event.pointerId);
+    stage.classList.add('fb-filled');
     canvas.focus();
     from = place(event);
     stroke(from);

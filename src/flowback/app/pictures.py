@@ -33,7 +33,9 @@ def stretched(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     return images / images.flatten(1).abs().amax(1).clamp(min=1)[:, None, None, None]
 
 
-def tiles(images: Float[Tensor, "b c h w"], names: Sequence[str], caption: str = "", large: bool = False) -> str:
+def tiles(
+    images: Float[Tensor, "b c h w"], names: Sequence[str], caption: str = "", large: bool = False
+) -> str:
     """Images side by side, as many in a row as fit, each above its name."""
     shown = "".join(
         f'<figure><img src="{data_url(image)}" alt="{html.escape(name, quote=True)}">'
@@ -61,10 +63,12 @@ def bars(scores: Float[Tensor, " k"], names: Sequence[str], caption: str) -> str
     if len(order) > _SHOWN:
         order = torch.topk(scores, _SHOWN).indices.tolist()
     best = int(scores.argmax())
-    rows = "".join(
-        f'<tr{" class=fb-best" if k == best else ""}><th scope="row">{html.escape(names[k])}</th>'
-        f'<td class="fb-bar"><div style="width:{100 * (float(scores[k]) - low) / max(high - low, 1e-9):.1f}%">'
-        f"</div></td><td>{float(scores[k]):.4g}</td></tr>"
-        for k in order
-    )
+    rows = ""
+    for k in order:
+        score = float(scores[k])
+        rows += (
+            f'<tr{" class=fb-best" if k == best else ""}><th scope="row">{html.escape(names[k])}</th>'
+            f'<td class="fb-bar"><div style="width:{100 * (score - low) / max(high - low, 1e-9):.1f}%"></div>'
+            f"</td><td>{score:.4g}</td></tr>"
+        )
     return f'<table class="fb-bars"><caption>{html.escape(caption)}</caption>{rows}</table>'

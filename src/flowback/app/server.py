@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flowback.app.flows import Flows
-from flowback.app.uploads import MOST_BYTES
+from flowback.app.inputs import MOST_BYTES
 from flowback.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Gate:
     @staticmethod
     def _refusal(scope: dict[str, Any]) -> tuple[int, str] | None:
         path, headers = scope["path"], dict(scope["headers"])
-        if (path.rstrip("/") or "/") not in ROUTES and not path.startswith(FOLDERS) or ".." in path:
+        if ((path.rstrip("/") or "/") not in ROUTES and not path.startswith(FOLDERS)) or ".." in path:
             return 404, "There is nothing here.\n"
         if scope["method"] == "POST":
             length = headers.get(b"content-length", b"")
@@ -114,7 +114,9 @@ def server(flows: Flows) -> uvicorn.Server:
         ssr_mode=False,
         enable_monitoring=False,
         max_file_size=1,
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gradio.themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
     )
     return uvicorn.Server(
         uvicorn.Config(Gate(app), log_level="warning", access_log=False, timeout_graceful_shutdown=1)

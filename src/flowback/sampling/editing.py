@@ -194,14 +194,12 @@ def _redraw(
 ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, " b"]]:
     """The tokens after so many rounds, and the drift of the last one."""
     flow, x, held = sampler.flow, kept.tokens, kept.places[..., None]
-    before_last = x
+    inner = x
     for turn in range(rounds):
         z = torch.where(held, flow(flow.images(x), labels).z, noise(flow, seeds, redraw=turn))
-        before_last = z
-        for before_last in islice(sampler.invert(z, labels, scales), flow.config.blocks - 1):
-            pass
-        x = sequential(sampler.decoder(1, labels, scales), before_last, kept)  # block 1 reads in raster order
-    free = sequential(sampler.decoder(1, labels, scales), before_last)
+        *_, inner = (z, *islice(sampler.invert(z, labels, scales), flow.config.blocks - 1))
+        x = sequential(sampler.decoder(1, labels, scales), inner, kept)  # block 1 reads in raster order
+    free = sequential(sampler.decoder(1, labels, scales), inner)
     moved = torch.where(held, free - kept.tokens, 0).square().sum((1, 2))
     values = (kept.places.sum(1) * kept.tokens.shape[2]).clamp_min(1)
     return x, (moved / values).sqrt()
