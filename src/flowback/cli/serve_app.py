@@ -16,7 +16,7 @@ from flowback.cli.options import parse
 from flowback.devices import pick_device
 from flowback.errors import InputError
 
-__all__ = ["Options", "run"]
+__all__ = ["Options", "is_loopback", "run"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,15 @@ def run(argv: list[str]) -> None:
         name = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{name}:{port}"
         say(f"{flows.names[0]} is at {address} (Ctrl-C ends it).")
-        if not _is_private(options.host):
+        if not is_loopback(options.host):
             say(f"Everyone who can reach {options.host}:{port} can use it.")
         if options.open:
             threading.Timer(0.5, webbrowser.open, [address]).start()
         serving.run(sockets=[sock])
 
 
-def _is_private(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
