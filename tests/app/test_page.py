@@ -48,7 +48,7 @@ def address(flows):
         thread = threading.Thread(target=serving.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-        serving.should_exit = serving.force_exit = True
+        serving.should_exit = True
         thread.join(10)
 
 

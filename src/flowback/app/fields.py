@@ -7,7 +7,6 @@ one flow works at a time, and visitors wait in turn.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -57,7 +56,11 @@ def result(identity: str) -> gr.HTML:
 
 
 def connect(
-    source: Any, handler: Callable[..., Any], inputs: Sequence[Any], output: gr.HTML, event: str = "click"
+    source: Any,
+    handler: Callable[..., str | Iterator[str]],
+    inputs: Sequence[Any],
+    output: gr.HTML,
+    event: str = "click",
 ) -> None:
     """Run a handler in turn; the sentence of an InputError becomes its result. It is no public interface."""
     getattr(source, event)(
@@ -71,24 +74,14 @@ def connect(
     )
 
 
-def _spoken(handler: Callable[..., Any]) -> Callable[..., Any]:
-    if inspect.isgeneratorfunction(handler):
-
-        @functools.wraps(handler)
-        def generate(*values: Any) -> Iterator[str]:
-            try:
-                yield from handler(*values)
-            except InputError as error:
-                yield pictures.error(str(error))
-
-        return generate
-
+def _spoken(handler: Callable[..., str | Iterator[str]]) -> Callable[..., Iterator[str]]:
     @functools.wraps(handler)
-    def answer(*values: Any) -> str:
+    def answer(*values: Any) -> Iterator[str]:
         try:
-            return str(handler(*values))
+            shown = handler(*values)
+            yield from [shown] if isinstance(shown, str) else shown
         except InputError as error:
-            return pictures.error(str(error))
+            yield pictures.error(str(error))
 
     return answer
 
