@@ -1,8 +1,8 @@
 """Shape annotations are checked in tests: jaxtyping with beartype wraps flowback's functions.
 
 Not those of ``cli``, where the option parser fills dataclasses with marks of its own, nor of ``config`` and
-``sample_folder``, whose options check themselves, nor of the page of ``app``, where Gradio asks which functions
-are generators.
+``sample_folder``, whose options check themselves, nor of the page of ``app``, where Gradio asks which of its
+functions are generators.
 """
 
 import os
