@@ -20,6 +20,7 @@ from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.cost import parameters
+from flowback.flow.levels import UserLevels
 from flowback.flow.likelihood import add_noise
 from flowback.flow.tarflow import UserLabels
 from flowback.presets import get_preset
@@ -87,14 +88,21 @@ class Flow(TARFlow):
             raise InputError(f"The model does not know the names of its classes; give {name!r} as an id.")
         raise InputError(f"The model has no class {name!r}; {nearest(name, self.classes)}")
 
-    def add_noise(self, images: Float[Tensor, "b c h w"], seeds: Sequence[int]) -> Float[Tensor, "b c h w"]:
+    def add_noise(
+        self, images: Float[Tensor, "b c h w"], seeds: Sequence[int], *, noise: UserLevels = None
+    ) -> Float[Tensor, "b c h w"]:
         """Images on [-1, 1] with the training noise added; the flow's density is that of such images.
 
         Args:
             images: clean images.
             seeds: one per image, not negative; the noise depends only on them.
+            noise: its level, for a flow with a range of them.
+
+        Raises:
+            InputError: a level that the flow does not have.
         """
-        return add_noise(images, self.config, seeds)
+        levels = self.levels(noise, len(images))
+        return add_noise(images, self.config, seeds, levels=None if levels is None else levels.to(images))
 
     def sample(
         self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
@@ -122,10 +130,10 @@ class Flow(TARFlow):
         steps: int = 9,
         labels: UserLabels = None,
         second_labels: UserLabels = None,
-        denoise: bool = False,
+        **options: Any,
     ) -> Float[Tensor, "b s c h w"]:
         """Images between two, equally spaced in z; :func:`flowback.sampling.interpolate` explains it."""
-        return interpolate(self, first, second, steps, labels, second_labels, denoise)
+        return interpolate(self, first, second, steps, labels, second_labels, **options)
 
     def inpaint(
         self,

@@ -33,7 +33,7 @@ from flowback.model import Flow
 from flowback.progress import bar
 from flowback.provenance import environment
 from flowback.reading import read_json
-from flowback.sampling import BlockPlan, Sampler
+from flowback.sampling import BlockPlan, Denoising, Sampler
 from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.denoise import denoises
 from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
@@ -216,9 +216,10 @@ def draw_folder(
     every = range(flow.config.num_classes or 0)
     labels = [] if config.unconditional else class_ids(flow, config.labels or every)
     sampler = Sampler.from_config(flow, sampling, plans)
-    sampler.guidance.check(bool(labels))
+    codec_config = (flow.run or RunConfig()).codec if codec is None else codec.config
+    sampler.check(bool(labels), latent=codec_config.vae is not None)
     if codec is None:
-        codec = open_codec((flow.run or RunConfig()).codec, flow.device)
+        codec = open_codec(codec_config, flow.device)
     job = _Job(flow, sampler, codec, labels, config)
     state = PartialState(cpu=flow.device.type == "cpu")
     settings = _settings(flow, sampler, sampling, codec, labels, config)
@@ -300,8 +301,17 @@ def _settings(
         "seed": config.seed,
         **{name: getattr(sampling, name) for name in keep},
         "plans": [asdict(plan) for plan in sampler.plans] if swept else None,
+        "denoising": _denoising(sampler),
+        **({} if sampler.noise is None else {"noise": sampler.noise}),
         **({"vae": codec.config.weights} if codec.config.vae else {}),
     }
+
+
+def _denoising(sampler: Sampler) -> dict[str, Any] | None:
+    """How images are denoised; None for one step of a flow of one level, without options."""
+    if not sampler.levels or (len(sampler.levels) == 1 and sampler.denoising == Denoising()):
+        return None
+    return {**asdict(sampler.denoising), "levels": sampler.levels}
 
 
 class Draw(Protocol):
@@ -459,6 +469,10 @@ class SampleFolder:
             for row, pixels in zip(written, pictures, strict=True):
                 text = {**draw.notes(numbers[row]), **({"redraw": attempts[row]} if attempts[row] else {})}
                 save_png(pixels, self.file(numbers[row]), text)
+            at_first = [attempts[row] == 0 and finite[row] for row in range(len(numbers))]
+            broken = [n for n, good in zip(numbers, at_first, strict=True) if n in wanted and not good]
+            if broken:
+                faults.stages.update(place.stage for place in draw.overflows(broken, 0) if place)
             bad = [number for row, number in enumerate(numbers) if not finite[row] and number in wanted]
             places = draw.overflows(bad, redraws) if bad else []
             yield Drawn(

@@ -99,7 +99,6 @@ def images(page, result, count):
     """What a result shows, once it shows so many: the pixels and the names."""
     found = page.locator(f"#{result} figure")
     playwright.expect(found).to_have_count(count)
-    page.wait_for_function("() => !document.querySelector('.generating')")
     sources = found.locator("img").evaluate_all("all => all.map(one => one.src)")
     pixels = [np.array(Image.open(BytesIO(base64.b64decode(url.partition(",")[2])))) for url in sources]
     return np.stack(pixels), found.locator("figcaption").all_inner_texts()
@@ -130,7 +129,6 @@ def test_draw_shows_the_samples_of_the_flow(page, flows):
     set_number(page, "Seed", 5)
     page.locator("#draw-button").focus()
     page.keyboard.press("Enter")
-    pixels, names = images(page, "draw-result", 16)
     playwright.expect(page.locator("#draw-result .fb-text")).to_have_text("Denoised.")
     pixels, names = images(page, "draw-result", 16)
     assert names[0] == "dog, seed 5"
@@ -165,7 +163,7 @@ def test_a_drawing_is_read(page):
     page.locator("#read-button").click()
     pixels, names = images(page, "read-result", 4)
     assert names == ["image", "with noise", "its z", "decoded from z"]
-    assert pixels[0][1:3, 2:5].mean() > 100
+    assert pixels[0][1, 2:5].min() > 100
     assert pixels[0][5:].max() < 30
     text = page.locator("#read-result").inner_text()
     assert re.search(r"\d\.\d{3} bits/dim", text)
@@ -256,6 +254,8 @@ def test_two_flows_on_the_same_seeds(page, flows):
     open_tab(page, "Compare")
     choose(page, "Second flow", "second, step 5")
     page.locator("#compare-button").click()
+    last = page.locator("#compare-result .fb-text").last
+    playwright.expect(last).to_have_text("second, step 5: denoised.")
     pixels, names = images(page, "compare-result", 20)
     assert names[:10] == names[10:]
     drawn = flows["second, step 5"].sample([k % 3 for k in range(10)], range(10), guidance=1.0)

@@ -173,3 +173,18 @@ def test_states_come_as_soon_as_they_are_there(flow):
 def test_what_does_not_fit_is_refused(flow, pictures, call, sentence):
     with pytest.raises(InputError, match=sentence):
         call(flow, pictures[0])
+
+
+def test_a_flow_with_a_range_of_levels_is_told_the_level():
+    flow = tame_flow(noise="range", noise_min=0.1, noise_max=0.6)
+    first, second = (flow.sample(LABELS, seeds, denoise=False, noise=0.3) for seeds in ([0, 1], [2, 3]))
+    way = flow.interpolate(first, second, 3, LABELS, noise=0.3)
+    torch.testing.assert_close(way[:, 2], second, atol=1e-10, rtol=0)
+    result = flow.inpaint(first, LEFT, LABELS, noise=0.3, denoise=True)
+    assert torch.equal(flow.tokens(result.images)[:, LEFT[0]], flow.tokens(first)[:, LEFT[0]])
+    held = flow.inpaint(first, LEFT | True, LABELS, noise=0.3)
+    assert held.drift.max() < 1e-10  # encoded and decoded at the same level
+    torch.testing.assert_close(held.log_prob, flow.log_prob(first, LABELS, noise=0.3))
+    for call in (lambda: flow.inpaint(first, LEFT), lambda: flow.interpolate(first, second)):
+        with pytest.raises(InputError, match="level"):
+            call()

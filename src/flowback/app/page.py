@@ -77,15 +77,26 @@ def _draw(
     """Stage, images so far and their names, each time something is new."""
     labels, first = read_labels(label, flow.config, count), read_seed(seed)
     scale = guidance_scale(guidance, labels is not None)
-    stages = ["noise", *(f"after block {block}" for block in range(flow.config.blocks, 0, -1)), "denoised"]
     kinds = [""] * count if labels is None else [f"{class_names(flow)[k]}, " for k in labels]
     names = [f"{kind}seed {first + index}" for index, kind in enumerate(kinds)]
     images = torch.zeros(count, flow.config.channels, flow.config.image_size, flow.config.image_size)
     sampler = Sampler(flow, scale, batch_size=AT_ONCE)
+    stages = _stages(flow.config.blocks, len(sampler.levels))
     for index, (part, state) in enumerate(sampler.follow(labels, range(first, first + count))):
         stage = index % len(stages)
-        images[part] = (state if stage >= len(stages) - 2 else pictures.stretched(state)).cpu().float()
+        images[part] = (state if stage >= flow.config.blocks else pictures.stretched(state)).cpu().float()
         yield stages[stage], images, names
+
+
+def _stages(blocks: int, steps: int) -> list[str]:
+    """Names of the states of a trajectory."""
+    denoised = ["denoised"] if steps == 1 else [f"denoised {step}/{steps}" for step in range(1, steps + 1)]
+    return ["noise", *(f"after block {block}" for block in range(blocks, 0, -1)), *denoised]
+
+
+def _drawing_level(flow: Flow) -> float | None:
+    """The noise level that images are drawn at; None for a flow of one level."""
+    return flow.config.noise_max if flow.config.noise == "range" else None
 
 
 def _draw_tab(flow: Flow) -> None:
@@ -104,8 +115,8 @@ def _draw_tab(flow: Flow) -> None:
 
 def _trajectory_tab(flow: Flow) -> None:
     words(
-        "The noise of a seed goes backwards through the blocks. Each picture but the last two is divided by "
-        "its largest value, since noise leaves the range of an image."
+        "The noise of a seed goes backwards through the blocks. What comes before block 1 leaves the range of "
+        "an image; each such picture is divided by its largest value."
     )
     fields = sample_fields(flow)
     button = gr.Button("Follow", variant="primary", elem_id="trajectory-button")
@@ -170,12 +181,13 @@ def _interpolate_tab(flow: Flow) -> None:
         ends = ((text, samples[:3]), (other, samples[3:]))
         ids = [read_label(sample[0], flow.config) for _, sample in ends]
         require((ids[0] is None) == (ids[1] is None), "Give both images a class, or neither of them one.")
+        level = _drawing_level(flow)
         images = [
-            flow.add_noise(given(held, flow, sample)[0].to(flow.device), [seed])
+            flow.add_noise(given(held, flow, sample)[0].to(flow.device), [seed], noise=level)
             for seed, (held, sample) in enumerate(ends)
         ]
         labels = [None if label is None else [label] for label in ids]
-        found = flow.interpolate(*images, steps, labels[0], labels[1], denoise=True)[0]
+        found = flow.interpolate(*images, steps, labels[0], labels[1], denoise=True, noise=level)[0]
         return pictures.tiles(found, [f"{index / (steps - 1):.0%}" for index in range(steps)])
 
     connect(button, answer, [first, second, steps, *first_sample, *second_sample], way)
@@ -209,11 +221,12 @@ def _inpainted(
     labels, first = read_labels(sample[0], flow.config, count), read_seed(sample[1])
     scale, seeds = guidance_scale(sample[2], labels is not None), range(first, first + count)
     clean = image.to(flow.device).expand(count, -1, -1, -1)
-    found = flow.inpaint(
-        flow.add_noise(clean, seeds), ~redraw, labels, seeds, rounds=rounds, guidance=scale, denoise=True
-    )
-    places = redraw.to(flow.device)[..., None].expand(count, -1, flow.config.token_dim)
-    shown = torch.where(flow.images(places), found.images, clean)  # the kept part without its noise
+    level = _drawing_level(flow)
+    noised = flow.add_noise(clean, seeds, noise=level)
+    options = {"rounds": rounds, "guidance": scale, "denoise": True, "noise": level}
+    found = flow.inpaint(noised, ~redraw, labels, seeds, **options)
+    places = redraw.to(clean)[..., None].expand(count, -1, flow.config.token_dim)
+    shown = torch.where(flow.images(places) > 0, found.images, clean)  # the kept part without its noise
     order = found.log_prob.argsort(descending=True).tolist()
     names = ["before", *(f"seed {seeds[k]}, {float(found.log_prob[k]):.0f} nats" for k in order)]
     honest = (
@@ -247,8 +260,8 @@ def _compare_tab(flows: Flows) -> None:
         require(isinstance(one, str) and isinstance(other, str), "Choose two flows.")
         done = latest = ""
         for name in (one, other):
-            for _, images, names in _draw(flows[name], *sample, count=count):
-                latest = done + pictures.tiles(images, names, name)
+            for stage, images, names in _draw(flows[name], *sample, count=count):
+                latest = done + pictures.tiles(images, names, f"{name}: {stage}.")
                 yield latest
             done = latest
 

@@ -55,19 +55,25 @@ def read(
     """
     image = image.to(flow.device, flow.data_dtype)
     labels = None if label is None else [label]
-    uniform = replace(flow.config, noise="uniform")
-    log_probs = [
-        [float(flow.log_prob(add_noise(image, config, [0], draw), labels)) for draw in range(DRAWS)]
-        for config in (uniform, flow.config)
-    ]
-    dequantised, noised = (sum(values) / DRAWS for values in log_probs)
-    encoded = flow.add_noise(image, [0])
-    z = flow(encoded, labels).z
+    config = flow.config
+    ranged = config.noise == "range"
+    level = config.noise_level if ranged else None
+    levels = flow.levels(level, 1)
+    dequantised = noised = 0.0
+    for draw in range(DRAWS):
+        uniform = add_noise(image, replace(config, noise="uniform"), [0], draw)
+        lowest = config.noise_min if ranged else None  # 8-bit values have the least noise that it knows
+        dequantised += float(flow.log_prob(uniform, labels, noise=lowest)) / DRAWS
+        noised += (
+            float(flow.log_prob(add_noise(image, config, [0], draw, levels), labels, noise=level)) / DRAWS
+        )
+    encoded = flow.add_noise(image, [0], noise=level)
+    z = flow(encoded, labels, noise=level).z
     return Reading(
-        bits_per_dim(dequantised, flow.config.dims),
-        nll_per_dim(noised, flow.config.dims),
-        classify(flow, image, method, draws=DRAWS)[0].cpu() if flow.config.num_classes else None,
+        bits_per_dim(dequantised, config.dims),
+        nll_per_dim(noised, config.dims),
+        classify(flow, image, method, draws=DRAWS)[0].cpu() if config.num_classes else None,
         encoded.cpu(),
         flow.images(z).cpu(),
-        flow.inverse(z, labels).cpu(),
+        flow.inverse(z, labels, noise=level).cpu(),
     )

@@ -1,7 +1,7 @@
 """Editing images through z: interpolation between two of them, and redrawing a part of one.
 
 Both encode images, change z, and decode it. Images are those that the flow models, with the training noise
-added (:meth:`flowback.Flow.add_noise`), and so are the results; with ``denoise``, one denoising step follows.
+added (:meth:`flowback.Flow.add_noise`), and so are the results, unless they are denoised.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.tarflow import UserLabels
 from flowback.sampling.decoder import Kept, sequential
-from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
-from flowback.sampling.sampler import Sampler, noise
+from flowback.sampling.sampler import Sampler
+from flowback.sampling.sampler import noise as fresh_noise
 
 __all__ = ["Inpainted", "inpaint", "interpolate", "slerp"]
 
@@ -36,6 +36,8 @@ def interpolate(
     labels: UserLabels = None,
     second_labels: UserLabels = None,
     denoise: bool = False,
+    *,
+    noise: float | None = None,
 ) -> Float[Tensor, "b s c h w"]:
     """Images on the way from ``first`` to ``second``, equally spaced on the great circle between their z.
 
@@ -49,7 +51,8 @@ def interpolate(
         steps: images on each way, with both ends.
         labels: of ``first``; None is unconditional.
         second_labels: of ``second``; None: the same labels.
-        denoise: end with one denoising step.
+        denoise: denoise them at the end, as :class:`flowback.Sampler` does.
+        noise: level of the noise on the images, for a flow with a range of levels.
 
     Raises:
         InputError: images that do not fit the model or each other, fewer than two steps, or bad labels.
@@ -71,17 +74,16 @@ def interpolate(
         end = start
         all_labels = None if start is None else start.repeat_interleave(steps, 0)
     from_z, to_z = (
-        flow(images.to(flow.device, flow.data_dtype), label).z
+        flow(images.to(flow.device, flow.data_dtype), label, noise=noise).z
         for images, label in ((first, start), (second, end))
     )
     z = torch.stack([slerp(from_z, to_z, way) for way in ways], 1).flatten(0, 1)
-    sampler = Sampler(flow)
+    sampler = Sampler(flow, denoise=denoise, noise=noise)
     parts = []
     for part in _parts(len(z), sampler):
         part_labels = None if all_labels is None else all_labels[part]
         *_, tokens = sampler.invert(z[part], part_labels, torch.zeros(len(z[part])))
-        images = flow.images(tokens)
-        parts.append(denoise_step(flow, images, part_labels) if denoise else images)
+        parts.append(_denoised(sampler, flow.images(tokens), part_labels, range(len(z))[part]))
     return torch.cat(parts).unflatten(0, (len(first), steps))
 
 
@@ -128,6 +130,8 @@ def inpaint(
     rounds: int = 4,
     guidance: Guidance | float = 0.0,
     denoise: bool = False,
+    *,
+    noise: float | None = None,
 ) -> Inpainted:
     """Keep some tokens of each image, and redraw the others.
 
@@ -150,7 +154,8 @@ def inpaint(
         seeds: of the fresh noise, one an image; None is 0, 1, 2, ...
         rounds: how often the other tokens are drawn again.
         guidance: of decoding, as in :func:`flowback.sample`; encoding has none.
-        denoise: give the redrawn tokens one denoising step, and leave the kept ones as they are.
+        denoise: denoise the redrawn tokens at the end, and leave the kept ones as they are.
+        noise: level of the noise on the images, for a flow with a range of levels.
 
     Raises:
         InputError: images, masks, labels or seeds that do not fit the model or each other, or no rounds.
@@ -168,8 +173,9 @@ def inpaint(
     if len(seeds) != len(images):
         raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed per image.")
     checked = flow.labels(labels, len(images))
-    sampler = Sampler(flow, guidance)
-    sampler.guidance.check(checked is not None)
+    flow.levels(noise, len(images))
+    sampler = Sampler(flow, guidance, denoise, noise=noise)
+    sampler.check(checked is not None)
     scales = sampler.guidance.scales(len(images), flow.blocks[0].proj_in.weight)
     keep = keep.to(flow.device).expand(len(images), -1)
     parts = []
@@ -178,9 +184,9 @@ def inpaint(
         kept = Kept(tokens[part], keep[part])
         drawn, drift = _redraw(sampler, kept, part_labels, scales[part], seeds[part], rounds)
         drawn_images = flow.images(drawn)
-        log_prob = flow(drawn_images, part_labels).log_prob
+        log_prob = flow(drawn_images, part_labels, noise=noise).log_prob
         if denoise:
-            clean = flow.tokens(denoise_step(flow, drawn_images, part_labels))
+            clean = flow.tokens(_denoised(sampler, drawn_images, part_labels, seeds[part]))
             drawn_images = flow.images(torch.where(kept.places[..., None], kept.tokens, clean))
         parts.append((drawn_images, log_prob, drift))
     drawn_images, log_prob, drift = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -196,13 +202,22 @@ def _redraw(
     flow, x, held = sampler.flow, kept.tokens, kept.places[..., None]
     inner = x
     for turn in range(rounds):
-        z = torch.where(held, flow(flow.images(x), labels).z, noise(flow, seeds, redraw=turn))
+        encoded = flow(flow.images(x), labels, noise=sampler.noise).z
+        z = torch.where(held, encoded, fresh_noise(flow, seeds, redraw=turn))
         *_, inner = (z, *islice(sampler.invert(z, labels, scales), flow.config.blocks - 1))
         x = sequential(sampler.decoder(1, labels, scales), inner, kept)  # block 1 reads in raster order
     free = sequential(sampler.decoder(1, labels, scales), inner)
     moved = torch.where(held, free - kept.tokens, 0).square().sum((1, 2))
     values = (kept.places.sum(1) * kept.tokens.shape[2]).clamp_min(1)
     return x, (moved / values).sqrt()
+
+
+def _denoised(
+    sampler: Sampler, images: Float[Tensor, "b c h w"], labels: Labels, seeds: Sequence[int]
+) -> Float[Tensor, "b c h w"]:
+    """The images at the end of the sampler's denoising."""
+    *_, clean = (images, *sampler.denoised(images, labels, seeds))
+    return clean
 
 
 def _parts(count: int, sampler: Sampler) -> Iterator[slice]:
