@@ -115,8 +115,8 @@ def _draw_tab(flow: Flow) -> None:
 
 def _trajectory_tab(flow: Flow) -> None:
     words(
-        "The noise of a seed goes backwards through the blocks. What comes before block 1 leaves the range of "
-        "an image; each such picture is divided by its largest value."
+        "The noise of a seed goes backwards through the blocks. What comes before block 1 leaves the range "
+        "of an image; each such picture is divided by its largest value."
     )
     fields = sample_fields(flow)
     button = gr.Button("Follow", variant="primary", elem_id="trajectory-button")

@@ -19,7 +19,7 @@ __all__ = ["Gate", "listen", "load_gradio", "server"]
 ROUTES = (
     *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
     *("/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/reset"),
-    *("/gradio_api/startup-events", "/gradio_api/info", "/user", "/app_id"),
+    "/gradio_api/startup-events",
 )
 """What the page asks for."""
 FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")

@@ -19,6 +19,10 @@ from flowback.errors import InputError
 __all__ = ["Options", "is_loopback", "run"]
 
 
+COMES_ALONG = "fashion"
+"""Name of the flow that comes with flowback."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Open a page in the browser: draw, follow, read, interpolate, inpaint, and compare two flows.
@@ -26,8 +30,9 @@ class Options:
     Nothing leaves this machine, and only this machine can open the page, unless --host says otherwise.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """A run's folder, a checkpoint or a name on the Hub; more of the same data to compare with."""
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """A run's folder, a checkpoint or a name on the Hub, and more of the same data to compare with; left out,
+    the flow that comes with flowback."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets everyone in who can reach this machine."""
     port: int = 7860
@@ -41,10 +46,8 @@ class Options:
 def run(argv: list[str]) -> None:
     """Serve until Ctrl-C."""
     options = parse(Options, argv, "app")
-    if not options.runs:
-        raise InputError("Which flow? Give a run: flowback app runs/mini.")
     load_gradio()
-    flows = Flows(options.runs, pick_device(options.device))
+    flows = _flows(options)
     with listen(options.host, options.port) as sock:
         serving = server(flows)
         port = sock.getsockname()[1]
@@ -56,6 +59,16 @@ def run(argv: list[str]) -> None:
         if options.open:
             threading.Timer(0.5, webbrowser.open, [address]).start()
         serving.run(sockets=[sock])
+
+
+def _flows(options: Options) -> Flows:
+    device = pick_device(options.device)
+    if options.runs:
+        return Flows(options.runs, device)
+    try:
+        return Flows([COMES_ALONG], device)
+    except InputError:
+        raise InputError("Which flow? Give a run: flowback app runs/mini.") from None
 
 
 def is_loopback(host: str) -> bool:
