@@ -32,12 +32,12 @@ from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from flowback.config import Crop
 from flowback.errors import is_utf8, shorten
 
 __all__ = [
     "EXTENSIONS",
     "NOTES",
-    "Crop",
     "Faults",
     "Note",
     "Rounding",
@@ -53,10 +53,6 @@ __all__ = [
     "to_levels",
     "to_unit_range",
 ]
-
-Crop = Literal["bicubic", "adm", "tarflow"]
-"""How an image becomes a square of the asked size."""
-
 
 _FORMATS = {
     "PNG": (".png", ".apng"),

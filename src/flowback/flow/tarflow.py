@@ -68,8 +68,8 @@ class TARFlow(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        blocks = nn.ModuleList(Block(config, flip=index % 2 == 1) for index in range(config.blocks))
-        self.blocks = cast("Sequence[Block]", blocks)
+        blocks = [Block(config, depth, flip=index % 2 == 1) for index, depth in enumerate(config.depths)]
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
 
     @property
     def device(self) -> torch.device:

@@ -144,7 +144,7 @@ def fonts() -> list[str]:
 
 
 def save_trajectory(states: Sequence[Float[Tensor, "b c h w"]], path: Path) -> None:
-    """Write the way from noise to image, one row an image: z, after each block, denoised.
+    """Write the way from noise to image, one row an image: z, after each block, after each step of denoising.
 
     Noise and intermediate values leave [-1, 1]; each picture but the last two is divided by its own
     largest value so that it can be seen.
