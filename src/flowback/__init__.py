@@ -59,7 +59,15 @@ if TYPE_CHECKING:
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
-    from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler, plan_sampling, sample
+    from flowback.sampling import (
+        BlockPlan,
+        Denoising,
+        Guidance,
+        Inpainted,
+        Sampler,
+        plan_sampling,
+        sample,
+    )
     from flowback.tables import reproduce
     from flowback.training import Evaluator, TrainResult, Trial, train, try_run
 
@@ -94,7 +102,7 @@ _MODULES = {
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": ("BlockPlan", "Denoising", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "sampling": ("BlockPlan", "Denoising", "Guidance", "Inpainted", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
     "training": ("Evaluator", "TrainResult", "Trial", "train", "try_run"),
 }
@@ -116,6 +124,7 @@ __all__ = [
     "FlowOutput",
     "Guidance",
     "ImageSet",
+    "Inpainted",
     "InputError",
     "LevelAccuracy",
     "ModelConfig",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowback import checkpoint
@@ -25,7 +25,7 @@ from flowback.flow.levels import UserLevels
 from flowback.flow.likelihood import add_noise
 from flowback.flow.tarflow import UserLabels
 from flowback.presets import get_preset
-from flowback.sampling import sample
+from flowback.sampling import Inpainted, Sampler, inpaint, interpolate, sample
 
 __all__ = ["Flow", "create_flow", "load"]
 
@@ -146,6 +146,39 @@ class Flow(TARFlow):
             if isinstance(labels, (list, tuple)) and labels:
                 labels = [labels[number % len(labels)] for number in seeds]
         return sample(self, labels, seeds, **options)
+
+    def trajectory(
+        self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
+    ) -> list[Float[Tensor, "b c h w"]]:
+        """The way from noise to images: z, the outputs of blocks T ... 1, and the denoised images.
+
+        The last are those of :meth:`sample` with the same arguments. Options are those of
+        :class:`flowback.Sampler`, whose method ``follow`` gives each state as soon as it is there.
+        """
+        return Sampler(self, **options).trajectory(labels, seeds)
+
+    def interpolate(
+        self,
+        first: Float[Tensor, "b c h w"],
+        second: Float[Tensor, "other c h w"],
+        steps: int = 9,
+        labels: UserLabels = None,
+        second_labels: UserLabels = None,
+        **options: Any,
+    ) -> Float[Tensor, "b s c h w"]:
+        """Images between two, equally spaced in z; :func:`flowback.sampling.interpolate` explains it."""
+        return interpolate(self, first, second, steps, labels, second_labels, **options)
+
+    def inpaint(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keep: Bool[Tensor, "m n"],
+        labels: UserLabels = None,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Inpainted:
+        """Keep some tokens and redraw the others; :func:`flowback.sampling.inpaint` explains it."""
+        return inpaint(self, images, keep, labels, seeds, **options)
 
     @classmethod
     def from_pretrained(
