@@ -58,6 +58,7 @@ WORDS = {
     "plot": [["a", "b"], ["--out", "x"], ["--against=seconds"]],
     "info": [[POSITIONAL], ["--json", "x"]],
     "cache": [["--clear", "all"]],
+    "push": [[POSITIONAL, "a/b"], ["--out", "x"], ["--half"], ["--guidance=1"]],
     "presets": [["digits*"], ["--json", "x"]],
     "reproduce": [["table1"], ["--scale", "mini"], ["--seeds", "2"], ["--steps=3"]],
     "import-tarflow": [["a", "b"], ["--image-size", "8"], ["--patch-size=4"]],

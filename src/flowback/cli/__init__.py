@@ -27,6 +27,7 @@ VERBS = {
     "info": ("info:run", "what a run or a checkpoint is, or what this machine has"),
     "cache": ("cache:run", "show or clear what is kept for later runs"),
     "presets": ("list_presets:run", "list the presets"),
+    "push": ("push:run", "publish a flow with its model card on the Hugging Face Hub"),
     "reproduce": ("reproduce:run", "train and evaluate the rows of a table, and fill it in"),
     "import-tarflow": ("convert:run_import", "read a checkpoint with TARFlow's parameter names"),
     "export-tarflow": ("convert:run_export", "write a checkpoint with TARFlow's parameter names"),

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from flowback.cli.console import say, show_table
-from flowback.cli.options import SEARCH, is_checkpoint, out_folder, parse
+from flowback.cli.options import SEARCH, names_flow, out_folder, parse
 from flowback.config import DataConfig, EvaluateConfig, SampleConfig
 from flowback.errors import InputError
 from flowback.evaluation.pipeline import deciding_figure, evaluate, evaluate_images
@@ -76,7 +76,7 @@ def run(argv: list[str]) -> None:
 
 
 def _report(options: Options, processes: Processes) -> Report:
-    if is_checkpoint(options.subject):
+    if names_flow(options.subject):
         return evaluate(
             Flow.from_pretrained(options.subject, processes.device),
             options.data,

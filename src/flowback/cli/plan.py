@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
     """Measure, store, show."""
     options = parse(Options, argv, "plan")
     device = pick_device(options.device, "--device")
-    folder = checkpoints.resolve(options.checkpoint)
+    folder = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
     flow = Flow.from_pretrained(folder, device)
     plan = plan_sampling(flow, options.sampling)
     save_plan(plan, plan_file(folder))
