@@ -1,8 +1,8 @@
 """Checkpoints: one folder with the config, the weights to use and, apart from them, the training state.
 
     config.json            format, model, data, alignment and training settings
-    model.safetensors      the flow's weights; from training, their moving average. Of a published flow perhaps
-                           in fp16, which is read as fp32
+    model.safetensors      the flow's weights; from training, their moving average. Of a published flow
+                           perhaps in fp16, which is read as fp32
     ema-DECAY.safetensors  further averages, if the run keeps any
     training.pt            raw weights, optimiser and position; needed only to continue training
     README.md, samples.png, evaluation.json   of a published flow: its model card, what that shows, its record
@@ -136,10 +136,16 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
         return path
     repository, revision = found["name"], revision or found["revision"]
     try:
-        return hub.download(repository, revision, ["config.json", "*.safetensors", *CARD_FILES])
+        folder = hub.download(repository, revision, ["config.json", "*.safetensors", *CARD_FILES])
     except Exception as error:  # many kinds, from the Hub, its client, the network and the disk
         reason = hub.reason(error, repository, revision)
         raise InputError(f"No checkpoint at {name}: there is no such folder, and {reason}.") from None
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(
+            f"No checkpoint at {name}: the Hub's cache has no model.safetensors of it; it is no flow, or its "
+            "download is incomplete: connect, and try again."
+        )
+    return folder
 
 
 def packaged() -> list[str]:

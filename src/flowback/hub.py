@@ -151,9 +151,7 @@ def reason(error: Exception, name: str, revision: str | None = None) -> str:
     if kinds & {"TransportError", "ConnectionError", "ConnectTimeout", "Timeout"} or "Consistency" in str(
         error
     ):
-        return (
-            f"the connection broke off ({shorten(str(error)) or type(error).__name__}); try again: it goes on"
-        )
+        return f"the connection broke off ({shorten(str(error)) or type(error).__name__}); try again"
     return shorten(str(error), 200).rstrip(".") or type(error).__name__
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from flowback.flow.tarflow import UserLabels
 from flowback.model_card import Card, about, card_text, public, public_config, read_record
 from flowback.presets import get_preset
 from flowback.sampling import sample
+from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.image_files import save_grid
 
 __all__ = ["Flow", "create_flow", "load"]
@@ -182,18 +184,33 @@ class Flow(TARFlow):
         config, files = self._run(), {}
         if card is not None:
             config = public_config(config)
-            files = self._card_files(card, config)
+            files = self._card_files(card, config, dtype)
         weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
         checkpoint.save(Path(folder), config, weights, card=files)
 
-    def _card_files(self, card: Card, config: RunConfig) -> dict[str, bytes]:
+    def _card_files(self, card: Card, config: RunConfig, dtype: torch.dtype | None) -> dict[str, bytes]:
         """README.md, samples.png and evaluation.json, as far as there are any."""
-        record = None if card.record is None else public(read_record(card.record))
-        files = {} if record is None else {"evaluation.json": json.dumps(record, indent=2).encode() + b"\n"}
+        record, rounded, files = None, False, {}
+        if card.record is not None:
+            record = public(read_record(card.record))
+            rounded = self._measured_before_rounding(record, dtype, card.record)
+            files["evaluation.json"] = json.dumps(record, indent=2).encode() + b"\n"
         if card.columns and not config.codec.vae:  # latents would need their VAE
             files["samples.png"] = self._picture(card.columns, card.guidance)
-        text = card_text(card, config, record, picture="samples.png" in files)
+        text = card_text(card, config, record, picture="samples.png" in files, rounded=rounded)
         return {"README.md": text.encode(), **files}
+
+    def _measured_before_rounding(
+        self, record: dict[str, Any], dtype: torch.dtype | None, file: Path | str
+    ) -> bool:
+        """Whether a record is of these weights before they are rounded to ``dtype``; of others it is refused."""
+        measured = record["settings"].get("weights_sha256")
+        stored = copy.deepcopy(self).to(dtype).to(self.data_dtype) if dtype else self
+        if measured in (None, weights_hash(stored)):
+            return False
+        if measured == weights_hash(self):
+            return True
+        raise InputError(f"{file} is the record of other weights; evaluate these, or give theirs.")
 
     def _picture(self, columns: int, guidance: float) -> bytes:
         """A PNG of ``columns`` samples of each class, of the first ten if there are more."""

@@ -71,7 +71,7 @@ class Card:
     name: str
     """The flow's name: ``owner/name`` on the Hub, or that of its folder."""
     record: Path | str | None = None
-    """Evaluation record (JSON of `flowback evaluate`, or of a row of `flowback reproduce`); None: no figures."""
+    """Evaluation record: JSON of `flowback evaluate`, or of a row of `flowback reproduce`. None: no figures."""
     licence: str | None = None
     """Licence of the weights, by its SPDX name in small letters; None says that there is none yet."""
     guidance: float = 0.0
@@ -166,7 +166,9 @@ def public_config(config: RunConfig) -> RunConfig:
     return from_dict(RunConfig, {**public(values), "classes": values["classes"]})
 
 
-def card_text(card: Card, config: RunConfig, record: Mapping[str, Any] | None, picture: bool) -> str:
+def card_text(
+    card: Card, config: RunConfig, record: Mapping[str, Any] | None, picture: bool, rounded: bool = False
+) -> str:
     """README.md of a flow's folder.
 
     Args:
@@ -174,6 +176,7 @@ def card_text(card: Card, config: RunConfig, record: Mapping[str, Any] | None, p
         config: the flow's settings.
         record: the evaluation record, as :func:`read_record` gives it.
         picture: whether samples.png lies beside it.
+        rounded: whether the record is of the weights before they were rounded to fp16.
     """
     parts = [
         _header(card, config),
@@ -181,7 +184,7 @@ def card_text(card: Card, config: RunConfig, record: Mapping[str, Any] | None, p
         *([_picture(card, config)] if picture else []),
         _usage(card, config),
         _settings(config),
-        _figures(record),
+        _figures(record, rounded),
         _limits(config, record),
         _licence(card, config),
         _cite(config),
@@ -246,7 +249,7 @@ def _settings(config: RunConfig) -> str:
     return f"## Settings\n\n| setting | value |\n|---|---|\n{table}\nAll of them are in `config.json`.\n"
 
 
-def _figures(record: Mapping[str, Any] | None) -> str:
+def _figures(record: Mapping[str, Any] | None, rounded: bool) -> str:
     if record is None:
         return "## Figures\n\nNot measured. `flowback evaluate` does it.\n"
     figures, settings, around = record["figures"], record["settings"], record["environment"]
@@ -273,6 +276,8 @@ def _figures(record: Mapping[str, Any] | None) -> str:
     lines.append(
         f"- measured on {around.get('device')}; torch {versions.get('torch')}; commit {around.get('commit')}"
     )
+    if rounded:
+        lines.append("- measured before the weights were rounded to fp16, as they are stored here")
     lines += [f"- {warning}" for warning in record.get("warnings") or []]
     return "\n".join([*lines, "", "The whole record is `evaluation.json`.", ""])
 
