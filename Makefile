@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else: the first call builds .venv.
-# `make weights RUN=FOLDER NAME=fashion` makes a flow that comes with the package from a trained run.
+# `make weights RUN=FOLDER NAME=fashion RECORD=evaluate.json` makes a flow that comes with the package.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,13 +18,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Averaged weights in fp16, measured as they are shipped; the card gets the record.
-WEIGHTS = src/flowback/weights/$(NAME)
-PUBLISH = $(BIN)/flowback push $(RUN) $(NAME) --half --licence apache-2.0 --guidance 1 --out $(WEIGHTS)
+# The averaged weights of a run in fp16, with their card, picture and evaluation record.
 weights: $(VENV)/installed
-	$(PUBLISH)
-	$(BIN)/flowback evaluate $(WEIGHTS) --limit 5000 --guidance 0.3 --samples 1000 --out runs/weights/$(NAME)
-	$(PUBLISH) --record runs/weights/$(NAME)/evaluate.json
+	$(BIN)/flowback push $(RUN) $(NAME) --record $(RECORD) --half --licence apache-2.0 --guidance 1 \
+		--out src/flowback/weights/$(NAME)
 
 # Both distributions, checked, and the wheel tried in an empty environment; `make wheel DEPENDENCIES=lowest`
 # takes the lowest versions that pyproject.toml allows.

@@ -27,7 +27,7 @@ LEVELS = (
     {"flow"},
     {"alignment", "classification", "model_card", "sampling", "tarflow_weights"},
     {"model"},
-    {"evaluation", "sample_folder"},
+    {"evaluation", "flow_pipeline", "sample_folder"},
     {"training"},
     {"tables"},
     {"cli"},

@@ -203,7 +203,7 @@ class Flow(TARFlow):
     def _measured_before_rounding(
         self, record: dict[str, Any], dtype: torch.dtype | None, file: Path | str
     ) -> bool:
-        """Whether a record is of these weights before they are rounded to ``dtype``; of others it is refused."""
+        """Whether a record is of the weights before their rounding to ``dtype``; of others it is refused."""
         measured = record["settings"].get("weights_sha256")
         stored = copy.deepcopy(self).to(dtype).to(self.data_dtype) if dtype else self
         if measured in (None, weights_hash(stored)):

@@ -45,8 +45,9 @@ _FIGURES = {
 _CITATION = """\
 @inproceedings{zhai2025normalizing,
   title     = {Normalizing Flows are Capable Generative Models},
-  author    = {Zhai, Shuangfei and Zhang, Ruixiang and Nakkiran, Preetum and Berthelot, David and Gu, Jiatao and
-               Zheng, Huangjie and Chen, Tianrong and Bautista, Miguel Angel and Jaitly, Navdeep and Susskind, Josh},
+  author    = {Zhai, Shuangfei and Zhang, Ruixiang and Nakkiran, Preetum and Berthelot, David and
+               Gu, Jiatao and Zheng, Huangjie and Chen, Tianrong and Bautista, Miguel Angel and
+               Jaitly, Navdeep and Susskind, Josh},
   booktitle = {International Conference on Machine Learning},
   year      = {2025},
   note      = {arXiv:2412.06329},
@@ -71,7 +72,7 @@ class Card:
     name: str
     """The flow's name: ``owner/name`` on the Hub, or that of its folder."""
     record: Path | str | None = None
-    """Evaluation record: JSON of `flowback evaluate`, or of a row of `flowback reproduce`. None: no figures."""
+    """Evaluation record: JSON of `flowback evaluate`, or of a row of `flowback reproduce`."""
     licence: str | None = None
     """Licence of the weights, by its SPDX name in small letters; None says that there is none yet."""
     guidance: float = 0.0
@@ -185,7 +186,7 @@ def card_text(
         _usage(card, config),
         _settings(config),
         _figures(record, rounded),
-        _limits(config, record),
+        _limits(record),
         _licence(card, config),
         _cite(config),
     ]
@@ -269,9 +270,8 @@ def _figures(record: Mapping[str, Any] | None, rounded: bool) -> str:
         )
     if samples:
         drawn = f"- samples: {samples:,}, guidance {settings.get('guidance')}, {settings.get('sampler')}"
-        lines.append(
-            f"{drawn}, against {settings.get('reference_images') or '?':,} images of {settings.get('reference')}"
-        )
+        images, reference = settings.get("reference_images"), settings.get("reference")
+        lines.append(f"{drawn}, against {images:,} images of {reference}" if images else drawn)
     versions = around.get("versions") or {}
     lines.append(
         f"- measured on {around.get('device')}; torch {versions.get('torch')}; commit {around.get('commit')}"
@@ -282,14 +282,12 @@ def _figures(record: Mapping[str, Any] | None, rounded: bool) -> str:
     return "\n".join([*lines, "", "The whole record is `evaluation.json`.", ""])
 
 
-def _limits(config: RunConfig, record: Mapping[str, Any] | None) -> str:
+def _limits(record: Mapping[str, Any] | None) -> str:
     lines = [
         "## Limits",
         "",
         "- It models the images of its training data and no others; likelihoods of other images say little.",
-        f"- It models images with noise on them: add it first (`flow.add_noise`), σ = {config.model.noise_std:g}."
-        if config.model.noise == "gaussian"
-        else "- It models images with noise on them: add it first (`flow.add_noise`).",
+        "- It models images with noise on them, which `flow.add_noise` adds, not clean ones.",
         "- Nobody has looked for people, bias or copies in what it draws.",
     ]
     if record is None:

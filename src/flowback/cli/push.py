@@ -63,9 +63,7 @@ def run(argv: list[str]) -> None:
         if options.out.resolve() == folder.resolve():
             raise InputError(f"--out {options.out} is the checkpoint itself; choose another folder.")
         flow.save_pretrained(options.out, card, dtype)
-        say(
-            f"{options.out}: what `flowback push` without --out uploads as {options.name}. Read its README.md."
-        )
+        say(f"{options.out}: what would be uploaded as {options.name}. Read its README.md.")
     else:
         address = flow.push_to_hub(
             options.name, card, dtype, private=options.private, revision=options.revision

@@ -34,7 +34,7 @@ class Options:
     """A checkpoint folder, a run's folder (its newest checkpoint), a flow that comes with flowback
     (`fashion`), or a name on the Hub (`owner/name`, `owner/name@revision`)."""
     out: Path | None = None
-    """Folder of the images, one PNG each. Left out: `samples/NAME`, with all of them in one picture beside it."""
+    """Folder of the images, one PNG each; by default `samples/NAME`, with all in one picture beside it."""
     images: tyro.conf.OmitArgPrefixes[FolderConfig] = field(default_factory=FolderConfig)
     sampling: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
     vae: str | None = None
