@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check weights wheel clean
+.PHONY: demo test check weights wheel docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/flowback demo
@@ -29,12 +29,19 @@ DEPENDENCIES ?= newest
 wheel: $(VENV)/installed
 	$(BIN)/python .ci/wheel.py $(DEPENDENCIES)
 
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "flowback needs Python 3.11 or newer, \
 	and $(PYTHON) is %d.%d; run make PYTHON=/path/to/a/newer/python." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@

@@ -7,9 +7,10 @@ import torch
 
 from flowback import Flow, InputError, ModelConfig, draw_folder, sample
 from flowback import sample_folder as folders
+from flowback.config import FolderConfig
 from flowback.data.pixels import to_bytes
 from flowback.folder_lock import folder_lock
-from flowback.sample_folder import Failed, FolderConfig, SampleFolder, class_ids
+from flowback.sample_folder import Failed, SampleFolder, class_ids
 from flowback.sampling.image_files import read_png
 from flowback.sampling.sampler import Overflow
 from sampling.flows import tame_flow
@@ -225,7 +226,8 @@ def test_the_report_names_block_and_token(tmp_path):
     assert report.failed == tuple(Failed(number, Overflow(2, 10)) for number in range(3))
     assert report.problem.startswith(f"3 of 3 images are missing in {tmp_path}, since they stayed non-finite")
     assert "image 0 first broke in block 2, token 10" in report.problem
-    assert report.to_dict()["result"]["failed"][1] == {"image": 1, "block": 2, "token": 10}
+    assert report.to_dict()["result"]["failed"][1] == {"image": 1, "block": 2, "token": 10, "step": None}
+    assert "non-finite in (images in brackets): block 2 (3)." in report.notices[0]
     assert not list(tmp_path.glob("*.png"))
 
 

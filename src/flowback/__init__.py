@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from flowback.data.named_sets import register_dataset
     from flowback.data.pixels import to_unit_range
     from flowback.errors import InputError
+    from flowback.evaluation.by_level import LevelAccuracy, accuracy_by_level
     from flowback.evaluation.held_out import Accuracy, accuracy
     from flowback.evaluation.linear_probe import Probe, probe
     from flowback.evaluation.pipeline import evaluate, evaluate_images
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
-    from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
+    from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler, plan_sampling, sample
     from flowback.tables import reproduce
     from flowback.training import Evaluator, TrainResult, train
 
@@ -84,6 +85,7 @@ _MODULES = {
     "data.named_sets": ("register_dataset",),
     "data.pixels": ("to_unit_range",),
     "errors": ("InputError",),
+    "evaluation.by_level": ("LevelAccuracy", "accuracy_by_level"),
     "evaluation.held_out": ("Accuracy", "accuracy"),
     "evaluation.linear_probe": ("Probe", "probe"),
     "evaluation.pipeline": ("evaluate", "evaluate_images"),
@@ -97,7 +99,7 @@ _MODULES = {
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "sampling": ("BlockPlan", "Denoising", "Guidance", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
     "training": ("Evaluator", "TrainResult", "train"),
 }
@@ -112,6 +114,7 @@ __all__ = [
     "BlockPlan",
     "Card",
     "DataConfig",
+    "Denoising",
     "Encoder",
     "EvaluateConfig",
     "Evaluator",
@@ -122,6 +125,7 @@ __all__ = [
     "Guidance",
     "ImageSet",
     "InputError",
+    "LevelAccuracy",
     "ModelConfig",
     "PixelSet",
     "Prediction",
@@ -138,6 +142,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "accuracy",
+    "accuracy_by_level",
     "classify",
     "create_encoder",
     "create_flow",

@@ -7,24 +7,35 @@ noise. Unknown keys are errors, so a misspelled option is never ignored.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from flowback.checked import Checked, require
+from flowback.errors import InputError
+from flowback.files import check_file
 
 __all__ = [
     "AlignmentConfig",
     "CodecConfig",
+    "Crop",
     "DataConfig",
     "EvaluateConfig",
+    "FolderConfig",
     "ModelConfig",
     "ProbeConfig",
+    "ReproduceConfig",
     "RunConfig",
     "SampleConfig",
+    "Scale",
     "TrainConfig",
 ]
 
+Crop = Literal["bicubic", "adm", "tarflow"]
+"""How an image becomes a square: as when training from a folder, ADM's way, or TARFlow's."""
+Scale = Literal["paper", "mini", "fashion"]
+"""Sizes of a table's rows."""
 
 _MOST = {
     "image_size": 2**14,
@@ -58,8 +69,8 @@ class ModelConfig(Checked):
     """Width of the Transformers."""
     blocks: int = 8
     """Autoregressive blocks T."""
-    layers: int = 8
-    """Transformer layers in each block."""
+    layers: int | tuple[int, ...] = 8
+    """Transformer layers in each block: one number for all, or one a block from block 1, next to the data."""
     head_dim: int = 64
     """Width of one attention head."""
     mlp_ratio: int = 4
@@ -70,19 +81,35 @@ class ModelConfig(Checked):
     """Position code: a learned table, or rotary embedding of the token's row and column."""
     qk_norm: bool = False
     """RMS-normalise queries and keys."""
+    log_scale_bound: float | None = None
+    """Keep every log-scale s within ±a, smoothly, as a·tanh(s/a); None leaves it free."""
     num_classes: int | None = None
     """Number of classes; 0 is unconditional; None takes the number from the data."""
-    noise: Literal["gaussian", "uniform"] = "gaussian"
-    """Noise added to the images in training: Gaussian, or uniform dequantisation of 8-bit values."""
+    noise: Literal["gaussian", "uniform", "range"] = "gaussian"
+    """Noise added to the images in training: Gaussian, uniform dequantisation of 8-bit values, or Gaussian at
+    a level of its own for each image, which the flow is told (arXiv 2604.20041)."""
     noise_std: float = 0.05
-    """Standard deviation of the Gaussian noise, on the [-1, 1] scale."""
+    """Standard deviation of the noise `gaussian`, on the [-1, 1] scale."""
+    noise_min: float = 0.01
+    """Lowest level of the noise `range`, a standard deviation on the [-1, 1] scale."""
+    noise_max: float = 0.3
+    """Highest level of the noise `range`."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
         for name, most in _MOST.items():
-            size, option = getattr(self, name), f"--model.{name.replace('_', '-')}"
-            require(size > 0, f"{option} must be at least 1.")
-            require(size <= most, f"{option} is {size:.3g}, and flowback takes at most {most}.")
+            value, option = getattr(self, name), f"--model.{name.replace('_', '-')}"
+            for size in value if isinstance(value, tuple) else (value,):
+                require(size > 0, f"{option} must be at least 1.")
+                require(size <= most, f"{option} is {size:.3g}, and flowback takes at most {most}.")
+        if isinstance(self.layers, tuple):
+            require(
+                len(self.layers) == self.blocks,
+                f"--model.layers {','.join(map(str, self.layers[:16]))} names {len(self.layers)} blocks, and "
+                f"--model.blocks is {self.blocks}; give one number for all blocks, or one for each.",
+            )
+            if len(set(self.layers)) == 1:  # one way to write a model, so that equal ones compare equal
+                object.__setattr__(self, "layers", self.layers[0])
         require(
             self.image_size % self.patch_size == 0,
             f"--model.image-size {self.image_size} is not divisible by --model.patch-size {self.patch_size}; "
@@ -105,7 +132,7 @@ class ModelConfig(Checked):
             f"--model.num-classes is above {MOST_CLASSES}, the most that flowback takes.",
         )
         require(
-            self.blocks * self.layers <= MOST_LAYERS,
+            sum(self.depths) <= MOST_LAYERS,
             f"--model.blocks {self.blocks} of --model.layers {self.layers} are more than the {MOST_LAYERS} "
             "layers that flowback takes.",
         )
@@ -115,6 +142,45 @@ class ModelConfig(Checked):
             f"{self.tokens} tokens, and flowback takes at most {MOST_TOKENS}; choose larger patches.",
         )
         require(self.noise_std >= 0, "--model.noise-std must not be negative.")
+        require(
+            self.log_scale_bound is None or self.log_scale_bound > 0,
+            "--model.log-scale-bound must be above 0.",
+        )
+        if self.noise != "range":
+            return
+        require(
+            0 < self.noise_min < self.noise_max,
+            f"--model.noise-min {self.noise_min:g} must be above 0 and below --model.noise-max "
+            f"{self.noise_max:g}, for --model.noise range.",
+        )
+        require(self.width % 2 == 0, f"--model.width {self.width} must be even for --model.noise range.")
+
+    @property
+    def noise_level(self) -> float | None:
+        """Level at which the flow is measured where none is named; None: uniform dequantisation.
+
+        It is the flow's only one, or the geometric middle of its range.
+        """
+        if self.noise == "range":
+            return math.sqrt(self.noise_min * self.noise_max)
+        return self.noise_std if self.noise == "gaussian" else None
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer layers of each block, from block 1."""
+        return self.layers if isinstance(self.layers, tuple) else (self.layers,) * self.blocks
+
+    @property
+    def locations(self) -> list[tuple[int, int]]:
+        """Every (block, layer), counted from 1."""
+        return [(t, layer) for t, depth in enumerate(self.depths, start=1) for layer in range(1, depth + 1)]
+
+    @property
+    def locations_in_words(self) -> str:
+        """Which (block, layer) pairs there are, for messages."""
+        if isinstance(self.layers, int):
+            return f"blocks go from 1 to {self.blocks}, layers from 1 to {self.layers}"
+        return f"blocks go from 1 to {self.blocks}, and have {', '.join(map(str, self.depths))} layers"
 
     @property
     def grid(self) -> int:
@@ -316,6 +382,12 @@ class TrainConfig(Checked):
     """Decay of the averaged weights, which sampling and evaluation use."""
     ema_more: tuple[float, ...] = ()
     """Decays of further averages, kept to choose from later."""
+    levels: Literal["uniform", "square", "log", "log-normal"] = "uniform"
+    """Distribution of the images' noise levels, for `--model.noise range`: uniform in t, t² or log t, or
+    log t normal with mean -1.2 and standard deviation 1; all within the range."""
+    level_weight: Literal["none", "level", "level-share", "square", "square-share"] = "level"
+    """Weight of an image's likelihood in the loss by its noise level t in the range t0 to t1: 1, t,
+    t / (t0 + t1), t², t² / (t0² + t1²)."""
     label_drop: float = 0.1
     """Share of labels replaced by the unconditional embedding."""
     grad_clip: float | None = None
@@ -419,7 +491,22 @@ class SampleConfig(Checked):
     guided_blocks: int | None = None
     """Guide only this many blocks, those nearest the noise; None guides all."""
     denoise: bool = True
-    """End with one denoising step."""
+    """End with denoising by the flow's own score."""
+    noise: float | None = None
+    """Noise level to draw at, for flows trained over a range; None is the highest. Others have only one."""
+    denoise_steps: int | None = None
+    """Noise levels that denoising goes down; more than one needs a flow trained over a range (--model.noise
+    range). None: 10 of such a flow, 1 of any other."""
+    denoise_method: Literal["euler", "heun", "stochastic"] = "euler"
+    """How to go from a level to the next; `heun` takes two passes for it, the others one."""
+    denoise_spacing: Literal["linear", "log", "edm"] = "linear"
+    """How the levels are spaced: evenly, evenly in their logarithms, or as EDM's."""
+    denoise_last: float | None = None
+    """Last noise level of denoising, which begins at the level of drawing; None is the lowest of training."""
+    denoise_clamp: bool = False
+    """Clamp each estimate of the clean image to [-1, 1]."""
+    denoise_guidance: float = 0.0
+    """Guidance scale of the estimates of the clean image, c + w·(c - u); 0 is off. It doubles their cost."""
     sampler: Literal["auto", "sequential", "jacobi"] = "sequential"
     """`auto`: the plan of `flowback plan` if it fits, else sequential; `jacobi`: windows in all blocks."""
     tolerance: float = 1e-3
@@ -444,6 +531,21 @@ class SampleConfig(Checked):
             self.guided_blocks is None or self.guided_blocks >= 0, "--guided-blocks must not be negative."
         )
         require(self.tolerance > 0, f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
+        self._check_denoising()
+
+    def _check_denoising(self) -> None:
+        steps, first, last = self.denoise_steps, self.noise, self.denoise_last
+        require(steps is None or steps >= 1, f"--denoise-steps is {steps}; it must be at least 1.")
+        options = (steps, last, self.denoise_guidance or None, self.denoise_clamp or None)
+        require(
+            self.denoise or all(option is None for option in options),
+            "--no-denoise leaves out what the other --denoise options describe; give either.",
+        )
+        require(last is None or last > 0, "--denoise-last must be above 0.")
+        require(
+            first is None or last is None or last < first,
+            f"Noise levels from --noise {first} to --denoise-last {last} do not decrease; lower the last.",
+        )
 
 
 @dataclass(frozen=True)
@@ -466,6 +568,8 @@ class EvaluateConfig(Checked):
     """Measure the accuracy of training-free classification of the test images."""
     draws: int = 3
     """Noise draws per image for the likelihood."""
+    level: float | None = None
+    """Noise level of the test images, for a flow trained over a range; None is the geometric middle."""
     limit: int | None = None
     """Use only this many test images for likelihood and classification, spread evenly."""
     seed: int = 0
@@ -524,6 +628,98 @@ class ProbeConfig(Checked):
 
 
 @dataclass(frozen=True)
+class FolderConfig(Checked):
+    """What is drawn, and into which files."""
+
+    count: int = 16
+    """Number of images, over all labels."""
+    labels: tuple[str | int, ...] = ()
+    """Classes to draw, in turn, by name or id; none given: all classes in turn. A number is an id, unless
+    it is the name of a class."""
+    unconditional: bool = False
+    """Draw without labels from a model with classes."""
+    seed: int = 0
+    """Seed of the first image."""
+    redraws: int = 3
+    """How often an image with non-finite values is drawn again."""
+    grid: Path | None = None
+    """Also write all images as one picture, classes in rows."""
+    npz: Path | None = None
+    """Also write all images as the file that ADM's evaluator reads."""
+    trajectory: Path | None = None
+    """Also write the picture of the way from noise to image, for the first 8 images."""
+
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
+        require(self.count >= 1, "--count must be at least 1.")
+        require(self.redraws >= 0, "--redraws must not be negative.")
+        last = 2**32 - self.count
+        require(0 <= self.seed <= last, f"--seed {self.seed} is out of range; it goes from 0 to {last}.")
+        require(
+            not (self.labels and self.unconditional),
+            "--labels and --unconditional exclude each other; give one of them.",
+        )
+        require(
+            len(self.labels) <= self.count,
+            f"{len(self.labels)} labels for {self.count} images; raise --count.",
+        )
+        for name in ("grid", "npz", "trajectory"):
+            path = getattr(self, name)
+            if path is not None:
+                check_file(path, f"--{name}")
+
+    def check_place(self, out: Path) -> None:
+        """Refuse pictures among the images, where they would count as two of them."""
+        for name in ("grid", "trajectory"):
+            path = getattr(self, name)
+            if path is not None and out.resolve() in path.resolve().parents:
+                raise InputError(f"--{name} {path} lies in {out}, among the images; give another place.")
+
+
+@dataclass(frozen=True)
+class ReproduceConfig(Checked):
+    """How a table is filled in."""
+
+    rows: tuple[str, ...] = ()
+    """Only the rows of these presets; `*` and `?` are allowed. None given: all rows."""
+    baseline: str | None = None
+    """The row that all others are compared with. None: the last row above without alignment, or the first."""
+    data: Path | None = None
+    """The prepared set, or the folder of images; small scales know their own."""
+    latents: Path | None = None
+    """The prepared latents of 256×256 images, for the rows in latents."""
+    samples: int | None = None
+    """Samples of each evaluation; None: 1,000 at small scales, else as many as in the paper."""
+    guidance: float | None = None
+    """Guidance scale; None: 0.3 at small scales, else the best of 0, 0.5, ... 4, as in the paper."""
+    search: tuple[float, ...] = ()
+    """Guidance scales to try instead of one; the table shows the figures of the best."""
+    inception_weights: Path | None = None
+    """Local file of the Inception weights: adds ADM's FID, sFID and IS."""
+    steps: int | None = None
+    """Training steps instead of the preset's, to try the command out."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+    jobs: int = 1
+    """Rows that run at once, each in a process of its own with an equal share of the cores."""
+    redo: bool = False
+    """Remove runs with other settings, and train them again."""
+    any_code: bool = False
+    """Take runs and records of other versions of the code too; the table says which commits it is of."""
+    note: tuple[str, ...] = ()
+    """Sentences to print under the table: what it supports, and what it does not."""
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        require(self.jobs >= 1, "--jobs must be at least 1.")
+        require(self.samples is None or self.samples >= 2, "--samples must be at least 2.")
+        require(self.steps is None or self.steps >= 1, "--steps must be at least 1.")
+        require(
+            self.guidance is None or not self.search, "--guidance is one scale, --search several; give one."
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig(Checked):
     """All settings of a run, stored as `config.json` in its checkpoints."""
 
@@ -545,9 +741,10 @@ class RunConfig(Checked):
             self.alignment.stop_below is None or self.train.diagnose_every > 0,
             "--alignment.stop-below needs --train.diagnose-every, the steps between two measurements.",
         )
+        known = set(self.model.locations)
         for block, layer in self.alignment.locations:
             require(
-                1 <= block <= self.model.blocks and 1 <= layer <= self.model.layers,
+                (block, layer) in known,
                 f"--alignment.locations: ({block}, {layer}) is outside the model; "
-                f"blocks go from 1 to {self.model.blocks}, layers from 1 to {self.model.layers}.",
+                f"{self.model.locations_in_words}.",
             )

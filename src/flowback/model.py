@@ -23,6 +23,7 @@ from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.cost import parameters
+from flowback.flow.levels import UserLevels
 from flowback.flow.likelihood import add_noise
 from flowback.flow.tarflow import UserLabels
 from flowback.model_card import Card, about, card_text, public, public_config, read_record
@@ -96,14 +97,21 @@ class Flow(TARFlow):
             raise InputError(f"The model does not know the names of its classes; give {name!r} as an id.")
         raise InputError(f"The model has no class {name!r}; {nearest(name, self.classes)}")
 
-    def add_noise(self, images: Float[Tensor, "b c h w"], seeds: Sequence[int]) -> Float[Tensor, "b c h w"]:
+    def add_noise(
+        self, images: Float[Tensor, "b c h w"], seeds: Sequence[int], *, noise: UserLevels = None
+    ) -> Float[Tensor, "b c h w"]:
         """Images on [-1, 1] with the training noise added; the flow's density is that of such images.
 
         Args:
             images: clean images.
             seeds: one per image, not negative; the noise depends only on them.
+            noise: its level, for a flow with a range of them.
+
+        Raises:
+            InputError: a level that the flow does not have.
         """
-        return add_noise(images, self.config, seeds)
+        levels = self.levels(noise, len(images))
+        return add_noise(images, self.config, seeds, levels=None if levels is None else levels.to(images))
 
     def sample(
         self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any

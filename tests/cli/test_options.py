@@ -44,6 +44,14 @@ def saved(tmp_path_factory):
     return folder
 
 
+def test_layers_of_each_block_on_the_command_line(options_of, tmp_path):
+    words = ("train", "digits", "--model.layers")
+    assert options_of(*words, "1,1,1,4").model.layers == (1, 1, 1, 4)
+    assert options_of(*words, "3").model.layers == 3
+    (tmp_path / "a.yaml").write_text("model: {layers: [1, 1, 1, 4]}")
+    assert options_of("train", "digits", "--config", tmp_path / "a.yaml").model.layers == (1, 1, 1, 4)
+
+
 POSITIONAL = "POSITIONAL"
 WORDS = {
     "demo": [["--steps", "3"], ["--out", "x"], ["--json=y"]],
@@ -59,6 +67,7 @@ WORDS = {
     "info": [[POSITIONAL], ["--json", "x"]],
     "cache": [["--clear", "all"]],
     "push": [[POSITIONAL, "a/b"], ["--out", "x"], ["--half"], ["--guidance=1"]],
+    "completion": [["zsh"]],
     "presets": [["digits*"], ["--json", "x"]],
     "reproduce": [["table1"], ["--scale", "mini"], ["--seeds", "2"], ["--steps=3"]],
     "import-tarflow": [["a", "b"], ["--image-size", "8"], ["--patch-size=4"]],

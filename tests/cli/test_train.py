@@ -111,6 +111,10 @@ BAD = {
     "option": (["digits", "--train.stepz", "3"], "--train.steps"),
     "patch": (["digits", "--model.patch-size", "3"], "not divisible by --model.patch-size 3"),
     "head": (["digits", "--model.width", "33"], "--model.width 33 is not divisible by --model.head-dim 32"),
+    "layers": (
+        ["digits", "--model.layers", "1,4"],
+        "--model.layers 1,4 names 2 blocks, and --model.blocks is 4",
+    ),
     "classes": (["digits", "--model.num-classes", "7"], "--model.num-classes is 7, but"),
     "location": (
         ["digits-reverse", "--alignment.locations", "9", "1"],

@@ -5,30 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from torch.nn import functional
-
-from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
-from flowback.checkpoint import packaged
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.data.pixels import to_bytes
-from flowback.evaluation.held_out import held_out_figures
-from flowback.evaluation.judge import Judge
-from flowback.evaluation.references import Reference
 from flowback.files import replacing, write_json
-from flowback.model import Flow
 from flowback.presets import get_preset
-from flowback.provenance import environment
-from flowback.sampling import sample
-from flowback.sampling.image_files import grid
-from flowback.training import TrainResult, train
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+if TYPE_CHECKING:
+    from flowback.evaluation.judge import Judge
+    from flowback.model import Flow
+    from flowback.training import TrainResult
 
 __all__ = ["Options", "run"]
 
@@ -69,6 +57,11 @@ class Options:
 def run(argv: list[str]) -> None:
     """Train twice, compare, and say where to look."""
     options = parse(Options, argv, "demo")
+    from flowback.alignment.encoders import create_encoder
+    from flowback.evaluation.judge import Judge
+    from flowback.evaluation.references import Reference
+    from flowback.provenance import environment
+
     _draw_packaged(options.out)
     results = {name: _train(name, options) for name in RUNS}
     images = results["none"].images  # both runs have the same
@@ -100,6 +93,9 @@ def run(argv: list[str]) -> None:
 
 def _draw_packaged(out: Path) -> None:
     """fashion.png: what the flows that come with the package draw, before anything is trained."""
+    from flowback.checkpoint import packaged
+    from flowback.model import Flow
+
     flows = {name: Flow.from_pretrained(name) for name in packaged()}
     for name, flow in flows.items():
         say(f"{name}: {flow.about}")
@@ -109,6 +105,8 @@ def _draw_packaged(out: Path) -> None:
 
 
 def _train(name: str, options: Options) -> TrainResult:
+    from flowback.training import train
+
     preset, about = RUNS[name]
     config = get_preset(preset).config
     steps = options.steps or config.train.steps
@@ -118,6 +116,10 @@ def _train(name: str, options: Options) -> TrainResult:
 
 def _figures(result: TrainResult, judge: Judge, options: Options) -> dict[str, float]:
     """Likelihood, accuracy, speed and samples of one run."""
+    from flowback.data.pixels import to_bytes
+    from flowback.evaluation.held_out import held_out_figures
+    from flowback.sampling import sample
+
     assert result.test is not None
     labels = [index % len(result.images.classes) for index in range(options.samples)]
     drawn = to_bytes(sample(result.flow, labels, seeds=range(options.samples), guidance=options.guidance))
@@ -140,6 +142,12 @@ def _draw_grids(
     flows: dict[str, Flow], file: Path, title: str, *, columns: int, guidance: float, enlarged: int
 ) -> None:
     """Samples of flows side by side from the same noise, classes in rows."""
+    from torch.nn import functional
+
+    from flowback.sampling import sample
+    from flowback.sampling.image_files import grid
+
+    plt = _pyplot()
     figure, axes = plt.subplots(1, len(flows), figsize=(10, 5.4), layout="constrained", squeeze=False)
     for axis, (name, flow) in zip(axes[0], flows.items(), strict=True):
         labels = [k for k in range(10) for _ in range(columns)]
@@ -156,8 +164,19 @@ def _draw_grids(
     plt.close(figure)
 
 
+def _pyplot() -> Any:
+    """Matplotlib that draws into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _draw_curves(out: Path) -> None:
     """curves.png: test nll and training-free accuracy against images seen."""
+    plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, (_, about) in RUNS.items():
         lines = (out / name / "metrics.jsonl").read_text().splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,13 +13,10 @@ from flowback.cli.console import say, show_table
 from flowback.cli.options import SEARCH, names_flow, out_folder, parse
 from flowback.config import DataConfig, EvaluateConfig, SampleConfig
 from flowback.errors import InputError
-from flowback.evaluation.pipeline import deciding_figure, evaluate, evaluate_images
-from flowback.evaluation.plots import plot_guidance
-from flowback.evaluation.protocol import COMPARABLE
-from flowback.evaluation.references import open_images
-from flowback.evaluation.report import Report
-from flowback.model import Flow
-from flowback.processes import Processes
+
+if TYPE_CHECKING:
+    from flowback.evaluation.report import Report
+    from flowback.processes import Processes
 
 __all__ = ["Measure", "Options", "run"]
 
@@ -59,6 +56,8 @@ class Options:
 def run(argv: list[str]) -> None:
     """Evaluate, show, write."""
     options = parse(Options, argv, "evaluate")
+    from flowback.processes import Processes
+
     folder = out_folder(options.out, options.subject)
     processes = Processes(options.device)
     report = _report(options, processes)
@@ -76,6 +75,10 @@ def run(argv: list[str]) -> None:
 
 
 def _report(options: Options, processes: Processes) -> Report:
+    from flowback.evaluation.pipeline import evaluate, evaluate_images
+    from flowback.evaluation.references import open_images
+    from flowback.model import Flow
+
     if names_flow(options.subject):
         return evaluate(
             Flow.from_pretrained(options.subject, processes.device),
@@ -102,6 +105,8 @@ def _report(options: Options, processes: Processes) -> Report:
 
 
 def _show(report: Report, title: str) -> None:
+    from flowback.evaluation.protocol import COMPARABLE
+
     figures, samples = report.figures, report.settings.get("samples", 0)
     rows = []
     for name, value in figures.items():
@@ -113,6 +118,9 @@ def _show(report: Report, title: str) -> None:
 
 
 def _show_search(report: Report, folder: Path) -> None:
+    from flowback.evaluation.pipeline import deciding_figure
+    from flowback.evaluation.plots import plot_guidance
+
     searched, best = report.figures["guidance"], report.figures["best_guidance"]
     names = [name for name in searched[0] if name != "guidance"]
     rows = [[row["guidance"], *(row[name] for name in names)] for row in searched]

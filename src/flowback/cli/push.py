@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
-from flowback import checkpoint as checkpoints
 from flowback.cli.console import say
 from flowback.cli.options import parse
 from flowback.errors import InputError
 from flowback.files import check_folder
-from flowback.model import Flow
-from flowback.model_card import Card
 
 __all__ = ["Options", "run"]
 
@@ -50,6 +46,12 @@ class Options:
 def run(argv: list[str]) -> None:
     """Write or upload."""
     options = parse(Options, argv, "push")
+    import torch
+
+    from flowback import checkpoint as checkpoints
+    from flowback.model import Flow
+    from flowback.model_card import Card
+
     if options.out is not None:
         check_folder(options.out, "--out")
     folder = checkpoints.resolve(options.checkpoint)

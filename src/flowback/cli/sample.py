@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
-from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.config import SampleConfig
-from flowback.data.vae import open_codec
+from flowback.config import FolderConfig, SampleConfig
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.model import Flow
-from flowback.processes import Processes
-from flowback.sample_folder import FolderConfig, SampleReport, draw_folder
-from flowback.sampling.block_plan import resolve_plan
+
+if TYPE_CHECKING:
+    from flowback.sample_folder import SampleReport
 
 __all__ = ["Options", "run"]
 
@@ -50,6 +48,13 @@ class Options:
 def run(argv: list[str]) -> None:
     """Draw and show."""
     options = parse(Options, argv, "sample")
+    from flowback import checkpoint as checkpoints
+    from flowback.data.vae import open_codec
+    from flowback.model import Flow
+    from flowback.processes import Processes
+    from flowback.sample_folder import draw_folder
+    from flowback.sampling.block_plan import resolve_plan
+
     processes = Processes(options.device)
     checkpoint = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
     flow = Flow.from_pretrained(checkpoint, processes.device)

@@ -15,11 +15,6 @@ from flowback.cli.options import parse
 from flowback.config import AlignmentConfig, CodecConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.flow.cost import flops_per_image, parameters, training_bytes
-from flowback.presets import get_preset
-from flowback.provenance import environment
-from flowback.reading import read_yaml
-from flowback.training import start, train
 
 __all__ = ["Options", "run"]
 
@@ -64,6 +59,9 @@ def run(argv: list[str]) -> None:
     if options.dry_run:
         _dry_run(config)
         return
+    from flowback.provenance import environment
+    from flowback.training import start, train
+
     result = train(config, out=options.out, description=options.preset)
     row = result.metrics
     if not start(config.train).is_main_process:
@@ -83,6 +81,8 @@ def run(argv: list[str]) -> None:
 
 def _settings(seen: Any) -> dict[str, Any]:
     """The preset's settings with those of ``--config`` on top, by section."""
+    from flowback.presets import get_preset
+
     base = get_preset(seen.preset).config
     if seen.config is not None:
         base = _from_yaml(seen.config, base)
@@ -90,6 +90,8 @@ def _settings(seen: Any) -> dict[str, Any]:
 
 
 def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
+    from flowback.reading import read_yaml
+
     try:
         values = read_yaml(file)
     except (OSError, ValueError) as error:
@@ -102,6 +104,8 @@ def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
 
 
 def _dry_run(config: RunConfig) -> None:
+    from flowback.flow.cost import flops_per_image, parameters, training_bytes
+
     model, steps = config.model, config.train
     say(jsonlib.dumps(to_dict(config), indent=2))
     held: list[list[Any]] = [

@@ -203,7 +203,8 @@ class Engine:
         elif new == 1 and captures(like.device):
             step = self._capture(index, rows, context, temperatures)
         else:
-            step = TorchStep(self._blocks[index - 1], self._rows(rows), context, temperature, self.precision)
+            cache = self._rows(rows, len(block.body.layers))
+            step = TorchStep(self._blocks[index - 1], cache, context, temperature, self.precision)
         return Decoder(block, images, step, guide)
 
     def _room(self, weights: NativeWeights, rows: int, new: int) -> NativeCache:
@@ -212,33 +213,36 @@ class Engine:
         if cache is None or rows > cache.rows or new > cache.new:
             most = (rows, new) if cache is None else (max(rows, cache.rows), max(new, cache.new))
             self._native_cache = None  # the old one is let go first
-            self._native_cache = cache = NativeCache.empty(weights, *most)
+            layers = max(self.flow.config.depths)
+            self._native_cache = cache = NativeCache.empty(weights, *most, layers)
         return cache
 
-    def _rows(self, rows: int) -> KVCache:
-        """So many rows of PyTorch's cache."""
+    def _rows(self, rows: int, layers: int) -> KVCache:
+        """So many rows and layers of PyTorch's cache, which has room for the deepest block."""
         if self._cache is None or rows > self._cache.keys.shape[1]:
             weight = self.flow.blocks[0].proj_in.weight
             dtype = torch.bfloat16 if self.precision == "bf16" else weight.dtype
             self._cache, self._captured = None, {}  # graphs hold the old one
-            self._cache = self.flow.blocks[0].body.empty_cache(
+            deepest = max(self.flow.blocks, key=lambda block: len(block.body.layers))
+            self._cache = deepest.body.empty_cache(
                 rows, self.flow.config.tokens, weight.new_empty(0, dtype=dtype)
             )
-        return KVCache(self._cache.keys[:, :rows], self._cache.values[:, :rows])
+        return KVCache(self._cache.keys[:layers, :rows], self._cache.values[:layers, :rows])
 
     def _capture(self, index: int, rows: int, context: Tensor | None, temperature: Tensor) -> CapturedStep:
         """The block's captured step, kept for the next batch of as many rows; all share one cache.
 
         Graphs of two numbers of rows are kept: those of whole batches, and of the rest of a call.
         """
-        cache = self._rows(rows)
+        block = self._blocks[index - 1]
+        cache = self._rows(rows, len(block.body.layers))
         if rows not in self._captured and len(self._captured) == 2:
             self._captured = {}
         kept = self._captured.setdefault(rows, {})
         if index in kept:
             return kept[index].restart(context, temperature)
         autocast = torch.bfloat16 if self.precision == "bf16" else None
-        kept[index] = CapturedStep(self._blocks[index - 1], cache, context, temperature, autocast)
+        kept[index] = CapturedStep(block, cache, context, temperature, autocast)
         return kept[index]
 
 

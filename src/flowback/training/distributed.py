@@ -183,7 +183,8 @@ def sharded(train: TrainConfig, processes: int) -> bool:
 def shard(objective: Objective, device: torch.device) -> None:
     """Move each process's part of all weights to its device, and leave the rest.
 
-    The Transformer of a block below the aligned ones is gathered when it runs, and let go after. All else
+    The Transformer of a block below the aligned ones is gathered when it runs, and let go after; in a block
+    that is deeper than others, each layer for itself. All else
     is gathered for the whole step: the blocks from the lowest aligned one on, the projector, and the small
     layers around the Transformers. The backward pass of the aligned blocks goes over their graphs several
     times (:mod:`flowback.alignment.strategies`), and FSDP2 would take the first time for the last.
@@ -196,8 +197,12 @@ def shard(objective: Objective, device: torch.device) -> None:
     config, blocks = objective.config.alignment, list(objective.flow.blocks)
     if objective.projector is not None and config.strategy != "forward":
         blocks = blocks[: min(block for block, _ in config.locations) - 1]
+    shallowest = min(objective.config.model.depths)
     for block in blocks:
-        fully_shard(block.body, mesh=mesh)
+        # A deep block, gathered whole, would be most of the model: its layers come one by one.
+        deep = len(block.body.layers) > shallowest
+        for unit in block.body.layers if deep else [block.body]:
+            fully_shard(unit, mesh=mesh)
     fully_shard(objective, mesh=mesh)
 
 

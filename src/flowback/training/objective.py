@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from flowback.alignment.align import Losses, losses
+from flowback.alignment.align import Losses, Noised, losses
 from flowback.alignment.loss import make_projector
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.flow.block import Labels
+from flowback.flow.levels import loss_weights
 from flowback.model import Flow
 
 __all__ = ["Objective", "Targets", "weighted_mean"]
@@ -74,6 +75,10 @@ class Objective(nn.Module):
         if target_dim is not None:
             self.projector = make_projector(config.alignment, config.model.width, target_dim)
 
+    def weights(self, levels: Float[Tensor, " b"] | None) -> Float[Tensor, " b"] | None:
+        """Weights of the images' likelihoods in the loss; None: all 1."""
+        return None if levels is None else loss_weights(levels, self.config.model, self.config.train)
+
     def forward(
         self,
         images: Float[Tensor, "b c h w"],
@@ -81,6 +86,7 @@ class Objective(nn.Module):
         drop: Bool[Tensor, " b"] | None = None,
         targets: Float[Tensor, "b m f"] | None = None,
         weight: float | None = None,
+        levels: Float[Tensor, " b"] | None = None,
     ) -> Losses:
         """Losses of images with their noise added.
 
@@ -90,10 +96,12 @@ class Objective(nn.Module):
             drop: True where an image's label is replaced by the unconditional embedding.
             targets: the encoder's features of the clean images; None where nothing is aligned any more.
             weight: of the alignment loss; None is that of the settings.
+            levels: noise levels of the images, for a flow with a range of them.
         """
         config, bf16 = self.config.alignment, self.config.train.precision == "bf16"
+        batch = Noised(images, labels, drop, levels, self.weights(levels))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            batch_losses = losses(self.flow, self.projector, config, images, labels, drop, targets, weight)
+            batch_losses = losses(self.flow, self.projector, config, batch, targets, weight)
         if self.projector is not None and targets is None:
             # Nothing is aligned any more; several processes still wait for a gradient of every weight.
             nothing = torch.stack([p.sum() for p in self.projector.parameters()]).sum() * 0

@@ -14,7 +14,7 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 from flowback import checkpoint
-from flowback.alignment.align import Losses, weight_at
+from flowback.alignment.align import Losses, Noised, weight_at
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
@@ -144,6 +144,7 @@ class Trainer:
                     if self.targets is None or over
                     else self.targets(batch.indices[part], batch.flipped[part], batch.seen[part]),
                     alignment,
+                    None if batch.levels is None else batch.levels[part],
                 )
                 weight = len(batch.noised[part]) / share
                 (losses.loss * weight).backward()
@@ -245,9 +246,13 @@ class Trainer:
     def _mean(self, value: Tensor) -> float:
         return float(self.accelerator.reduce(value.float(), "mean"))
 
+    def _noised(self, batch: Batch) -> Noised:
+        weights = self.weights.objective.weights(batch.levels)
+        return Noised(batch.noised, batch.labels, batch.drop, batch.levels, weights)
+
     def _own_statistics(self, batch: Batch) -> dict[str, float]:
         with root_whole(self.weights.objective):
-            return block_statistics(self.weights.objective.flow, batch.noised, batch.labels)
+            return block_statistics(self.weights.objective.flow, self._noised(batch))
 
     def _block_statistics(self, batch: Batch) -> dict[str, float]:
         """Those of the whole batch."""
@@ -275,9 +280,7 @@ class Trainer:
         assert objective.projector is not None
         assert self.targets is not None
         targets = self.targets(batch.indices, batch.flipped, batch.seen)
-        balance = gradient_balance(
-            objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
-        )
+        balance = gradient_balance(objective.flow, objective.projector, self._noised(batch), targets, config)
         if config.stop_below is not None:
             self._stop_below(
                 config.stop_below, [v for k, v in balance.items() if k.startswith("grad_cosine_")]
