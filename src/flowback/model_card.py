@@ -226,9 +226,11 @@ def _usage(card: Card, config: RunConfig) -> str:
 
 def _settings(config: RunConfig) -> str:
     model, data, train = config.model, config.data, config.train
-    noise = (
-        f"{model.noise}, standard deviation {model.noise_std:g}" if model.noise == "gaussian" else model.noise
-    )
+    deviations = {
+        "gaussian": f", standard deviation {model.noise_std:g}",
+        "range": f", standard deviations from {model.noise_min:g} to {model.noise_max:g}",
+    }
+    noise = model.noise + deviations.get(model.noise, "")
     rows = [
         ("blocks, layers, width", f"{model.blocks}, {model.layers}, {model.width}"),
         ("patches", f"{model.patch_size}x{model.patch_size}, {model.tokens} tokens"),
