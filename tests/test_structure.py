@@ -21,13 +21,13 @@ PACKAGE = ROOT / "src" / "flowback"
 
 LEVELS = (
     {"errors"},
-    {"checked", "devices", "files", "folder_lock", "progress", "provenance", "reading"},
+    {"checked", "devices", "files", "folder_lock", "hub", "progress", "provenance", "reading"},
     {"config", "processes"},
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},
-    {"alignment", "classification", "sampling", "tarflow_weights"},
+    {"alignment", "classification", "model_card", "sampling", "tarflow_weights"},
     {"model"},
-    {"evaluation", "sample_folder"},
+    {"evaluation", "flow_pipeline", "sample_folder"},
     {"app", "training"},
     {"tables"},
     {"cli"},

@@ -3,10 +3,11 @@
 TARFlow (arXiv 2412.06329), trained on likelihood alone, or with its features aligned to those of a frozen
 vision encoder (arXiv 2511.22345). Images are tensors (B, C, H, W) on [-1, 1].
 
-Create a flow, or load a trained one (a run, a checkpoint, or ``owner/name`` on the Hugging Face Hub)::
+Create a flow, or load a trained one (a run, a checkpoint, one that comes along, or ``owner/name`` on the
+Hugging Face Hub)::
 
     flow = flowback.create_flow("digits", num_classes=10)
-    flow = flowback.load("runs/digits")
+    flow = flowback.load("fashion")
 
 Train a preset, or add alignment to a training loop of your own::
 
@@ -55,7 +56,9 @@ if TYPE_CHECKING:
     from flowback.evaluation.references import Reference
     from flowback.evaluation.report import Report
     from flowback.flow import FlowOutput
+    from flowback.flow_pipeline import FlowPipeline, FlowPipelineOutput
     from flowback.model import Flow, create_flow, load
+    from flowback.model_card import Card
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
@@ -98,7 +101,9 @@ _MODULES = {
     "evaluation.references": ("Reference",),
     "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
+    "flow_pipeline": ("FlowPipeline", "FlowPipelineOutput"),
     "model": ("Flow", "create_flow", "load"),
+    "model_card": ("Card",),
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
@@ -115,6 +120,7 @@ __all__ = [
     "Alignment",
     "AlignmentConfig",
     "BlockPlan",
+    "Card",
     "DataConfig",
     "Denoising",
     "Encoder",
@@ -122,6 +128,8 @@ __all__ = [
     "Evaluator",
     "Flow",
     "FlowOutput",
+    "FlowPipeline",
+    "FlowPipelineOutput",
     "Guidance",
     "ImageSet",
     "Inpainted",

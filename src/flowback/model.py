@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import tempfile
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +16,7 @@ from accelerate import init_empty_weights
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowback import checkpoint
+from flowback import checkpoint, hub
 from flowback.config import DataConfig, ModelConfig, RunConfig
 from flowback.data.load import UNNAMED
 from flowback.devices import pick_device
@@ -24,11 +27,16 @@ from flowback.flow.cost import parameters
 from flowback.flow.levels import UserLevels
 from flowback.flow.likelihood import add_noise
 from flowback.flow.tarflow import UserLabels
+from flowback.model_card import Card, about, card_text, public, public_config, read_record
 from flowback.presets import get_preset
 from flowback.sampling import Inpainted, Sampler, inpaint, interpolate, sample
+from flowback.sampling.block_plan import weights_hash
+from flowback.sampling.image_files import save_grid
 
 __all__ = ["Flow", "create_flow", "load"]
 
+_PICTURED = 10
+"""Most classes in the picture of a model card."""
 _SHOWN = 20
 """Classes that a message names."""
 
@@ -191,8 +199,9 @@ class Flow(TARFlow):
         """Load a flow with its averaged weights, in eval mode.
 
         Args:
-            name: a run's folder (its newest checkpoint), a checkpoint folder, or a repository on the Hugging
-                Face Hub, as ``owner/name``.
+            name: a run's folder (its newest checkpoint), a checkpoint folder, a flow that comes with the
+                package (``fashion``), or a repository on the Hugging Face Hub, as ``owner/name`` or
+                ``owner/name@revision``. Nothing of it is unpickled or run.
             device: where the weights go; ``auto`` is a GPU if there is one.
             ema: decay of the average to load, if the run kept several; None is its main one.
             revision: branch, tag or commit of the repository.
@@ -219,17 +228,104 @@ class Flow(TARFlow):
         flow.run, flow.folder = config, folder
         return flow.to(device).eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    @property
+    def about(self) -> str:
+        """What the flow is, in one sentence: its size, images, data and training."""
+        return about(self._run())
+
+    def _run(self) -> RunConfig:
+        """Its settings as a checkpoint holds them."""
+        run = self.run or RunConfig(data=DataConfig(UNNAMED))
+        return RunConfig(self.config, run.data, run.alignment, run.train, run.codec, self.classes)
+
+    def save_pretrained(
+        self, folder: str | Path, card: Card | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Write the folder that :meth:`from_pretrained` reads: config.json and model.safetensors.
 
-        The folder appears complete or not at all; an existing checkpoint is replaced.
+        The folder appears complete or not at all; an existing checkpoint is replaced. With a card, it is one
+        to be published: README.md, a picture of samples and the evaluation record stand beside the weights,
+        and of paths on this machine only the last part.
+
+        Args:
+            folder: where to write it.
+            card: what the model card says.
+            dtype: of the weights in the file; None leaves them as they are. fp16 is read as fp32 again.
 
         Raises:
-            InputError: the folder holds something else, or cannot be written.
+            InputError: the folder holds something else, or cannot be written, or the card's record is none.
         """
-        run = self.run or RunConfig(data=DataConfig(UNNAMED))
-        config = RunConfig(self.config, run.data, run.alignment, run.train, run.codec, self.classes)
-        checkpoint.save(Path(folder), config, self.state_dict())
+        config, files = self._run(), {}
+        if card is not None:
+            config = public_config(config)
+            files = self._card_files(card, config, dtype)
+        weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
+        checkpoint.save(Path(folder), config, weights, card=files)
+
+    def _card_files(self, card: Card, config: RunConfig, dtype: torch.dtype | None) -> dict[str, bytes]:
+        """README.md, samples.png and evaluation.json, as far as there are any."""
+        record, rounded, files = None, False, {}
+        if card.record is not None:
+            record = public(read_record(card.record))
+            rounded = self._measured_before_rounding(record, dtype, card.record)
+            files["evaluation.json"] = json.dumps(record, indent=2).encode() + b"\n"
+        if card.columns and not config.codec.vae:  # latents would need their VAE
+            files["samples.png"] = self._picture(card.columns, card.guidance)
+        text = card_text(card, config, record, picture="samples.png" in files, rounded=rounded)
+        return {"README.md": text.encode(), **files}
+
+    def _measured_before_rounding(
+        self, record: dict[str, Any], dtype: torch.dtype | None, file: Path | str
+    ) -> bool:
+        """Whether a record is of the weights before their rounding to ``dtype``; of others it is refused."""
+        measured = record["settings"].get("weights_sha256")
+        stored = copy.deepcopy(self).to(dtype).to(self.data_dtype) if dtype else self
+        if measured in (None, weights_hash(stored)):
+            return False
+        if measured == weights_hash(self):
+            return True
+        raise InputError(f"{file} is the record of other weights; evaluate these, or give theirs.")
+
+    def _picture(self, columns: int, guidance: float) -> bytes:
+        """A PNG of ``columns`` samples of each class, of the first ten if there are more."""
+        count = min(self.config.num_classes or 0, _PICTURED)
+        labels = [label for label in range(count) for _ in range(columns)] or None
+        images = self.sample(
+            labels, range(columns * (count or columns)), guidance=guidance if labels else 0.0
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            save_grid(images, Path(folder, "grid.png"), columns, names=self.classes[:count])
+            return Path(folder, "grid.png").read_bytes()
+
+    def push_to_hub(
+        self,
+        name: str,
+        card: Card | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the folder of :meth:`save_pretrained` to the Hugging Face Hub; returns its address.
+
+        The token is the one of ``hf auth login`` or of HF_TOKEN.
+
+        Args:
+            name: ``owner/name``; the repository is made if there is none.
+            card: what the model card says; None: what the settings say.
+            dtype: of the weights in the file; None leaves them as they are.
+            private: whether a new repository is private.
+            revision: an existing branch; None is the main one.
+
+        Raises:
+            InputError: the Hub does not answer, does not know the user or refuses.
+        """
+        if not hub.REPOSITORY.fullmatch(name) or "@" in name:
+            raise InputError(f"{name} is no name on the Hub; give owner/name.")
+        hub.check_login()
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(Path(place, "flow"), card or Card(name), dtype)
+            return hub.upload(Path(place, "flow"), name, private=private, revision=revision)
 
 
 def _composed(name: str) -> str:

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowback import hub
 from flowback.alignment.loss import resample
 from flowback.errors import InputError, nearest
 from flowback.reading import open_regular, read_tensors
@@ -310,11 +311,13 @@ def _timm(name: str, rest: str, weights: Path | None) -> Encoder:
         )
     if weights is None:
         try:
-            model, dynamic = _create(model_name, pretrained=True)
+            with hub.quick():
+                model, dynamic = _create(model_name, pretrained=True)
         except Exception as error:  # many kinds, from the hub, its client, the network and the file system
             raise InputError(
                 f"The weights of {name} are not in the local cache and cannot be downloaded "
-                f"({_first_line(error)}); give a file of them (--alignment.weights, or --encoder-weights)."
+                f"({hub.reason(error, config.hf_hub_id or name)}); "
+                "give a file of them (--alignment.weights, or --encoder-weights)."
             ) from None
     else:
         model, dynamic = _create(model_name, pretrained=False)

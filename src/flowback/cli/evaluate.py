@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from flowback.cli.console import say, show_table
-from flowback.cli.options import SEARCH, is_checkpoint, out_folder, parse
+from flowback.cli.options import SEARCH, names_flow, out_folder, parse
 from flowback.config import DataConfig, EvaluateConfig, SampleConfig
 from flowback.errors import InputError
 
@@ -88,7 +88,7 @@ def _report(options: Options, processes: Processes) -> Report:
     from flowback.evaluation.references import load_reference, open_images
     from flowback.model import Flow
 
-    if is_checkpoint(options.subject):
+    if names_flow(options.subject):
         return evaluate(
             Flow.from_pretrained(options.subject, processes.device),
             options.data,

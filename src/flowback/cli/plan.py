@@ -46,7 +46,7 @@ def run(argv: list[str]) -> None:
     from flowback.sampling.block_plan import plan_file, plan_record, plan_sampling, save_plan
 
     device = pick_device(options.device, "--device")
-    folder = checkpoints.resolve(options.checkpoint)
+    folder = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
     check_file(plan_file(folder), "The plan")
     flow = Flow.from_pretrained(folder, device)
     plan = plan_sampling(flow, options.sampling)
