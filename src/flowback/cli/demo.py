@@ -192,8 +192,6 @@ def _draw_curves(out: Path) -> None:
     """curves.png: test nll and training-free accuracy against images seen."""
     from flowback.training.run_folder import read_rows
 
-    from flowback.training.run_folder import read_rows
-
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, (_, about) in RUNS.items():

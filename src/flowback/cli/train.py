@@ -138,8 +138,6 @@ def _images_of(trial: Trial) -> list[list[Any]]:
     """Counts, names and sizes; the files that are left out."""
     from flowback.training import classes_shown
 
-    from flowback.training import classes_shown
-
     images, model = trial.images, trial.config.model
     tested = "none" if trial.test is None else f"{len(trial.test):,}"
     rows: list[list[Any]] = [
