@@ -141,7 +141,7 @@ def test_tarflow_has_its_own_budgets():
 
 
 def test_itarflow_has_its_own_budgets():
-    """Epochs × full batches of 512 from the commands in apple/ml-itarflow's README; more from its code."""
+    """Epochs × full batches of 512, from the commands of ml-itarflow's README, the rest from its code."""
     for size, patch, width, highest, epochs, drop in (
         (64, 2, 1280, 0.3, 300, 0.1),
         (128, 4, 1600, 0.5, 450, 0.1),

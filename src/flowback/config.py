@@ -13,19 +13,29 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from flowback.checked import Checked, require
+from flowback.errors import InputError
+from flowback.files import check_file
 
 __all__ = [
     "AlignmentConfig",
     "CodecConfig",
+    "Crop",
     "DataConfig",
     "EvaluateConfig",
+    "FolderConfig",
     "ModelConfig",
     "ProbeConfig",
+    "ReproduceConfig",
     "RunConfig",
     "SampleConfig",
+    "Scale",
     "TrainConfig",
 ]
 
+Crop = Literal["bicubic", "adm", "tarflow"]
+"""How an image becomes a square: as when training from a folder, ADM's way, or TARFlow's."""
+Scale = Literal["paper", "mini", "fashion"]
+"""Sizes of a table's rows."""
 
 _MOST = {
     "image_size": 2**14,
@@ -550,8 +560,9 @@ class EvaluateConfig(Checked):
     """Figures in Inception features: ADM's (FID, sFID, IS, precision, recall), TARFlow's FID, or none."""
     inception_weights: Path | None = None
     """Local file of the Inception weights, instead of a download."""
-    reference_limit: int | None = None
-    """Compare with only this many images of the reference, spread evenly."""
+    reference_limit: int | Literal["auto"] | None = "auto"
+    """Compare with only this many images of the reference, spread evenly; None: all. `auto`: 10 for each
+    sample and at least 2,000 with the protocol `none`; all with the others, which publish figures."""
     likelihood: bool = True
     """Measure nll and bits/dim of the test images."""
     classification: bool = True
@@ -576,7 +587,7 @@ class EvaluateConfig(Checked):
             "--samples must be 0, or at least 2: a covariance needs two.",
         )
         require(
-            self.reference_limit is None or self.reference_limit >= 2,
+            not isinstance(self.reference_limit, int) or self.reference_limit >= 2,
             "--reference-limit must be at least 2: a covariance needs two.",
         )
         require(self.draws >= 1, "--draws must be at least 1.")
@@ -615,6 +626,98 @@ class ProbeConfig(Checked):
             "--batch-size, --train-limit and --test-limit must be at least 1.",
         )
         require(0 <= self.seed < 2**32, f"--seed {self.seed} is out of range; it goes from 0 to {2**32 - 1}.")
+
+
+@dataclass(frozen=True)
+class FolderConfig(Checked):
+    """What is drawn, and into which files."""
+
+    count: int = 16
+    """Number of images, over all labels."""
+    labels: tuple[str | int, ...] = ()
+    """Classes to draw, in turn, by name or id; none given: all classes in turn. A number is an id, unless
+    it is the name of a class."""
+    unconditional: bool = False
+    """Draw without labels from a model with classes."""
+    seed: int = 0
+    """Seed of the first image."""
+    redraws: int = 3
+    """How often an image with non-finite values is drawn again."""
+    grid: Path | None = None
+    """Also write all images as one picture, classes in rows."""
+    npz: Path | None = None
+    """Also write all images as the file that ADM's evaluator reads."""
+    trajectory: Path | None = None
+    """Also write the picture of the way from noise to image, for the first 8 images."""
+
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
+        require(self.count >= 1, "--count must be at least 1.")
+        require(self.redraws >= 0, "--redraws must not be negative.")
+        last = 2**32 - self.count
+        require(0 <= self.seed <= last, f"--seed {self.seed} is out of range; it goes from 0 to {last}.")
+        require(
+            not (self.labels and self.unconditional),
+            "--labels and --unconditional exclude each other; give one of them.",
+        )
+        require(
+            len(self.labels) <= self.count,
+            f"{len(self.labels)} labels for {self.count} images; raise --count.",
+        )
+        for name in ("grid", "npz", "trajectory"):
+            path = getattr(self, name)
+            if path is not None:
+                check_file(path, f"--{name}")
+
+    def check_place(self, out: Path) -> None:
+        """Refuse pictures among the images, where they would count as two of them."""
+        for name in ("grid", "trajectory"):
+            path = getattr(self, name)
+            if path is not None and out.resolve() in path.resolve().parents:
+                raise InputError(f"--{name} {path} lies in {out}, among the images; give another place.")
+
+
+@dataclass(frozen=True)
+class ReproduceConfig(Checked):
+    """How a table is filled in."""
+
+    rows: tuple[str, ...] = ()
+    """Only the rows of these presets; `*` and `?` are allowed. None given: all rows."""
+    baseline: str | None = None
+    """The row that all others are compared with. None: the last row above without alignment, or the first."""
+    data: Path | None = None
+    """The prepared set, or the folder of images; small scales know their own."""
+    latents: Path | None = None
+    """The prepared latents of 256×256 images, for the rows in latents."""
+    samples: int | None = None
+    """Samples of each evaluation; None: 1,000 at small scales, else as many as in the paper."""
+    guidance: float | None = None
+    """Guidance scale; None: 0.3 at small scales, else the best of 0, 0.5, ... 4, as in the paper."""
+    search: tuple[float, ...] = ()
+    """Guidance scales to try instead of one; the table shows the figures of the best."""
+    inception_weights: Path | None = None
+    """Local file of the Inception weights: adds ADM's FID, sFID and IS."""
+    steps: int | None = None
+    """Training steps instead of the preset's, to try the command out."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+    jobs: int = 1
+    """Rows that run at once, each in a process of its own with an equal share of the cores."""
+    redo: bool = False
+    """Remove runs with other settings, and train them again."""
+    any_code: bool = False
+    """Take runs and records of other versions of the code too; the table says which commits it is of."""
+    note: tuple[str, ...] = ()
+    """Sentences to print under the table: what it supports, and what it does not."""
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        require(self.jobs >= 1, "--jobs must be at least 1.")
+        require(self.samples is None or self.samples >= 2, "--samples must be at least 2.")
+        require(self.steps is None or self.steps >= 1, "--steps must be at least 1.")
+        require(
+            self.guidance is None or not self.search, "--guidance is one scale, --search several; give one."
+        )
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from safetensors.torch import load_file
 
-from flowback import checkpoint
 from flowback.cli.console import say
 from flowback.cli.options import parse
 from flowback.config import DataConfig, RunConfig
-from flowback.data.load import UNNAMED
 from flowback.errors import InputError
-from flowback.flow.cost import parameters
-from flowback.model import Flow
-from flowback.tarflow_weights import read_tarflow, to_tarflow, write_tarflow
 
 __all__ = ["ExportOptions", "ImportOptions", "run_export", "run_import"]
 
@@ -56,6 +50,11 @@ def run_import(argv: list[str]) -> None:
         raise InputError("--noise-range takes two levels, the first above 0 and below the second.")
     if options.out.exists():
         raise InputError(f"{options.out} already exists; give a new folder, or remove it first.")
+    from flowback import checkpoint
+    from flowback.data.load import UNNAMED
+    from flowback.flow.cost import parameters
+    from flowback.tarflow_weights import read_tarflow
+
     noise = options.noise, options.noise_std, options.noise_range
     model, weights = read_tarflow(options.weights, options.image_size, options.patch_size, *noise)
     checkpoint.save(options.out, RunConfig(model, DataConfig(UNNAMED)), weights)
@@ -86,6 +85,12 @@ def run_export(argv: list[str]) -> None:
     options = parse(ExportOptions, argv, "export-tarflow")
     if options.out.is_dir():
         raise InputError(f"{options.out} is a folder; give the name of a .pth file.")
+    from safetensors.torch import load_file
+
+    from flowback import checkpoint
+    from flowback.model import Flow
+    from flowback.tarflow_weights import to_tarflow, write_tarflow
+
     config = Flow.from_pretrained(options.checkpoint).config  # checks that config and weights fit together
     weights = load_file(checkpoint.resolve(options.checkpoint) / "model.safetensors")  # in their own dtype
     state = to_tarflow(config, weights)
