@@ -28,7 +28,7 @@ LEVELS = (
     {"alignment", "classification", "model_card", "sampling", "tarflow_weights"},
     {"model"},
     {"evaluation", "flow_pipeline", "sample_folder"},
-    {"training"},
+    {"app", "training"},
     {"tables"},
     {"cli"},
     {"__init__", "__main__"},
@@ -129,7 +129,7 @@ def test_public_names_are_exported_once():
 
 
 def test_library_code_needs_no_optional_package():
-    optional = ("tensorboard", "wandb", "trackio", "diffusers", "datasets")
+    optional = ("tensorboard", "wandb", "trackio", "diffusers", "datasets", "gradio")
     code = f"import sys\nfor name in {optional}: sys.modules[name] = None\n"
     subprocess.run([sys.executable, "-c", code + "import flowback, flowback.cli"], check=True)
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from flowback.data.image_set import ImageSet, PixelSet, image_set
     from flowback.data.load import load_images
     from flowback.data.named_sets import register_dataset
-    from flowback.data.pixels import to_unit_range
+    from flowback.data.pixels import to_pil, to_unit_range
     from flowback.errors import InputError
     from flowback.evaluation.by_level import LevelAccuracy, accuracy_by_level
     from flowback.evaluation.held_out import Accuracy, accuracy
@@ -62,9 +62,17 @@ if TYPE_CHECKING:
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
-    from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler, plan_sampling, sample
+    from flowback.sampling import (
+        BlockPlan,
+        Denoising,
+        Guidance,
+        Inpainted,
+        Sampler,
+        plan_sampling,
+        sample,
+    )
     from flowback.tables import reproduce
-    from flowback.training import Evaluator, TrainResult, train
+    from flowback.training import Evaluator, TrainResult, Trial, train, try_run
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -83,7 +91,7 @@ _MODULES = {
     "data.image_set": ("ImageSet", "PixelSet", "image_set"),
     "data.load": ("load_images",),
     "data.named_sets": ("register_dataset",),
-    "data.pixels": ("to_unit_range",),
+    "data.pixels": ("to_pil", "to_unit_range"),
     "errors": ("InputError",),
     "evaluation.by_level": ("LevelAccuracy", "accuracy_by_level"),
     "evaluation.held_out": ("Accuracy", "accuracy"),
@@ -99,9 +107,9 @@ _MODULES = {
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": ("BlockPlan", "Denoising", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "sampling": ("BlockPlan", "Denoising", "Guidance", "Inpainted", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
-    "training": ("Evaluator", "TrainResult", "train"),
+    "training": ("Evaluator", "TrainResult", "Trial", "train", "try_run"),
 }
 """Public names, by the module that defines them."""
 
@@ -124,6 +132,7 @@ __all__ = [
     "FlowPipelineOutput",
     "Guidance",
     "ImageSet",
+    "Inpainted",
     "InputError",
     "LevelAccuracy",
     "ModelConfig",
@@ -140,6 +149,7 @@ __all__ = [
     "Sampler",
     "TrainConfig",
     "TrainResult",
+    "Trial",
     "__version__",
     "accuracy",
     "accuracy_by_level",
@@ -161,8 +171,10 @@ __all__ = [
     "register_encoder",
     "reproduce",
     "sample",
+    "to_pil",
     "to_unit_range",
     "train",
+    "try_run",
 ]
 
 __version__ = "0.1.0"

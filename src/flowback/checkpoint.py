@@ -66,6 +66,8 @@ CARD_FILES = ("README.md", "samples.png", "evaluation.json")
 """What stands beside the weights of a published flow: model card, picture, evaluation record."""
 _SHOWN = 8
 """Most runs that a message names."""
+_LOOKED_AT = 1000
+"""Folders, at most, in which a message looks for runs."""
 _OWN_FILES = re.compile(
     r"config\.json|(model|ema-[\d.e-]+)\.safetensors|training\.pt|sampling-plan\.json|evaluation/.*"
 )
@@ -95,16 +97,33 @@ def resolve(path: str | Path) -> Path:
     if folders:
         return folders[-1]
     if not path.exists():
-        raise InputError(f"No checkpoint at {path}: the folder does not exist.")
+        above = next((parent for parent in path.parents if parent.is_dir()), path)
+        near = "" if len(path.parts) - len(above.parts) > 2 else _listed(_runs_in(above))
+        hint = f"; in {above} there are {near}" if near else ""
+        raise InputError(f"No checkpoint at {path}: the folder does not exist{hint}.")
     if not path.is_dir():
         raise InputError(f"No checkpoint at {path}: it is a file; give the folder of a checkpoint or a run.")
-    runs = [str(inner) for inner in sorted(path.iterdir()) if _is_checkpoint(inner) or step_folders(inner)]
+    runs = _listed(_runs_in(path))
     if runs:
-        shown = ", ".join(runs[:_SHOWN]) + (", ..." if len(runs) > _SHOWN else "")
-        raise InputError(f"No checkpoint at {path}, but there are some inside it; give one of {shown}.")
+        raise InputError(f"No checkpoint at {path}, but there are some inside it; give one of {runs}.")
     raise InputError(
         f"No checkpoint at {path}: give a folder with config.json and model.safetensors, or a run's folder."
     )
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Runs and checkpoints in a folder, or in the folders in it."""
+    places: list[Path] = []
+    for pattern in ("*", "*/*"):
+        places += sorted(place for place in folder.glob(pattern) if not place.name.startswith("."))[
+            :_LOOKED_AT
+        ]
+    found = [place for place in places if _is_checkpoint(place) or step_folders(place)]
+    return [str(place) for place in found if not {*place.parents} & {*found} and place.name != "checkpoints"]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -560,8 +560,9 @@ class EvaluateConfig(Checked):
     """Figures in Inception features: ADM's (FID, sFID, IS, precision, recall), TARFlow's FID, or none."""
     inception_weights: Path | None = None
     """Local file of the Inception weights, instead of a download."""
-    reference_limit: int | None = None
-    """Compare with only this many images of the reference, spread evenly."""
+    reference_limit: int | Literal["auto"] | None = "auto"
+    """Compare with only this many images of the reference, spread evenly; None: all. `auto`: 10 for each
+    sample and at least 2,000 with the protocol `none`; all with the others, which publish figures."""
     likelihood: bool = True
     """Measure nll and bits/dim of the test images."""
     classification: bool = True
@@ -586,7 +587,7 @@ class EvaluateConfig(Checked):
             "--samples must be 0, or at least 2: a covariance needs two.",
         )
         require(
-            self.reference_limit is None or self.reference_limit >= 2,
+            not isinstance(self.reference_limit, int) or self.reference_limit >= 2,
             "--reference-limit must be at least 2: a covariance needs two.",
         )
         require(self.draws >= 1, "--draws must be at least 1.")

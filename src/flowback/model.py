@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowback import checkpoint, hub
@@ -28,7 +29,7 @@ from flowback.flow.likelihood import add_noise
 from flowback.flow.tarflow import UserLabels
 from flowback.model_card import Card, about, card_text, public, public_config, read_record
 from flowback.presets import get_preset
-from flowback.sampling import sample
+from flowback.sampling import Inpainted, Sampler, inpaint, interpolate, sample
 from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.image_files import save_grid
 
@@ -36,6 +37,8 @@ __all__ = ["Flow", "create_flow", "load"]
 
 _PICTURED = 10
 """Most classes in the picture of a model card."""
+_SHOWN = 20
+"""Classes that a message names."""
 
 
 class Flow(TARFlow):
@@ -85,17 +88,27 @@ class Flow(TARFlow):
         if isinstance(labels, str):
             labels = [labels] * batch
         if isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
-            labels = [self._class_id(label) if isinstance(label, str) else label for label in labels]
+            labels = [self.class_id(label) if isinstance(label, str) else label for label in labels]
         return super().labels(labels, batch)
 
-    def _class_id(self, name: str) -> int:
-        if self.classes.count(name) > 1:
-            raise InputError(f"The model has {self.classes.count(name)} classes called {name}; give an id.")
-        if name in self.classes:
-            return self.classes.index(name)
+    def class_id(self, name: str) -> int:
+        """The id of a class by its name; letters with accents match however they are composed.
+
+        Raises:
+            InputError: no class of this name, or several.
+        """
+        ids = [number for number, own in enumerate(self.classes) if own == name]
+        ids = ids or [number for number, own in enumerate(self.classes) if _composed(own) == _composed(name)]
+        if len(ids) > 1:
+            raise InputError(f"The model has {len(ids)} classes called {name}; give an id.")
+        if ids:
+            return ids[0]
         if not self.classes:
             raise InputError(f"The model does not know the names of its classes; give {name!r} as an id.")
-        raise InputError(f"The model has no class {name!r}; {nearest(name, self.classes)}")
+        close = nearest(name, self.classes, only_close=True)
+        known = ", ".join(f"{number} = {own}" for number, own in enumerate(self.classes[:_SHOWN]))
+        more = ", ..." if len(self.classes) > _SHOWN else ""
+        raise InputError(f"The model has no class {name!r}{close or f'; known: {known}{more}'}")
 
     def add_noise(
         self, images: Float[Tensor, "b c h w"], seeds: Sequence[int], *, noise: UserLevels = None
@@ -114,13 +127,66 @@ class Flow(TARFlow):
         return add_noise(images, self.config, seeds, levels=None if levels is None else levels.to(images))
 
     def sample(
-        self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
+        self,
+        labels: UserLabels = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        *,
+        count: int | None = None,
+        **options: Any,
     ) -> Float[Tensor, "b c h w"]:
-        """Draw images on [-1, 1], not clamped; :func:`flowback.sample` explains the options.
+        """Draw images on [-1, 1], raw: not clamped, not rounded; :func:`flowback.to_pil` makes pictures.
 
         For many batches use :class:`flowback.Sampler`, which prepares the weights only once.
+
+        Args:
+            labels: one for each image, or one for all; None is unconditional.
+            seeds: one for each image; None: 0, 1, 2, ...
+            count: number of images, in place of ``seeds``; fewer labels take turns.
+            **options: those of :func:`flowback.sample`.
+
+        Raises:
+            InputError: labels, seeds, count or options that do not fit the model or each other.
         """
+        if count is not None:
+            if seeds is not None or count < 1:
+                raise InputError(f"count={count}: give a number of images, at least 1, or seeds, not both.")
+            seeds = range(count)
+            if isinstance(labels, (list, tuple)) and labels:
+                labels = [labels[number % len(labels)] for number in seeds]
         return sample(self, labels, seeds, **options)
+
+    def trajectory(
+        self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
+    ) -> list[Float[Tensor, "b c h w"]]:
+        """The way from noise to images: z, the outputs of blocks T ... 1, and the denoised images.
+
+        The last are those of :meth:`sample` with the same arguments. Options are those of
+        :class:`flowback.Sampler`, whose method ``follow`` gives each state as soon as it is there.
+        """
+        return Sampler(self, **options).trajectory(labels, seeds)
+
+    def interpolate(
+        self,
+        first: Float[Tensor, "b c h w"],
+        second: Float[Tensor, "other c h w"],
+        steps: int = 9,
+        labels: UserLabels = None,
+        second_labels: UserLabels = None,
+        **options: Any,
+    ) -> Float[Tensor, "b s c h w"]:
+        """Images between two, equally spaced in z; :func:`flowback.sampling.interpolate` explains it."""
+        return interpolate(self, first, second, steps, labels, second_labels, **options)
+
+    def inpaint(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keep: Bool[Tensor, "m n"],
+        labels: UserLabels = None,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Inpainted:
+        """Keep some tokens and redraw the others; :func:`flowback.sampling.inpaint` explains it."""
+        return inpaint(self, images, keep, labels, seeds, **options)
 
     @classmethod
     def from_pretrained(
@@ -260,6 +326,11 @@ class Flow(TARFlow):
         with tempfile.TemporaryDirectory() as place:
             self.save_pretrained(Path(place, "flow"), card or Card(name), dtype)
             return hub.upload(Path(place, "flow"), name, private=private, revision=revision)
+
+
+def _composed(name: str) -> str:
+    """macOS writes an accent as a sign of its own, keyboards do not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Flow:

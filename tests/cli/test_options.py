@@ -60,6 +60,7 @@ WORDS = {
     "sample": [[POSITIONAL], ["--out", "x"], ["--no-denoise"], ["--labels", "1", "2"], ["--seed=3"]],
     "plan": [[POSITIONAL], ["--ramp"], ["--guidance", "1"]],
     "classify": [[POSITIONAL], ["--no-noise"], ["--draws", "2"], ["--seed=3"]],
+    "app": [["--port", "0"], [POSITIONAL], ["--no-open"], ["--host=::1"]],
     "evaluate": [[POSITIONAL], ["--no-likelihood"], ["--samples", "0"], ["--seed=3"]],
     "probe": [[POSITIONAL], ["--seed", "2"], ["--locations", "1", "1"], ["--encoder=None"]],
     "compare": [["a", "b"], ["--json", "x"]],

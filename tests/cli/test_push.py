@@ -34,7 +34,7 @@ def test_a_flow_that_comes_along_is_drawn_and_says_what_it_is(flowback, tmp_path
 
 
 def test_a_folder_that_is_named_gets_no_picture(flowback, run, tmp_path):
-    code, _, err = flowback("sample", run, "--count", 2, "--out", tmp_path / "here")
+    code, _out, err = flowback("sample", run, "--count", 2, "--out", tmp_path / "here")
     assert code == 0, err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["here", "run"]
 
@@ -50,7 +50,7 @@ def test_a_mistyped_name(flowback, tmp_path, monkeypatch):
 def test_other_verbs_take_names(flowback, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert names_flow(checkpoint.Path("fashion"))
-    code, _, err = flowback("info", "fashion", "--json", "info.json")
+    code, _out, err = flowback("info", "fashion", "--json", "info.json")
     assert code == 0, err
     assert json.loads((tmp_path / "info.json").read_text())["settings"]["data"]["name"] == "fashion-mnist"
 

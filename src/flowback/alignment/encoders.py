@@ -40,6 +40,10 @@ __all__ = ["Encoder", "Recipe", "create_encoder", "register_encoder", "weights_h
 
 logger = logging.getLogger(__name__)
 
+_PIXELS = 8 * 128**2
+"""Of input in one pass on a CPU: the largest array in EfficientNet-Lite0 then has 12.6 MB, and 64 images at
+128 x 128 took 0 page faults and 0.30 s instead of 175,000 and 0.65 s (CPU time of one thread)."""
+
 _FREE = ("apache-2.0", "mit", "bsd-3-clause")
 _FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
@@ -124,7 +128,7 @@ class Encoder(nn.Module):
             InputError: the model cannot take such images, or gives values that are not finite.
         """
         with torch.autocast(images.device.type, enabled=False):
-            features = self.feature_map(images.float(), self.input_size(grid))
+            features = self._in_parts(images.float(), self.input_size(grid))
         if check:
             self._refuse_broken(features)
         return resample(features.flatten(2).transpose(1, 2), grid)
@@ -138,9 +142,20 @@ class Encoder(nn.Module):
         """
         with torch.autocast(images.device.type, enabled=False):
             size = self.recipe.fixed_size or self.recipe.pooled_size
-            features = self.feature_map(images.float(), size).mean((2, 3))
+            features = self._in_parts(images.float(), size).mean((2, 3))
         self._refuse_broken(features)
         return features
+
+    def _in_parts(self, images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b {self.dim} p q"]:
+        """:meth:`feature_map`; on a CPU, of a few images at once.
+
+        glibc takes arrays above 32 MiB from the system and gives them back after each use, which costs as
+        much as the convolutions: every page is mapped and cleared again. Smaller ones it keeps.
+        """
+        if images.device.type != "cpu" or not len(images):
+            return self.feature_map(images, size)
+        parts = images.split(max(1, _PIXELS // size**2))
+        return torch.cat([self.feature_map(part, size) for part in parts])
 
     def _refuse_broken(self, features: Tensor) -> None:
         if not features.isfinite().all():

@@ -25,6 +25,7 @@ VERBS = {
     "sample": ("sample:run", "draw images from a checkpoint, or from a flow that comes along"),
     "plan": ("plan:run", "measure how to sample a checkpoint fastest on this device"),
     "classify": ("classify:run", "classify images with a flow's own gradient"),
+    "app": ("serve_app:run", "a page in the browser: draw, read an image, interpolate, inpaint, compare"),
     "evaluate": ("evaluate:run", "quality and likelihood of a checkpoint"),
     "probe": ("probe:run", "linear probes of every block and layer"),
     "compare": ("compare:run", "two evaluation records side by side"),

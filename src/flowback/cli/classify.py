@@ -121,7 +121,9 @@ def run(argv: list[str]) -> None:
         results = [choice.accuracy for choice in choices]
     else:
         loop = _loop(options, processes) | {"level": options.noise[0] if options.noise else None}
-        rule = {"draws": options.draws, "steps": options.steps, "step_size": options.step_size}
+        rule: dict[str, Any] = {
+            "draws": options.draws, "steps": options.steps, "step_size": options.step_size
+        }  # fmt: skip
         results = [
             processes.merged(accuracy(flow, images, method, noise=not options.no_noise, **rule, **loop))
             for method in _methods(options, flow)
@@ -177,14 +179,8 @@ def _predict(options: Options, path: Path, flow: Flow, processes: Processes, fol
         raise InputError("--images takes one noise level; give --noise a single one, or leave it out.")
     method: Method | None = None if options.method == "auto" else options.method
     images = open_pictures(flow, path, options.data.bad_images)
-    found = processes.merged(
-        Predictions(
-            predict(
-                flow, images, method, options.draws, **_loop(options, processes),
-                level=options.noise[0] if options.noise else None,
-            )
-        )
-    )  # fmt: skip
+    loop = _loop(options, processes) | {"level": options.noise[0] if options.noise else None}
+    found = processes.merged(Predictions(predict(flow, images, method, options.draws, **loop)))
     if processes.is_main:
         found.save(folder, {**weights_of(flow), "method": options.method, "seed": options.seed})
         rows = [list(astuple(each)) for each in found.rows[:SHOWN]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.files import replacing, write_json
+from flowback.errors import InputError
+from flowback.files import check_folder, replacing, write_json
 from flowback.presets import get_preset
 
 if TYPE_CHECKING:
@@ -53,10 +54,23 @@ class Options:
     json: Path | None = None
     """Also write the report to this file."""
 
+    def check(self) -> None:
+        """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
+        if self.steps is not None and self.steps < 1:
+            raise InputError("--steps must be at least 1.")
+        if not 2 <= self.samples <= 2**32:
+            raise InputError("--samples must be at least 2: a covariance needs two.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed} is out of range; it goes from 0 to {2**63 - 1}.")
+        if not math.isfinite(self.guidance):
+            raise InputError("--guidance must be a finite number.")
+        check_folder(self.out, "--out")
+
 
 def run(argv: list[str]) -> None:
     """Train twice, compare, and say where to look."""
     options = parse(Options, argv, "demo")
+    options.check()
     from flowback.alignment.encoders import create_encoder
     from flowback.evaluation.judge import Judge
     from flowback.evaluation.references import Reference
@@ -176,11 +190,12 @@ def _pyplot() -> Any:
 
 def _draw_curves(out: Path) -> None:
     """curves.png: test nll and training-free accuracy against images seen."""
+    from flowback.training.run_folder import read_rows
+
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, (_, about) in RUNS.items():
-        lines = (out / name / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if "test_nll" in row]
+        rows = [row for row in read_rows(out / name / "metrics.jsonl") if "test_nll" in row]
         seen = [row["images"] for row in rows]
         left.plot(seen, [row["test_nll"] for row in rows], marker=".", label=about)
         right.plot(seen, [100 * row["test_top1_gradient"] for row in rows], marker=".", label=about)

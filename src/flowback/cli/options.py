@@ -165,8 +165,17 @@ def _shorthand(value: str, path_given: bool) -> list[str]:
 
 
 def out_folder(out: Path | None, subject: Path) -> Path:
-    """The folder of records and pictures, checked before the work: as asked, or beside the checkpoint."""
-    folder = out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
+    """The folder of records and pictures, checked before the work: as asked, or beside the checkpoint.
+
+    Raises:
+        InputError: it cannot be written, or ``subject`` is no checkpoint that lies in a folder here.
+    """
+    if out is None and not is_checkpoint(subject):
+        from flowback import checkpoint
+
+        checkpoint.resolve(checkpoint.fetch(subject))
+        raise InputError(f"{subject} is no folder here; say with --out where the report goes.")
+    folder = out or subject / "evaluation"
     check_folder(folder, "--out")
     return folder
 

@@ -52,7 +52,7 @@ def run(argv: list[str]) -> None:
     from flowback.data.vae import open_codec
     from flowback.model import Flow
     from flowback.processes import Processes
-    from flowback.sample_folder import draw_folder
+    from flowback.sample_folder import class_ids, draw_folder
     from flowback.sampling.block_plan import resolve_plan
 
     processes = Processes(options.device)
@@ -63,6 +63,10 @@ def run(argv: list[str]) -> None:
         say(f"{options.checkpoint}: {flow.about}")
     codec = open_codec(checkpoints.load_config(checkpoint).codec, flow.device, options.vae, options.force_vae)
     plans, notice = resolve_plan(flow, options.sampling, checkpoint)
+    if options.images.labels and processes.is_main:
+        ids = dict.fromkeys(class_ids(flow, options.images.labels))
+        named = (f"{flow.classes[k]} (id {k})" if flow.classes else f"id {k}" for k in ids)
+        say(f"Classes drawn: {', '.join(named)}")
     report = draw_folder(flow, out, images, sampling=options.sampling, plans=plans, codec=codec)
     if processes.is_main:
         for sentence in (*([notice] if notice else []), *report.notices):

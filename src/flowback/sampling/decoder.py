@@ -8,10 +8,10 @@ A :class:`Decoder` hides how a step is computed (PyTorch, compiled code or a CUD
 from __future__ import annotations
 
 import copy
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flowback.checked import require_one_of
@@ -22,7 +22,7 @@ from flowback.sampling.cuda_graph import CapturedStep, captures
 from flowback.sampling.guidance import ImageGuide
 from flowback.sampling.native import NativeCache, NativeStep, NativeWeights
 
-__all__ = ["Decoder", "Engine", "Precision", "Step", "TorchStep", "sequential"]
+__all__ = ["Decoder", "Engine", "Kept", "Precision", "Step", "TorchStep", "sequential"]
 
 Precision = Literal["fp32", "bf16"]
 """``bf16``: weights, keys and values in bfloat16 (matrix products too, where PyTorch runs them); shift,
@@ -254,13 +254,32 @@ def _narrowed(block: Block) -> Block:
     return copy.deepcopy(block, memo)
 
 
+class Kept(NamedTuple):
+    """Tokens whose values are known before they are decoded, in the block's own order."""
+
+    tokens: Float[Tensor, "b n d"]
+    """Their values; those at other places are not read."""
+    places: Bool[Tensor, "b n"]
+    """True where the value is known."""
+
+
 @torch.no_grad()
-def sequential(decoder: Decoder, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """x of z = f(x): each token from the prediction of those before it; both in the block's own order."""
+def sequential(
+    decoder: Decoder, z: Float[Tensor, "b n d"], kept: Kept | None = None
+) -> Float[Tensor, "b n d"]:
+    """x of z = f(x): each token from the prediction of those before it; all in the block's own order.
+
+    Kept tokens get their value instead, and what follows them is predicted from it.
+    """
     x = torch.empty_like(z)
     x[:, 0] = z[:, 0]
     known, noise = x.split(1, dim=1), z.split(1, dim=1)  # views of each token
+    if kept is not None:
+        x[kept.places] = kept.tokens[kept.places]
     for i in range(z.shape[1] - 1):
         shift, log_scale = decoder.step(known[i], i)
-        known[i + 1].copy_(affine.inverse(noise[i + 1], shift, log_scale))
+        decoded = affine.inverse(noise[i + 1], shift, log_scale)
+        if kept is not None:
+            decoded = torch.where(kept.places[:, i + 1, None, None], known[i + 1], decoded)
+        known[i + 1].copy_(decoded)
     return x
