@@ -13,6 +13,7 @@ from torch import Tensor
 from flowback.app import pictures
 from flowback.app.fields import class_names, connect, given, picture_field, result, sample_fields, words
 from flowback.app.flows import Flows
+from flowback.app.image_figures import DRAWS, read
 from flowback.app.inputs import (
     MOST_IMAGES,
     guidance_scale,
@@ -21,7 +22,6 @@ from flowback.app.inputs import (
     read_seed,
     whole,
 )
-from flowback.app.reading import DRAWS, read
 from flowback.checked import require
 from flowback.model import Flow
 from flowback.sampling import Sampler
