@@ -289,6 +289,8 @@ class AlignmentConfig(Checked):
     measured every `--train.diagnose-every` steps, in the blocks that alignment reaches. None: never."""
     locations: tuple[tuple[int, int], ...] = ((7, 6), (8, 6))
     """(block, layer) pairs whose features are aligned, counted from 1."""
+    levels: tuple[float, float] | None = None
+    """Lowest and highest noise level of the images that are aligned, for `--model.noise range`; None: all."""
     encoder: str = "efficientnet_lite0"
     """Frozen encoder: `efficientnet_lite0`, or `timm:NAME`."""
     weights: Path | None = None
@@ -330,6 +332,10 @@ class AlignmentConfig(Checked):
         )
         require(self.tolerance > 0, "--alignment.tolerance must be above 0.")
         require(self.hidden > 0, "--alignment.hidden must be at least 1.")
+        require(
+            self.levels is None or 0 <= self.levels[0] < self.levels[1],
+            f"--alignment.levels {self.levels} must rise from at least 0: the lowest and the highest level.",
+        )
         require(
             self.spatial_norm is None or 0 <= self.spatial_norm <= 1,
             "--alignment.spatial-norm must be in [0, 1]; None leaves the targets as they are.",
@@ -560,8 +566,9 @@ class EvaluateConfig(Checked):
     """Figures in Inception features: ADM's (FID, sFID, IS, precision, recall), TARFlow's FID, or none."""
     inception_weights: Path | None = None
     """Local file of the Inception weights, instead of a download."""
-    reference_limit: int | None = None
-    """Compare with only this many images of the reference, spread evenly."""
+    reference_limit: int | Literal["auto"] | None = "auto"
+    """Compare with only this many images of the reference, spread evenly; None: all. `auto`: 10 for each
+    sample and at least 2,000 with the protocol `none`; all with the others, which publish figures."""
     likelihood: bool = True
     """Measure nll and bits/dim of the test images."""
     classification: bool = True
@@ -586,7 +593,7 @@ class EvaluateConfig(Checked):
             "--samples must be 0, or at least 2: a covariance needs two.",
         )
         require(
-            self.reference_limit is None or self.reference_limit >= 2,
+            not isinstance(self.reference_limit, int) or self.reference_limit >= 2,
             "--reference-limit must be at least 2: a covariance needs two.",
         )
         require(self.draws >= 1, "--draws must be at least 1.")
@@ -741,6 +748,7 @@ class RunConfig(Checked):
             self.alignment.stop_below is None or self.train.diagnose_every > 0,
             "--alignment.stop-below needs --train.diagnose-every, the steps between two measurements.",
         )
+        self._check_aligned_levels()
         known = set(self.model.locations)
         for block, layer in self.alignment.locations:
             require(
@@ -748,3 +756,18 @@ class RunConfig(Checked):
                 f"--alignment.locations: ({block}, {layer}) is outside the model; "
                 f"{self.model.locations_in_words}.",
             )
+
+    def _check_aligned_levels(self) -> None:
+        if self.alignment.levels is None:
+            return
+        low, high = self.alignment.levels
+        require(
+            self.model.noise == "range",
+            f"--alignment.levels {low:g} {high:g} needs a flow with a range of noise levels, --model.noise "
+            "range; leave it out to align all images.",
+        )
+        require(
+            low < self.model.noise_max and high > self.model.noise_min,
+            f"--alignment.levels {low:g} {high:g} holds none of the flow's noise levels, "
+            f"{self.model.noise_min:g} to {self.model.noise_max:g}; choose an interval that overlaps them.",
+        )

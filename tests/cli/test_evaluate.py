@@ -174,3 +174,25 @@ def test_bad_input(flowback, model, tmp_path):
         assert code == 2, arguments
         assert sentence in error
         assert error.count("\n") == 1
+
+
+def test_images_write_nothing_that_was_not_asked_for(flowback, model, tmp_path, monkeypatch):
+    for name in ("drawn", "real"):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            Image.new("L", (16, 16), 9 * index).save(tmp_path / name / f"{index}.png")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    words = ("evaluate", tmp_path / "drawn", "--reference", tmp_path / "real", "--device", "cpu")
+    code, out, error = flowback(*words)
+    assert code == 0, error
+    assert "No report is written: --json FILE or --out FOLDER writes one." in out
+    assert list(here.iterdir()) == []
+    (tmp_path / "real" / "bad.png").write_bytes(b"no picture")
+    assert flowback(*words)[0] == 2
+    assert flowback(*words, "--data.bad-images", "skip", "--json", "report.json")[0] == 0
+    assert [file.name for file in here.iterdir()] == ["report.json"]
+    code, _, error = flowback("classify", "someone/nothing-here")
+    assert code == 2
+    assert "No checkpoint at someone/nothing-here" in error

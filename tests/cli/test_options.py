@@ -67,6 +67,7 @@ WORDS = {
     "plot": [["a", "b"], ["--out", "x"], ["--against=seconds"]],
     "info": [[POSITIONAL], ["--json", "x"]],
     "cache": [["--clear", "all"]],
+    "push": [[POSITIONAL, "a/b"], ["--out", "x"], ["--half"], ["--guidance=1"]],
     "completion": [["zsh"]],
     "presets": [["digits*"], ["--json", "x"]],
     "reproduce": [["table1"], ["--scale", "mini"], ["--seeds", "2"], ["--steps=3"]],

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -104,6 +105,39 @@ def test_dry_run_prints_the_size_and_writes_nothing(flowback, tmp_path):
     assert "parameters (M)" in out
     assert "memory" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_looks_at_the_images_and_tries_a_step(flowback, photos, small, tmp_path, monkeypatch):
+    folder, cache = tmp_path / "photos", tmp_path / "cache"
+    monkeypatch.setenv("FLOWBACK_CACHE", str(cache))
+    shutil.copytree(photos, folder)
+    broken = folder / "china" / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    words = (
+        "train",
+        "folder-32-reverse",
+        *small,
+        "--data.path",
+        folder,
+        "--dry-run",
+        "--out",
+        tmp_path / "run",
+    )
+    code, _, error = flowback(*words)
+    assert code == 2
+    assert "broken.jpg" in error
+    code, out, _ = flowback(*words, "--data.bad-images", "skip", "--data.holdout", 0.2)
+    assert code == 0
+    rows = dict(line.split("\t")[:2] for line in out[out.rindex("}") :].splitlines()[3:])
+    train, test = (int(rows[f"{part} images"].split()[0]) for part in ("training", "test"))
+    assert train + test == 48
+    assert (rows["size"], rows["classes"]) == ("32x32x3", "2 classes (0 = china, 1 = flower)")
+    assert rows["files left out"].startswith("china/broken.jpg (")
+    assert float(rows["images/s, by a step that was tried"]) > 0
+    assert "time on this device, one process" in rows
+    assert float(rows["estimated memory, one process (GiB)"]) > 0.1
+    assert not (tmp_path / "run").exists()
+    assert not cache.exists()
 
 
 BAD = {

@@ -101,18 +101,39 @@ def test_killed_and_run_again_equals_the_run_that_was_not(config, digits, target
 
 def test_a_run_over_noise_levels_goes_on_where_it_was_killed(config, digits, targets, tmp_path):
     model = dataclasses.replace(config.model, noise="range")
-    alignment = AlignmentConfig(strategy="reverse", order="exact", locations=((1, 1), (2, 1)), hidden=8)
-    config = dataclasses.replace(config, model=model, alignment=alignment)
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, diagnose_every=4, micro_batch=8)
+    alignment = AlignmentConfig(
+        strategy="reverse", order="exact", locations=((1, 1), (2, 1)), hidden=8, levels=(0.1, 0.2)
     )
+    config = replaced(
+        dataclasses.replace(config, model=model, alignment=alignment),
+        steps=4, log_every=2, save_every=2, diagnose_every=2, micro_batch=8,
+    )  # fmt: skip
     train_loop(config, digits, tmp_path / "whole", targets)
     with pytest.raises(Kill):
-        train_loop(config, digits, tmp_path / "killed", targets, [killer(6)])
+        train_loop(config, digits, tmp_path / "killed", targets, [killer(3)])
     train_loop(config, digits, tmp_path / "killed", targets)
     runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
     whole = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert {"grad_cosine_1", "z2_2", "nll"} <= whole[-1].keys()
+    by_level = {f"{name}_level_{part}" for name in ("nll", "cosine") for part in (1, 2, 3)}
+    assert {"grad_cosine_1", "z2_2", "nll", "alignment"} | by_level <= whole[-1].keys()
+    assert min(whole[-1][f"nll_level_{part}"] for part in (1, 2, 3)) < whole[-1]["nll"]
+
+
+def test_steps_none_of_whose_images_count_align_nothing(config, digits, targets, tmp_path, caplog):
+    """Nor do they show an alignment, stop it, or warn that it trains nothing."""
+    model = dataclasses.replace(config.model, noise="range")
+    alignment = AlignmentConfig(
+        strategy="reverse", locations=((2, 1),), hidden=8, levels=(0.0, 0.0101), stop_below=1.0
+    )
+    config = dataclasses.replace(config, model=model, alignment=alignment)
+    config = replaced(config, steps=2, log_every=1, diagnose_every=1)
+    train_loop(config, digits, tmp_path, targets)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["alignment_weight"] for row in rows] == [0.1, 0.1]
+    shown = set(rows[-1])
+    assert not {"alignment", "cosine_2_1", "grad_alignment_2", "grad_cosine_2"} & shown
+    assert {"grad_nll_1", "cosine_level_2"} <= shown
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_accumulation_equals_one_batch_up_to_rounding(config, digits, tmp_path):

@@ -22,7 +22,7 @@ VERBS = {
     "demo": ("demo:run", "train on real digits without and with reverse alignment, and report"),
     "prepare": ("prepare:run", "bring a data set to the training size, once"),
     "train": ("train:run", "train a flow from a preset; the same command resumes"),
-    "sample": ("sample:run", "draw images from a checkpoint"),
+    "sample": ("sample:run", "draw images from a checkpoint, or from a flow that comes along"),
     "plan": ("plan:run", "measure how to sample a checkpoint fastest on this device"),
     "classify": ("classify:run", "classify images with a flow's own gradient"),
     "app": ("serve_app:run", "a page in the browser: draw, read an image, interpolate, inpaint, compare"),
@@ -33,6 +33,7 @@ VERBS = {
     "info": ("info:run", "what a run or a checkpoint is, or what this machine has"),
     "cache": ("cache:run", "show or clear what is kept for later runs"),
     "presets": ("list_presets:run", "list the presets"),
+    "push": ("push:run", "publish a flow with its model card on the Hugging Face Hub"),
     "reproduce": ("reproduce:run", "train and evaluate the rows of a table, and fill it in"),
     "completion": ("completion:run", "print a script for the shell's completion"),
     "import-tarflow": ("convert:run_import", "read weights of the original TARFlow or iTARFlow code"),
@@ -47,8 +48,8 @@ TASKS = {
         "flowback train digits-mini --out runs/mini",
         ("prepare", "train", "plot", "reproduce"),
     ),
-    "Draw images": ("flowback sample runs/mini --out samples --count 20", ("sample", "plan")),
-    "Classify": ("flowback classify runs/mini --images photo.png", ("classify", "probe")),
+    "Draw images": ("flowback sample fashion --count 64", ("sample", "app", "plan")),
+    "Classify": ("flowback classify fashion --images photo.png", ("classify", "probe")),
     "Measure": ("flowback evaluate runs/mini --samples 1000", ("evaluate", "compare")),
 }
 """What people do: an example, and the verbs for it. All other verbs are shown after these."""

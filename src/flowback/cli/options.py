@@ -20,6 +20,7 @@ __all__ = [
     "SEARCH",
     "guidance_scales",
     "is_checkpoint",
+    "names_flow",
     "noise_levels",
     "out_folder",
     "parse",
@@ -29,10 +30,21 @@ Options = TypeVar("Options")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint or a run."""
+    """Whether ``path`` is the folder of a checkpoint or of a run."""
     from flowback import checkpoint
 
     return (path / "config.json").is_file() or bool(checkpoint.step_folders(path))
+
+
+def names_flow(name: Path) -> bool:
+    """Whether ``name`` is such a folder, a flow that comes with the package, or one on the Hub.
+
+    Raises:
+        InputError: it can only be a name on the Hub, and cannot be had from there.
+    """
+    from flowback import checkpoint
+
+    return is_checkpoint(checkpoint.fetch(name))
 
 
 def parse(
@@ -96,8 +108,8 @@ def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
     """The data of the checkpoint that the first field names; nothing where it names none."""
     from flowback import checkpoint
 
-    subject = getattr(seen, fields(seen)[0].name)
-    return {"data": checkpoint.load_config(subject).data} if is_checkpoint(subject) else {}
+    folder = checkpoint.fetch(getattr(seen, fields(seen)[0].name))
+    return {"data": checkpoint.load_config(folder).data} if is_checkpoint(folder) else {}
 
 
 def _unchecked(kind: type[Any]) -> type[Any]:
@@ -153,8 +165,17 @@ def _shorthand(value: str, path_given: bool) -> list[str]:
 
 
 def out_folder(out: Path | None, subject: Path) -> Path:
-    """The folder of records and pictures, checked before the work: as asked, or beside the checkpoint."""
-    folder = out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
+    """The folder of records and pictures, checked before the work: as asked, or beside the checkpoint.
+
+    Raises:
+        InputError: it cannot be written, or ``subject`` is no checkpoint that lies in a folder here.
+    """
+    if out is None and not is_checkpoint(subject):
+        from flowback import checkpoint
+
+        checkpoint.resolve(checkpoint.fetch(subject))
+        raise InputError(f"{subject} is no folder here; say with --out where the report goes.")
+    folder = out or subject / "evaluation"
     check_folder(folder, "--out")
     return folder
 

@@ -11,7 +11,7 @@ import tyro
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
 from flowback.config import SampleConfig
-from flowback.files import write_json
+from flowback.files import check_file, write_json
 
 if TYPE_CHECKING:
     from flowback.sampling.block_plan import Plan
@@ -46,7 +46,8 @@ def run(argv: list[str]) -> None:
     from flowback.sampling.block_plan import plan_file, plan_record, plan_sampling, save_plan
 
     device = pick_device(options.device, "--device")
-    folder = checkpoints.resolve(options.checkpoint)
+    folder = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
+    check_file(plan_file(folder), "The plan")
     flow = Flow.from_pretrained(folder, device)
     plan = plan_sampling(flow, options.sampling)
     save_plan(plan, plan_file(folder))

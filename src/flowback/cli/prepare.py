@@ -102,9 +102,10 @@ def run(argv: list[str]) -> None:
     from flowback.data.pixels import note_sentence
     from flowback.data.prepared_writer import prepare
     from flowback.data.sources import open_source
-    from flowback.devices import cpu_cores
+    from flowback.devices import cpu_cores, pick_device
     from flowback.provenance import environment
 
+    pick_device(options.device, "--device")
     started = time.perf_counter()
     sources = open_source(
         options.data, options.image_size, options.channels, options.holdout, options.labels, options.path,

@@ -23,7 +23,7 @@ from torch import Tensor
 from flowback.alignment.encoders import Encoder, create_encoder
 from flowback.checked import replaced
 from flowback.config import ProbeConfig
-from flowback.data.image_set import ImageSet, evenly
+from flowback.data.image_set import AnyImages, ImageSet, evenly
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 from flowback.evaluation.held_out import LoopOptions, accuracy, held_out_batches, matched, run_images
@@ -191,8 +191,8 @@ def cknna(features: Float[Tensor, "n d"], others: Float[Tensor, "n c"], neighbou
 
 def probe(
     flow: Flow,
-    train: ImageSet | None = None,
-    test: ImageSet | None = None,
+    train: AnyImages | None = None,
+    test: AnyImages | None = None,
     *,
     config: ProbeConfig | None = None,
     progress: bool = False,

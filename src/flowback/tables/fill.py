@@ -27,6 +27,7 @@ from flowback.checked import require, to_dict
 from flowback.config import EvaluateConfig, ReproduceConfig, RunConfig, SampleConfig, Scale
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
+from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.folder_lock import folder_lock
 from flowback.presets import PRESETS, TABLES, Preset
@@ -101,6 +102,7 @@ def reproduce(
         Interrupted: a signal came; the same call continues.
     """
     config = replace(config or ReproduceConfig(), **options)
+    pick_device(config.device, "--device")  # else each row would fail by it
     job = _Job(table, scale, seeds, Path(out), config, sampling or SampleConfig())
     if job.paper.kind == "shown":
         shown = job.shown()
@@ -239,6 +241,7 @@ class _Job:
                     search=tuple(search),
                     protocol="none" if weights is None else "adm",
                     inception_weights=weights,
+                    reference_limit=None,
                     seed=seed,
                 )
             ),

@@ -2,8 +2,20 @@
 
 from flowback.training.distributed import noticing_loss, start
 from flowback.training.evaluators import Evaluator
-from flowback.training.loop import train_loop
+from flowback.training.loop import classes_shown, train_loop
 from flowback.training.objective import Targets
 from flowback.training.run import TrainResult, train
+from flowback.training.trial import Trial, try_run
 
-__all__ = ["Evaluator", "Targets", "TrainResult", "noticing_loss", "start", "train", "train_loop"]
+__all__ = [
+    "Evaluator",
+    "Targets",
+    "TrainResult",
+    "Trial",
+    "classes_shown",
+    "noticing_loss",
+    "start",
+    "train",
+    "train_loop",
+    "try_run",
+]

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from flowback.alignment.loss import alignment_weights
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet, labelled
 from flowback.devices import send
@@ -74,6 +75,9 @@ class Batch:
     """True where the label is replaced by the unconditional embedding."""
     levels: Float[Tensor, " b"] | None = None
     """Noise levels, of a flow with a range of them."""
+    alignment_weights: Float[Tensor, " b"] | None = None
+    """Of the images in the alignment loss; None: all 1. They are those of the whole step: the mean over all
+    its images is 1, or 0 if none of them is aligned."""
 
 
 class _Reader(Dataset):
@@ -195,10 +199,11 @@ def batches(
         mirrored = send(flipped, device)
         clean = images.draw(stored, mirrored, normal)
         seen = clean if originals is None else originals.draw(larger, mirrored, normal)
-        levels = None
+        levels = weights = None
         if model.noise == "range":
-            shares = torch.rand(train.batch_size, generator=host)[share]
-            levels = send(levels_at(shares, model, train), device)
+            whole = levels_at(torch.rand(train.batch_size, generator=host), model, train)
+            levels, weights = send(whole[share], device), alignment_weights(whole, config.alignment)
+            weights = None if weights is None else send(weights[share], device)
             noised = clean + levels[:, None, None, None] * normal()
         elif model.noise == "gaussian":
             noised = clean + model.noise_std * normal()
@@ -212,7 +217,7 @@ def batches(
             if unlabelled is not None:
                 drop = drop | send(unlabelled[indices], device)
         drop_or_none = drop if labels is not None else None
-        yield Batch(indices, flipped, clean, seen, noised, labels, drop_or_none, levels)
+        yield Batch(indices, flipped, clean, seen, noised, labels, drop_or_none, levels, weights)
 
 
 def _normal(shape: tuple[int, ...], random: torch.Generator, share: slice) -> Tensor:

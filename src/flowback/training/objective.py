@@ -43,17 +43,20 @@ class Targets(Protocol):
 
 @torch.no_grad()
 def weighted_mean(parts: Sequence[tuple[float, Losses]]) -> Losses:
-    """Losses of a batch from those of its parts and their shares, which sum to 1; without a graph."""
+    """Losses of a batch from those of its parts, in order, and shares that sum to 1; without a graph."""
 
     def mean(value: Callable[[Losses], Tensor]) -> Tensor:
         return torch.stack([share * value(part) for share, part in parts]).sum()
 
     first = parts[0][1]
+    cosines = [cast(Tensor, part.image_cosine) for _, part in parts]
     return Losses(
         mean(lambda part: part.loss),
         mean(lambda part: part.nll),
         None if first.alignment is None else mean(lambda part: cast(Tensor, part.alignment)),
         {place: mean(lambda part: part.cosines[place]) for place in first.cosines},  # noqa: B023 - called at once
+        torch.cat([part.image_nll for _, part in parts]),
+        None if first.image_cosine is None else torch.cat(cosines),
     )
 
 
@@ -87,6 +90,7 @@ class Objective(nn.Module):
         targets: Float[Tensor, "b m f"] | None = None,
         weight: float | None = None,
         levels: Float[Tensor, " b"] | None = None,
+        alignment_weights: Float[Tensor, " b"] | None = None,
     ) -> Losses:
         """Losses of images with their noise added.
 
@@ -97,9 +101,10 @@ class Objective(nn.Module):
             targets: the encoder's features of the clean images; None where nothing is aligned any more.
             weight: of the alignment loss; None is that of the settings.
             levels: noise levels of the images, for a flow with a range of them.
+            alignment_weights: of the images in the alignment loss; None: all 1.
         """
         config, bf16 = self.config.alignment, self.config.train.precision == "bf16"
-        batch = Noised(images, labels, drop, levels, self.weights(levels))
+        batch = Noised(images, labels, drop, levels, self.weights(levels), alignment_weights)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             batch_losses = losses(self.flow, self.projector, config, batch, targets, weight)
         if self.projector is not None and targets is None:

@@ -31,6 +31,7 @@ from flowback.training.monitoring import (
     peak_memory,
     show,
     step_flops,
+    sums_by_level,
     tracker_settings,
     vanished,
 )
@@ -145,6 +146,7 @@ class Trainer:
                     else self.targets(batch.indices[part], batch.flipped[part], batch.seen[part]),
                     alignment,
                     None if batch.levels is None else batch.levels[part],
+                    None if batch.alignment_weights is None else batch.alignment_weights[part],
                 )
                 weight = len(batch.noised[part]) / share
                 (losses.loss * weight).backward()
@@ -238,17 +240,33 @@ class Trainer:
                 row["mfu"] = row["tflops"] * 1e12 / (peak * self.processes)
         if self.config.alignment.active:
             row["alignment_weight"] = self.alignment_weight
-        if losses.alignment is not None:
+        weights = batch.alignment_weights
+        if losses.alignment is not None and (weights is None or self._mean(weights.mean()) > 0):
             row["alignment"] = self._mean(losses.alignment)
             row |= {f"cosine_{t}_{layer}": self._mean(value) for (t, layer), value in losses.cosines.items()}
+        if batch.levels is not None:
+            row |= self._by_level(batch.levels, losses)
         return row
+
+    def _by_level(self, levels: Tensor, losses: Losses) -> dict[str, float]:
+        """Means of the last step over its images of low, middle and high noise; none of no image."""
+        images = {"nll": losses.image_nll}
+        if losses.image_cosine is not None:
+            images["cosine"] = losses.image_cosine
+        sums = self.accelerator.reduce(sums_by_level(levels, list(images.values()), self.config), "sum")
+        return {
+            f"{name}_level_{part}": total / count
+            for part, (count, *totals) in enumerate(sums.tolist(), start=1)
+            for name, total in zip(images, totals, strict=True)
+            if count
+        }
 
     def _mean(self, value: Tensor) -> float:
         return float(self.accelerator.reduce(value.float(), "mean"))
 
     def _noised(self, batch: Batch) -> Noised:
         weights = self.weights.objective.weights(batch.levels)
-        return Noised(batch.noised, batch.labels, batch.drop, batch.levels, weights)
+        return Noised(batch.noised, batch.labels, batch.drop, batch.levels, weights, batch.alignment_weights)
 
     def _own_statistics(self, batch: Batch) -> dict[str, float]:
         with root_whole(self.weights.objective):
@@ -288,10 +306,14 @@ class Trainer:
         return balance
 
     def _stop_below(self, limit: float, cosines: Sequence[float]) -> None:
-        """Stop aligning where the gradients' mean cosine, over blocks and processes, is below the limit."""
-        local_mean = torch.tensor(sum(cosines) / max(len(cosines), 1), device=self.device)
-        cosine = self._mean(local_mean)
-        if cosine < limit:
+        """Stop aligning where the gradients' mean cosine, over blocks and processes, is below the limit.
+
+        A process whose share of the batch has no aligned image does not count.
+        """
+        own = torch.tensor([sum(cosines) / max(len(cosines), 1), bool(cosines)], device=self.device)
+        total, counted = self.accelerator.reduce(own, "sum").tolist()
+        cosine = total / max(counted, 1)
+        if counted and cosine < limit:
             self.stopped = True
             log.info(
                 "Step %d: alignment stops, the gradients' mean cosine is %.3f (--alignment.stop-below %g).",
