@@ -6,15 +6,16 @@ import ipaddress
 import threading
 import webbrowser
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import tyro
 
-from flowback.app.flows import Flows
-from flowback.app.server import listen, load_gradio, server
 from flowback.cli.console import say
 from flowback.cli.options import parse
-from flowback.devices import pick_device
 from flowback.errors import InputError
+
+if TYPE_CHECKING:
+    from flowback.app.flows import Flows
 
 __all__ = ["Options", "is_loopback", "run"]
 
@@ -46,6 +47,8 @@ class Options:
 def run(argv: list[str]) -> None:
     """Serve until Ctrl-C."""
     options = parse(Options, argv, "app")
+    from flowback.app.server import listen, load_gradio, server
+
     load_gradio()
     flows = _flows(options)
     with listen(options.host, options.port) as sock:
@@ -62,6 +65,9 @@ def run(argv: list[str]) -> None:
 
 
 def _flows(options: Options) -> Flows:
+    from flowback.app.flows import Flows
+    from flowback.devices import pick_device
+
     device = pick_device(options.device)
     if options.runs:
         return Flows(options.runs, device)
