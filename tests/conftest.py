@@ -9,8 +9,8 @@ import os
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "alignment checkpoint classification data evaluation flow model nn sampling tables tarflow_weights "
-    "training"
+    "alignment checkpoint classification data evaluation flow model nn sampling students tables "
+    "tarflow_weights training"
 )
 hook = install_import_hook([f"flowback.{name}" for name in CHECKED.split()], "beartype.beartype")
 hook.__enter__()

@@ -26,6 +26,7 @@ LEVELS = (
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},
     {"alignment", "classification", "sampling", "tarflow_weights"},
+    {"students"},
     {"model"},
     {"evaluation", "sample_folder"},
     {"training"},

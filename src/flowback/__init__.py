@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         ProbeConfig,
         RunConfig,
         SampleConfig,
+        StudentConfig,
         TrainConfig,
     )
     from flowback.data.image_set import ImageSet, PixelSet, image_set
@@ -54,13 +55,13 @@ if TYPE_CHECKING:
     from flowback.evaluation.references import Reference
     from flowback.evaluation.report import Report
     from flowback.flow import FlowOutput
-    from flowback.model import Flow, create_flow, load
+    from flowback.model import Flow, Student, create_flow, load
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
     from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
     from flowback.tables import reproduce
-    from flowback.training import Evaluator, TrainResult, train
+    from flowback.training import Evaluator, TrainResult, distil, train
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -74,6 +75,7 @@ _MODULES = {
         "ProbeConfig",
         "RunConfig",
         "SampleConfig",
+        "StudentConfig",
         "TrainConfig",
     ),
     "data.image_set": ("ImageSet", "PixelSet", "image_set"),
@@ -88,13 +90,13 @@ _MODULES = {
     "evaluation.references": ("Reference",),
     "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
-    "model": ("Flow", "create_flow", "load"),
+    "model": ("Flow", "Student", "create_flow", "load"),
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
     "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
-    "training": ("Evaluator", "TrainResult", "train"),
+    "training": ("Evaluator", "TrainResult", "distil", "train"),
 }
 """Public names, by the module that defines them."""
 
@@ -126,6 +128,8 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "Sampler",
+    "Student",
+    "StudentConfig",
     "TrainConfig",
     "TrainResult",
     "__version__",
@@ -133,6 +137,7 @@ __all__ = [
     "classify",
     "create_encoder",
     "create_flow",
+    "distil",
     "draw_folder",
     "evaluate",
     "evaluate_images",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from flowback.config import SampleConfig
 from flowback.errors import InputError, shorten
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
-from flowback.flow.tarflow import UserLabels
+from flowback.flow.image_model import ImageModel, UserLabels
 from flowback.sampling.decoder import Decoder, Engine, Precision, sequential
 from flowback.sampling.denoise import denoise as denoise_step
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.jacobi import Init, jacobi
 
-__all__ = ["BlockPlan", "Overflow", "Sampler", "noise", "sample"]
+__all__ = ["BlockPlan", "Guess", "Overflow", "Sampler", "noise", "sample", "seeds_of"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ class BlockPlan:
         """Most tokens in one step: a window, and a window before it whose keys and values are stale."""
         return 1 if self.window == 1 else 2 * self.window
 
-    def solve(self, decoder: Decoder, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """The inverse of a block, in the block's own order."""
+    def solve(
+        self, decoder: Decoder, z: Float[Tensor, "b n d"], guess: Float[Tensor, "b n d"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """The inverse of a block, in the block's own order; ``guess`` takes the place of ``init``."""
         if self.window == 1:
             return sequential(decoder, z)
-        return jacobi(decoder, z, self.window, self.tolerance, self.init).x
+        return jacobi(decoder, z, self.window, self.tolerance, self.init if guess is None else guess).x
 
     @classmethod
     def windows(cls, flow: TARFlow, config: SampleConfig) -> tuple[BlockPlan, ...] | None:
@@ -62,6 +65,23 @@ class BlockPlan:
             return None
         every = cls(min(config.window, flow.config.tokens), "z", config.tolerance)
         return (every,) * flow.config.blocks
+
+
+@runtime_checkable
+class Guess(Protocol):
+    """Estimates of the outputs of all blocks, for sweeps to start from."""
+
+    def __call__(
+        self, z: Float[Tensor, "b n d"], labels: Labels, scales: Float[Tensor, " b"]
+    ) -> Sequence[Float[Tensor, "b n d"]]:
+        """Outputs of blocks T ... 1, tokens in raster order.
+
+        Args:
+            z: the noise.
+            labels: checked ones.
+            scales: guidance scale of each image.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,7 @@ class Sampler:
         precision: of the Transformers' weights and caches while decoding.
         plans: how each block is inverted, from block 1 (:func:`flowback.plan_sampling` measures it); None is
             sequential, which is exact.
+        guess: what the sweeps of a block start from, in place of what its plan says.
 
     Raises:
         InputError: more guided blocks than the flow has, or not one plan per block.
@@ -115,8 +136,9 @@ class Sampler:
         batch_size: int = 64,
         precision: Precision = "fp32",
         plans: Sequence[BlockPlan] | None = None,
+        guess: Guess | None = None,
     ) -> None:
-        self.flow, self.denoise = flow, denoise
+        self.flow, self.denoise, self.guess = flow, denoise, guess
         self.guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         blocks = flow.config.blocks
         if batch_size < 1:
@@ -218,7 +240,7 @@ class Sampler:
         every_block: bool,
     ) -> list[list[Tensor]]:
         """The trajectories of batches, or their ends."""
-        seeds = _seeds(labels, seeds)
+        seeds = seeds_of(labels, seeds)
         checked = self.flow.labels(labels, len(seeds))
         self.guidance.check(checked is not None)
         scales = self.guidance.scales(len(seeds), self.flow.blocks[0].proj_in.weight)
@@ -249,10 +271,12 @@ class Sampler:
             scales: guidance scale of each image.
             plans: one a block, from block 1; None is the sampler's own.
         """
+        guesses = None if self.guess is None else self.guess(z, labels, scales)
         for index in range(self.flow.config.blocks, 0, -1):
             block, plan = self.flow.blocks[index - 1], (plans or self.plans)[index - 1]
             decoder = self.decoder(index, labels, scales, plan.new)
-            z = block.reorder(plan.solve(decoder, block.reorder(z)))
+            start = None if guesses is None else block.reorder(guesses[self.flow.config.blocks - index])
+            z = block.reorder(plan.solve(decoder, block.reorder(z), start))
             yield z
 
     def decoder(self, index: int, labels: Labels, scales: Float[Tensor, " b"], new: int = 1) -> Decoder:
@@ -279,7 +303,7 @@ class Sampler:
 _SEEDS = 2**32
 
 
-def noise(flow: TARFlow, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor, "b n d"]:
+def noise(flow: ImageModel, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor, "b n d"]:
     """Standard normal tokens, drawn in fp32 on the CPU from one generator per image.
 
     Args:
@@ -330,7 +354,12 @@ def sample(
     return sampler(labels, seeds, redraw)
 
 
-def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
+def seeds_of(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
+    """Seeds as whole numbers; None counts from 0, one for each label.
+
+    Raises:
+        InputError: no seeds, not whole numbers, or not as many as labels.
+    """
     count = len(labels) if isinstance(labels, (Sequence, Tensor)) and np.ndim(labels) else None
     if seeds is None:
         return list(range(1 if count is None else count))

@@ -71,6 +71,10 @@ class Batch:
     labels: Int64[Tensor, " b"] | None
     drop: Bool[Tensor, " b"] | None
     """True where the label is replaced by the unconditional embedding."""
+    chance: Float[Tensor, " b"] | None = None
+    """Uniform on [0, 1), for what a student draws in a step; None in the training of a flow."""
+    noise: Float[Tensor, "b c h w"] | None = None
+    """Normal noise of a student that does not take the teacher's."""
 
 
 class _Reader(Dataset):
@@ -195,15 +199,20 @@ def batches(
         if model.noise == "gaussian":
             noised = clean + model.noise_std * normal()
         else:
-            noise = torch.rand(shape, generator=random, device=device)[share]
-            noised = dequantise(clean, noise)
+            noised = dequantise(clean, torch.rand(shape, generator=random, device=device)[share])
         labels = None
         if model.num_classes:
             assert images.labels is not None
             labels = send(images.labels[indices], device)
             if unlabelled is not None:
                 drop = drop | send(unlabelled[indices], device)
-        yield Batch(indices, flipped, clean, seen, noised, labels, drop if labels is not None else None)
+        chance = noise = None
+        if config.student.active:
+            chance = torch.rand(train.batch_size, generator=random, device=device)[share]
+            noise = normal() if config.student.coupling == "independent" else None
+        if labels is None:
+            drop = None
+        yield Batch(indices, flipped, clean, seen, noised, labels, drop, chance, noise)
 
 
 def _normal(shape: tuple[int, ...], random: torch.Generator, share: slice) -> Tensor:
