@@ -244,6 +244,15 @@ class Student(NamedModel, StudentNetwork):
             )
         return StudentSampler.from_config(self, config)
 
+    def teacher_sampler(self, config: SampleConfig) -> Sampler:
+        """What draws the teacher's own images, exactly, as the options say.
+
+        Raises:
+            InputError: see :func:`load_teacher`.
+        """
+        exact = replace(config, sampler="sequential", evaluations=None, solver=None)
+        return load_teacher(self.student, self.device, config.teacher).sampler(exact)
+
     @classmethod
     def from_pretrained(
         cls,

@@ -29,7 +29,7 @@ from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
 from flowback.files import check_file, foreign_file, write_json
 from flowback.folder_lock import folder_lock
-from flowback.model import Flow
+from flowback.model import Flow, NamedModel, Student
 from flowback.progress import bar
 from flowback.provenance import environment
 from flowback.reading import read_json
@@ -38,6 +38,7 @@ from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.denoise import denoises
 from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
 from flowback.sampling.sampler import Overflow
+from flowback.students.sampler import StudentSampler
 
 __all__ = [
     "Draw",
@@ -78,6 +79,9 @@ class FolderConfig(Checked):
     """Also write all images as the file that ADM's evaluator reads."""
     trajectory: Path | None = None
     """Also write the picture of the way from noise to image, for the first 8 images."""
+    compare: Path | None = None
+    """Of a student: also write its first 8 images between those of its teacher, from the same noise, and the
+    difference (grey: none)."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
@@ -93,14 +97,14 @@ class FolderConfig(Checked):
             len(self.labels) <= self.count,
             f"{len(self.labels)} labels for {self.count} images; raise --count.",
         )
-        for name in ("grid", "npz", "trajectory"):
+        for name in ("grid", "npz", "trajectory", "compare"):
             path = getattr(self, name)
             if path is not None:
                 check_file(path, f"--{name}")
 
     def check_place(self, out: Path) -> None:
         """Refuse pictures among the images, where they would count as two of them."""
-        for name in ("grid", "trajectory"):
+        for name in ("grid", "trajectory", "compare"):
             path = getattr(self, name)
             if path is not None and out.resolve() in path.resolve().parents:
                 raise InputError(f"--{name} {path} lies in {out}, among the images; give another place.")
@@ -174,7 +178,7 @@ class SampleReport:
 
 
 def draw_folder(
-    flow: Flow,
+    flow: Flow | Student,
     out: Path | str,
     config: FolderConfig | None = None,
     *,
@@ -190,7 +194,7 @@ def draw_folder(
     writes what concerns all images.
 
     Args:
-        flow: the model.
+        flow: the model, or a student of one.
         out: the folder. Images in it must have been drawn with the same settings and weights.
         config: what to draw.
         sampling: how.
@@ -215,11 +219,12 @@ def draw_folder(
     sampling = replace(sampling or SampleConfig(), **{k: v for k, v in options.items() if k not in names})
     every = range(flow.config.num_classes or 0)
     labels = [] if config.unconditional else class_ids(flow, config.labels or every)
-    sampler = Sampler.from_config(flow, sampling, plans)
+    sampler = flow.sampler(sampling, plans)
     sampler.guidance.check(bool(labels))
     if codec is None:
         codec = open_codec((flow.run or RunConfig()).codec, flow.device)
-    job = _Job(flow, sampler, codec, labels, config)
+    teacher = _teacher_sampler(flow, sampling) if config.compare else None
+    job = _Job(flow, sampler, codec, labels, config, teacher)
     state = PartialState(cpu=flow.device.type == "cpu")
     settings = _settings(flow, sampler, sampling, codec, labels, config)
     folder = SampleFolder(Path(out), settings, config.count, sampling.batch_size)
@@ -237,7 +242,7 @@ def draw_folder(
         if state.is_main_process:
             _write_pictures(job, folder)
     notices = []
-    if sampling.denoise and not denoises(flow):
+    if sampling.denoise and isinstance(sampler, Sampler) and not denoises(sampler.flow):
         notices.append("Not denoised: this model was trained without Gaussian noise.")
     faults = functools.reduce(Faults.merge, (part.faults for part in parts), Faults())
     notices += faults.sentences()
@@ -266,7 +271,16 @@ def _draw_all(job: _Job, folder: SampleFolder, missing: Sequence[int], state: Pa
     return gather_object(done) if state.num_processes > 1 else done
 
 
-def class_ids(flow: Flow, labels: Sequence[str | int]) -> list[int]:
+def _teacher_sampler(model: Flow | Student, sampling: SampleConfig) -> Sampler:
+    """What draws the teacher's own images, exactly."""
+    if not isinstance(model, Student):
+        raise InputError(
+            "--compare shows a student beside its teacher, and this model is a flow; leave it out."
+        )
+    return model.teacher_sampler(sampling)
+
+
+def class_ids(flow: NamedModel, labels: Sequence[str | int]) -> list[int]:
     """Ids of classes given by name or id, as on the command line.
 
     A text is a name where a class has it, and else an id: of the classes 1, 2 and 10, ``"10"`` is that name,
@@ -284,8 +298,8 @@ def class_ids(flow: Flow, labels: Sequence[str | int]) -> list[int]:
 
 
 def _settings(
-    flow: Flow,
-    sampler: Sampler,
+    flow: Flow | Student,
+    sampler: Sampler | StudentSampler,
     sampling: SampleConfig,
     codec: Codec,
     labels: Sequence[int],
@@ -300,8 +314,16 @@ def _settings(
         "seed": config.seed,
         **{name: getattr(sampling, name) for name in keep},
         "plans": [asdict(plan) for plan in sampler.plans] if swept else None,
+        **(_student_settings(flow, sampler) if isinstance(flow, Student) else {}),
         **({"vae": codec.config.weights} if codec.config.vae else {}),
     }
+
+
+def _student_settings(student: Student, sampler: Sampler | StudentSampler) -> dict[str, Any]:
+    settings = {"student": student.student.method, "teacher_weights": student.student.teacher_weights}
+    if isinstance(sampler, StudentSampler):
+        settings |= {"evaluations": sampler.evaluations, "solver": sampler.solver}
+    return settings
 
 
 class Draw(Protocol):
@@ -324,12 +346,14 @@ class Draw(Protocol):
 class _Job:
     """The images of :func:`draw_folder`, by number."""
 
-    flow: Flow
-    sampler: Sampler
+    flow: Flow | Student
+    sampler: Sampler | StudentSampler
     codec: Codec
     ids: list[int]
     """Classes in turn; empty for unconditional."""
     config: FolderConfig
+    teacher: Sampler | None = None
+    """Draws the teacher's images, if they are to be compared with."""
 
     def labels(self, numbers: Sequence[int]) -> list[int] | None:
         """Class ids of the images, or None."""
@@ -497,6 +521,12 @@ def _write_pictures(job: _Job, folder: SampleFolder) -> None:
             save_grid(to_unit_range(shown), config.grid, columns, names=names)
         if config.npz:
             save_npz(torch.stack([pixels[number] for number in there]), config.npz, job.labels(there))
+    if config.compare and job.teacher is not None:
+        numbers = range(min(_SHOWN, config.count))
+        labels, seeds = job.labels(numbers), job.seeds(numbers)
+        exact, own = (job.codec.decode(draw(labels, seeds)) for draw in (job.teacher, job.sampler))
+        rows = torch.cat([exact, own, (own - exact) / 2])
+        save_grid(rows, config.compare, len(numbers), names=["teacher", "student", "difference"])
     if config.trajectory:
         numbers = range(min(_SHOWN, config.count))
         states = job.sampler.trajectory(job.labels(numbers), job.seeds(numbers))

@@ -18,7 +18,7 @@ from flowback.evaluation.plots import plot_guidance
 from flowback.evaluation.protocol import COMPARABLE
 from flowback.evaluation.references import open_images
 from flowback.evaluation.report import Report
-from flowback.model import Flow
+from flowback.model import load
 from flowback.processes import Processes
 
 __all__ = ["Measure", "Options", "run"]
@@ -78,7 +78,7 @@ def run(argv: list[str]) -> None:
 def _report(options: Options, processes: Processes) -> Report:
     if is_checkpoint(options.subject):
         return evaluate(
-            Flow.from_pretrained(options.subject, processes.device),
+            load(options.subject, processes.device),
             options.data,
             reference=options.reference,
             config=options.measure,

@@ -14,7 +14,7 @@ from flowback.config import SampleConfig
 from flowback.data.vae import open_codec
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.model import Flow
+from flowback.model import Flow, load
 from flowback.processes import Processes
 from flowback.sample_folder import FolderConfig, SampleReport, draw_folder
 from flowback.sampling.block_plan import resolve_plan
@@ -31,7 +31,7 @@ class Options:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's folder (its newest checkpoint)."""
+    """A checkpoint folder, or a run's folder (its newest checkpoint); of a flow or a student."""
     out: Path
     """Folder of the images, one PNG each."""
     images: tyro.conf.OmitArgPrefixes[FolderConfig] = field(default_factory=FolderConfig)
@@ -51,11 +51,15 @@ def run(argv: list[str]) -> None:
     options = parse(Options, argv, "sample")
     processes = Processes(options.device)
     checkpoint = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
-    flow = Flow.from_pretrained(checkpoint, processes.device)
-    codec = open_codec(checkpoints.load_config(checkpoint).codec, flow.device, options.vae, options.force_vae)
-    plans, notice = resolve_plan(flow, options.sampling, checkpoint)
+    model = load(checkpoint, processes.device)
+    codec = open_codec(
+        checkpoints.load_config(checkpoint).codec, model.device, options.vae, options.force_vae
+    )
+    plans, notice = None, None
+    if isinstance(model, Flow):
+        plans, notice = resolve_plan(model, options.sampling, checkpoint)
     report = draw_folder(
-        flow, options.out, options.images, sampling=options.sampling, plans=plans, codec=codec
+        model, options.out, options.images, sampling=options.sampling, plans=plans, codec=codec
     )
     if processes.is_main:
         for sentence in (*([notice] if notice else []), *report.notices):

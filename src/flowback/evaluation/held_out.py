@@ -27,7 +27,7 @@ from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 from flowback.flow.likelihood import add_noise, bits_per_dim, nll_per_dim
-from flowback.model import Flow
+from flowback.model import Flow, NamedModel
 from flowback.progress import track
 
 __all__ = [
@@ -86,7 +86,7 @@ class HeldOutBatch(NamedTuple):
     """Of each image's noise."""
 
 
-def run_images(flow: Flow, split: Literal["train", "test"], data: DataConfig | None = None) -> ImageSet:
+def run_images(flow: NamedModel, split: Literal["train", "test"], data: DataConfig | None = None) -> ImageSet:
     """The training or test images of a data set, by default of the run that the flow comes from.
 
     The log says which data these are, if it is the run that names them.
@@ -107,7 +107,7 @@ def run_images(flow: Flow, split: Literal["train", "test"], data: DataConfig | N
     return images
 
 
-def matched(flow: Flow, images: ImageSet) -> ImageSet:
+def matched(flow: NamedModel, images: ImageSet) -> ImageSet:
     """The images with labels that are the model's class ids.
 
     Classes go by their names where the model knows them, and otherwise by their order.

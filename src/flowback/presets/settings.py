@@ -268,6 +268,17 @@ _FASHION: _Rows = (
     ("fashion-noise0.2", "noise 0.2", {"model": {"noise_std": 0.2}}),
 )
 
+_STUDENTS: _Rows = (
+    # A step costs 23 passes of a layer, the teacher's own training 24.
+    ("student-fashion", "one-pass student of a Fashion-MNIST flow", {"student": {"method": "inverse"}}),
+    ("student-fashion-matching", "flow matching on its coupling", {"student": {"method": "matching"}}),
+    (
+        "student-fashion-independent",
+        "flow matching on independent noise, the control",
+        {"student": {"method": "matching", "coupling": "independent"}},
+    ),
+)
+
 _DIGITS: _Rows = (
     ("digits", "scikit-learn's 8×8 digits, likelihood alone; about two minutes on two cores"),
     ("digits-reverse", "the same with exact reverse alignment", _EXACT),
@@ -331,6 +342,10 @@ def _settings() -> dict[str, tuple[str, RunConfig]]:
         (DIGITS, _DIGITS),
         (PHOTOS, _PHOTOS),
         (FASHION, _FASHION),
+        (
+            replace(FASHION, alignment=AlignmentConfig(), train=replace(FASHION.train, frechet_every=0)),
+            _STUDENTS,
+        ),
         (EMOJI, _EMOJI),
         (IMAGENET64, _IMAGENET64),
         (IMAGENET256, _IMAGENET256),

@@ -166,7 +166,17 @@ class Sampler:
             config: the options. Without a plan, ``auto`` is sequential;
                 :func:`flowback.sampling.block_plan.resolve_plan` finds a checkpoint's.
             plan: how each block is inverted, from block 1, in place of what ``config.sampler`` says.
+
+        Raises:
+            InputError: options that do not fit the flow, or are none of a flow's.
         """
+        for option, given in (
+            ("--sampler student+exact", config.sampler == "student+exact"),
+            ("--evaluations", config.evaluations is not None),
+            ("--solver", config.solver is not None),
+        ):
+            if given:
+                raise InputError(f"{option} is of students, and this model is a flow; leave it out.")
         return cls(
             flow,
             Guidance.from_config(config),
