@@ -615,8 +615,8 @@ class RunConfig(Checked):
             width = self.student.width or self.model.width
             require(
                 width % self.model.head_dim == 0,
-                f"--student.width {width} is not divisible by --model.head-dim {self.model.head_dim}; choose a "
-                "multiple of it.",
+                f"--student.width {width} is not divisible by --model.head-dim {self.model.head_dim}; choose "
+                "a multiple of it.",
             )
             require(not self.alignment.active, "A student is not aligned; give --alignment.strategy none.")
         if not self.alignment.active:

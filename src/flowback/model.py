@@ -222,8 +222,7 @@ class Student(NamedModel, StudentNetwork):
     def sample(
         self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
     ) -> Float[Tensor, "b c h w"]:
-        """Draw images on [-1, 1], not clamped; :class:`flowback.students.sampler.StudentSampler` explains
-        the options."""
+        """Draw images on [-1, 1], not clamped; the options are those of a ``StudentSampler``."""
         return StudentSampler(self, **options)(labels, seeds)
 
     def sampler(
@@ -304,7 +303,7 @@ def load_teacher(config: StudentConfig, device: torch.device | str = "cpu", wher
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Any:
-    """Load a :class:`Flow` or a :class:`Student` from a folder or the Hub; see :meth:`Flow.from_pretrained`."""
+    """Load a :class:`Flow` or :class:`Student` from a folder or the Hub; see :meth:`Flow.from_pretrained`."""
     folder = checkpoint.resolve(checkpoint.fetch(name))
     kind = Student if checkpoint.load_config(folder).student.active else Flow
     return kind.from_pretrained(folder, device, ema)

@@ -148,9 +148,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def jackknife(groups: Sequence[Moments], reference: Moments) -> float:
-    """Standard error of the Fréchet distance of all samples, by leaving out one of g groups at a time:
+    """Standard error of the Fréchet distance of all samples, by leaving out one of g groups at a time.
 
-        s² = (g − 1)/g · Σᵢ (dᵢ − d̄)²        (Efron and Stein 1981)
+    s² = (g − 1)/g · Σᵢ (dᵢ − d̄)² (Efron and Stein 1981).
 
     Args:
         groups: statistics of g ≥ 2 groups of about as many samples each.

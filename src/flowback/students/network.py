@@ -27,7 +27,7 @@ __all__ = ["Stage", "StudentNetwork", "number_features"]
 
 
 def number_features(value: Float[Tensor, " b"], width: int) -> Float[Tensor, "b w"]:
-    """Sines and cosines of a number in [0, 1], with frequencies from 1/2 to 500 turns, evenly in their logs."""
+    """Sines and cosines of a number in [0, 1], of 1/2 to 500 turns, evenly in their logs."""
     count = width // 2
     steps = torch.arange(count, dtype=torch.float64, device=value.device) / max(count - 1, 1)
     turns = 0.5 * 1000.0**steps

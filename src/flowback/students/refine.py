@@ -1,8 +1,9 @@
 """The teacher's exact images, by sweeps that start from what its student drew.
 
-A block's inverse by windowed sweeps is exact whatever it starts from (:mod:`flowback.sampling.jacobi`); a good
-start only saves sweeps. A student of method ``inverse`` knows the output of each block from its heads, in one
-evaluation. One of ``matching`` knows the image alone: the teacher encodes it to the states of its blocks.
+A block's inverse by windowed sweeps is exact whatever it starts from (:mod:`flowback.sampling.jacobi`); a
+good start only saves sweeps. A student of method ``inverse`` knows the output of each block from its heads,
+in one evaluation. One of ``matching`` knows the image alone: the teacher encodes it to the states of its
+blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["StudentGuess", "refined_sampler"]
 
 
 class StudentGuess:
-    """A student's estimate of the outputs of its teacher's blocks; what a :class:`flowback.Sampler` starts from.
+    """A student's estimate of the outputs of its teacher's blocks: where a sampler's sweeps start.
 
     Args:
         teacher: the flow.

@@ -12,6 +12,7 @@ Heun takes the mean of the velocities at both ends of a step, but in the last on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -55,7 +56,7 @@ def integrate(
     steps = evaluations if solver == "euler" else evaluations // 2 + 1
     euler_first = solver == "heun" and evaluations % 2 == 0
     times, x = squared_times(steps), z
-    for k, (now, after) in enumerate(zip(times, times[1:], strict=False)):
+    for k, (now, after) in enumerate(itertools.pairwise(times)):
         v = velocity(x, now)
         if solver == "heun" and after > 0 and not (k == 0 and euler_first):
             v = (v + velocity(x + (after - now) * v, after)) / 2
@@ -121,8 +122,8 @@ class StudentSampler:
         most = self.student.student.guidance
         if not matching and bool((scales < 0).any() | (scales > most).any()):
             raise InputError(
-                f"The student has learned guidance from 0 to {most:g}, not {given.scale}; distil with a larger "
-                "--student.guidance."
+                f"The student has learned guidance from 0 to {most:g}, not {given.scale}; distil with "
+                "a larger --student.guidance."
             )
 
     @classmethod

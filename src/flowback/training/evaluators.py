@@ -31,8 +31,8 @@ class Evaluator:
     every: int
     """Steps between two calls; it is also called after the last step."""
     call: Callable[[int, Any], Mapping[str, float | Tensor]]
-    """Takes the step and the averaged flow (or student) in eval mode, in the main process. The numbers that it returns go
-    into metrics.jsonl, and pictures, (c, h, w) of 8-bit values, to the trackers."""
+    """Takes the step and the averaged flow (or student) in eval mode, in the main process. The numbers that
+    it returns go into metrics.jsonl, and pictures, (c, h, w) of 8-bit values, to the trackers."""
 
 
 def likelihood_evaluator(config: RunConfig, test: ImageSet) -> Evaluator:

@@ -38,8 +38,8 @@ def train_loop(
 ) -> dict[str, Any]:
     """Train a flow or a student until ``config.train.steps``; continues the run in ``out``, if there is one.
 
-    :func:`flowback.train` and :func:`flowback.distil` call it with everything that it needs. All processes of a run call it with the
-    same arguments, and see the same folder.
+    :func:`flowback.train` and :func:`flowback.distil` call it with everything that it needs. All
+    processes of a run call it with the same arguments, and see the same folder.
 
     Args:
         config: all settings, with the number of classes known.

@@ -246,7 +246,7 @@ def _measured(config: StudentConfig, teacher: Flow, images: ImageSet) -> Student
     found = weights_hash(teacher)
     if config.teacher_weights not in (None, found):
         raise InputError(
-            f"--student.teacher-weights is {config.teacher_weights}, but those of {config.teacher} are {found}; "
+            f"--student.teacher-weights is {config.teacher_weights}, and {config.teacher} has {found}; "
             "leave it out."
         )
     rms = config.rms

@@ -19,8 +19,8 @@ from flowback.config import RunConfig, TrainConfig
 from flowback.errors import InputError
 from flowback.model import Flow, Student
 from flowback.nn.transformer import Transformer
-from flowback.training.distributed import gathered, held_bytes, local, scattered, shard
 from flowback.training.distillation import StudentObjective
+from flowback.training.distributed import gathered, held_bytes, local, scattered, shard
 from flowback.training.objective import Objective
 from flowback.training.warm_start import take_weights
 

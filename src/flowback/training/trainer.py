@@ -19,6 +19,7 @@ from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
 from flowback.training.batches import Batch, batches
+from flowback.training.distillation import StudentLosses
 from flowback.training.distributed import Vote, gathered, root_whole, sharded, start
 from flowback.training.evaluators import Evaluator
 from flowback.training.monitoring import (
@@ -32,7 +33,6 @@ from flowback.training.monitoring import (
     tracker_settings,
     vanished,
 )
-from flowback.training.distillation import StudentLosses
 from flowback.training.objective import Objective, Targets, weighted_mean
 from flowback.training.run_folder import RunFolder, Stored, Writer
 from flowback.training.state import Weights, learning_rate
