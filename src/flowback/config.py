@@ -516,6 +516,11 @@ class SampleConfig(Checked):
         )
         require(self.tolerance > 0, f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
 
+    @property
+    def exact(self) -> SampleConfig:
+        """The same of a flow, one token after another: what a student is compared with."""
+        return dataclasses.replace(self, sampler="sequential", evaluations=None, solver=None)
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(Checked):

@@ -249,8 +249,7 @@ class Student(NamedModel, StudentNetwork):
         Raises:
             InputError: see :func:`load_teacher`.
         """
-        exact = replace(config, sampler="sequential", evaluations=None, solver=None)
-        return load_teacher(self.student, self.device, config.teacher).sampler(exact)
+        return load_teacher(self.student, self.device, config.teacher).sampler(config.exact)
 
     @classmethod
     def from_pretrained(

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import runs
 from flowback import Flow, StudentConfig
 from flowback.sampling.block_plan import weights_hash
-
-import runs
 
 pytestmark = pytest.mark.faults
 

@@ -11,6 +11,7 @@ import runs
 from flowback import Flow, InputError, RunConfig, Student, StudentConfig, checkpoint
 from flowback.model import load_teacher
 from flowback.sampling.block_plan import weights_hash
+from flowback.training import student_config
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def teacher(tmp_path_factory):
 
 
 def distil(teacher, out, images=None, steps=4, **student):
-    config = flowback.training.student_config(Flow.from_pretrained(teacher))
+    config = student_config(Flow.from_pretrained(teacher))
     train = dataclasses.replace(config.train, steps=steps, save_every=2, log_every=2, warmup_steps=1)
     return flowback.distil(teacher, images, out, config=dataclasses.replace(config, train=train), **student)
 
@@ -45,9 +46,9 @@ def test_a_student_trains_resumes_and_is_loaded(teacher, digits, tmp_path, stude
     result = distil(teacher, tmp_path / "whole", digits, **student)
     assert losses <= result.metrics.keys()
     assert "nll" not in result.metrics
-    distil(teacher, tmp_path / "parts", digits, steps=4, **student)
+    distil(teacher, tmp_path / "parts", digits, **student)
     (tmp_path / "parts/checkpoints/step-00000004").rename(tmp_path / "gone")
-    distil(teacher, tmp_path / "parts", digits, steps=4, **student)
+    distil(teacher, tmp_path / "parts", digits, **student)
     runs.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     loaded = flowback.load(result.folder)
     assert isinstance(loaded, Student)
@@ -61,7 +62,7 @@ def test_a_student_trains_resumes_and_is_loaded(teacher, digits, tmp_path, stude
 
 def test_accumulated_parts_give_the_same_step(teacher, digits, tmp_path):
     """Chance and noise go with their images: micro-batches change sums' order only (1e-4 after 4 steps)."""
-    config = flowback.training.student_config(Flow.from_pretrained(teacher))
+    config = student_config(Flow.from_pretrained(teacher))
     found = []
     for micro in (None, 5):
         train = dataclasses.replace(config.train, steps=4, micro_batch=micro, log_every=2)

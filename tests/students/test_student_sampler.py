@@ -109,7 +109,7 @@ def test_options_of_flows_are_refused():
 
 
 def test_sweeps_from_the_answer_end_at_once():
-    """One sweep a window finds that nothing changes; from z they take more. Both are exact to the tolerance."""
+    """One sweep a window finds that nothing changes; from z they take more. Both are exact."""
     flow = tame_flow(num_classes=3)
     block, z = flow.blocks[0], noise_of(flow, 2)
     answer = block.inverse(z, block.context(None))

@@ -33,7 +33,7 @@ from flowback.evaluation.judge import Judge
 from flowback.evaluation.protocol import Protocol
 from flowback.evaluation.references import Reference, load_reference, open_images
 from flowback.evaluation.report import Report, weights_of
-from flowback.model import Flow, Student
+from flowback.model import Flow, Student, load_teacher
 from flowback.processes import Processes
 from flowback.progress import track
 from flowback.provenance import environment
@@ -207,9 +207,9 @@ class _Evaluation:
 
     def report(self) -> Report:
         """Check, measure, put together."""
-        images = judge = codec = exact = None  # all are made first: what is missing is known at once
+        images = judge = codec = teacher = None  # all are made first: what is missing is known at once
         if isinstance(self.flow, Student) and self.config.likelihood:
-            exact = self.flow.teacher_sampler(replace(self.sampling, guidance=self._scales[0]))
+            teacher = load_teacher(self.flow.student, self.flow.device, self.sampling.teacher)
         if self.config.likelihood or self.config.classification:
             images = matched(self.flow, self.data.held_out)
         if self.config.samples:
@@ -224,8 +224,9 @@ class _Evaluation:
             parts.append(self._held_out(self.flow, images))
         if judge is not None and codec is not None:
             parts.append(self._quality(judge, codec))
-            if exact is not None and images is not None:
-                parts.append(self._distilled(exact, images, judge, codec))
+            if teacher is not None and images is not None:
+                scale = parts[-1].figures.get("best_guidance", self._scales[0])
+                parts.append(self._distilled(teacher, scale, images, judge, codec))
         figures = {name: value for part in parts for name, value in part.figures.items()}
         settings = {name: value for part in parts for name, value in part.settings.items()}
         warnings = tuple(sentence for part in parts for sentence in part.warnings)
@@ -293,35 +294,31 @@ class _Evaluation:
         settings = self._sampling_settings(samplers) | _judge_settings(judge)
         return _Part(figures, settings, warnings + judge.warnings(self.config.samples))
 
-    def _distilled(self, exact: Sampler, images: ImageSet, judge: Judge, codec: Codec) -> _Part:
+    def _distilled(self, teacher: Flow, scale: float, images: ImageSet, judge: Judge, codec: Codec) -> _Part:
         """A student beside its teacher, from the same noise."""
         assert isinstance(self.flow, Student)
-        assert isinstance(exact.flow, Flow)
-        config, student, teacher = self.config, self.flow.student, exact.flow
-        options = replace(self.sampling, guidance=self._scales[0])
-        faults = Faults()
+        config, faults, share = self.config, Faults(), self.processes.share
+        options = replace(self.sampling, guidance=scale)
 
         def to_pixels(drawn: Tensor) -> Tensor:
             return quantise(codec.decode(drawn), ["a sample"] * len(drawn), faults, "nearest")
 
-        numbers = evenly(config.samples, share=self.processes.share)
-        parts = in_batches(numbers, options.batch_size)
+        parts = in_batches(evenly(config.samples, share=share), options.batch_size)
         shown = track(parts, len(parts), "beside the teacher", "batches") if self.progress else parts
-        drawing = self.flow.sampler(options)
+        drawing, exact = self.flow.sampler(options), teacher.sampler(options.exact)
         pairs = draw_pairs(teacher, drawing, exact, judge, to_pixels, shown, config.seed)
-        loop = held_out_batches(
-            teacher,
-            images,
-            "test images",
-            limit=config.limit or config.samples,
-            seed=config.seed,
-            batch_size=options.batch_size,
-            share=self.processes.share,
-            progress=self.progress,
-        )
-        test = self.processes.merged(under_teacher(teacher, loop))
-        figures = self.processes.merged(pairs).figures(judge.encoded) | test.figures("test")
-        return _Part(figures, {"teacher": weights_of(teacher), "student": to_dict(student)}, [])
+        loop: LoopOptions = {
+            "limit": config.limit or config.samples,
+            "seed": config.seed,
+            "batch_size": options.batch_size,
+            "share": share,
+            "progress": self.progress,
+        }
+        test = under_teacher(teacher, held_out_batches(teacher, images, "test images", **loop))
+        figures = self.processes.merged(pairs).figures(judge.encoded)
+        figures |= self.processes.merged(test).figures("test")
+        settings = {"teacher": weights_of(teacher), "student": to_dict(self.flow.student)}
+        return _Part(figures, settings, [])
 
     @property
     def _scales(self) -> tuple[float, ...]:
