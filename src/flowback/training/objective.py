@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -42,8 +42,8 @@ class Targets(Protocol):
         ...
 
 
-Means = TypeVar("Means", bound=NamedTuple)
-"""A tuple of means over images: tensors, dicts of tensors, None."""
+Means = TypeVar("Means", bound=tuple[Any, ...])
+"""A named tuple of means over images: tensors, dicts of tensors, None."""
 
 
 @torch.no_grad()
@@ -58,7 +58,8 @@ def weighted_mean(parts: Sequence[tuple[float, Means]]) -> Means:
             return {name: mean([value[name] for value in values]) for name in values[0]}
         return None
 
-    return type(parts[0][1])(*map(mean, zip(*(part for _, part in parts), strict=True)))
+    kind: Any = type(parts[0][1])
+    return cast("Means", kind(*map(mean, zip(*(part for _, part in parts), strict=True))))
 
 
 class Objective(nn.Module):
