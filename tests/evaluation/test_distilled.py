@@ -80,7 +80,6 @@ def test_errors_and_likelihoods_are_those_of_each_image(judge):
     noised = flow.add_noise(wrong(labels, range(24)), range(24))
     expected = -flow.log_prob(noised, labels).detach().double().mean() / flow.config.dims
     assert figures["nll_student"] == pytest.approx(float(expected), rel=1e-6)
-    assert figures["fd_ratio"] > 1
     assert figures["fd_efficientnet_lite0_error"] > 0
 
 

@@ -76,7 +76,7 @@ def test_accumulated_parts_give_the_same_step(teacher, digits, tmp_path):
 
 def test_a_loss_in_features_is_part_of_the_record(teacher, digits, tmp_path):
     @flowback.register_encoder("students-grey")
-    def make(name):
+    def make(_):
         from torch import nn
 
         class Grey(flowback.Encoder):
@@ -84,7 +84,9 @@ def test_a_loss_in_features_is_part_of_the_record(teacher, digits, tmp_path):
                 grey = nn.functional.interpolate(images.mean(1, keepdim=True), size=(size, size))
                 return nn.functional.pixel_unshuffle(grey, 4)
 
-        return Grey(name, nn.Identity(), flowback.Recipe(dim=16, stride=4, mean=(0.5,) * 3, std=(0.5,) * 3))
+        return Grey(
+            "students-grey", nn.Identity(), flowback.Recipe(dim=16, stride=4, mean=(0.5,) * 3, std=(0.5,) * 3)
+        )
 
     result = distil(teacher, tmp_path, digits, steps=2, method="inverse", features="students-grey")
     assert result.metrics["features"] > 0
