@@ -7,6 +7,8 @@ loop's objective with the fused optimiser, theirs the loss and optimiser of thei
 average of the weights here. ``ratio`` is theirs over ours, ``memory_ratio`` ours over theirs (weights,
 gradients, optimiser and activations, in a fresh process), ``to_peak`` the share of the speed of a large
 matrix product of the same dtype and run; FLOPs are counted with causal attention, for both alike.
+With ``--range`` there are rows of a flow with a range of noise levels (`ours-range-fp32`); ``range_ratio`` is
+their time over the plain step's, the median over the turns (goal: at most 1.05).
 Compiled rows (`ours-fp32-compiled`): ours the Transformers of the blocks, as ``--train.compile`` does, theirs
 the whole model. Rows of the width 256 are named `ours-fp32`, others `ours-fp32-width512`.
 """
@@ -19,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +60,8 @@ class Options:
     """Images in a step."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     """Autocast dtypes."""
+    range: bool = False
+    """Time steps of a flow with a range of noise levels too."""
     compile: bool = False
     """Time compiled steps too; needs a C++ compiler and some minutes."""
     repeats: int = 5
@@ -70,15 +74,18 @@ class Options:
     """Print the peak memory of one row, and stop; the script calls itself so."""
 
 
-def model_config(width: int) -> ModelConfig:
-    """The shape that is timed."""
-    return ModelConfig(image_size=64, patch_size=4, width=width, blocks=4, layers=4, num_classes=CLASSES)
+def model_config(width: int, ranged: bool = False) -> ModelConfig:
+    """The shape that is timed, with one noise level or with a range of them."""
+    config = ModelConfig(image_size=64, patch_size=4, width=width, blocks=4, layers=4, num_classes=CLASSES)
+    return replace(config, noise="range", noise_min=0.01, noise_max=0.3) if ranged else config
 
 
-def our_step(width: int, precision: Precision, device: torch.device, compiled: bool) -> Callable[..., Tensor]:
+def our_step(
+    model: ModelConfig, precision: Precision, device: torch.device, compiled: bool
+) -> Callable[..., Tensor]:
     """A step of flowback from fixed weights; returns the loss."""
     train = TrainConfig(precision=precision, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, compile=compiled)
-    objective = _objective(width, train).to(device)
+    objective = _objective(model, train).to(device)
     set_up_bodies(objective.bodies, objective.config)
     optimiser = torch.optim.AdamW(
         objective.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
@@ -108,7 +115,7 @@ def their_step(
     spec.loader.exec_module(module)
     config = model_config(width)
     model = module.Model(3, 64, 4, width, config.blocks, config.layers, num_classes=CLASSES)
-    flow = _objective(width, TrainConfig()).flow
+    flow = _objective(config, TrainConfig()).flow
     model.load_state_dict(to_tarflow(config, flow.state_dict()))
     model.to(device)
     run = torch.compile(model) if compiled else model
@@ -126,9 +133,9 @@ def their_step(
     return step
 
 
-def _objective(width: int, train: TrainConfig) -> Objective:
+def _objective(model: ModelConfig, train: TrainConfig) -> Objective:
     torch.manual_seed(0)
-    objective = Objective(RunConfig(model=model_config(width), train=train))
+    objective = Objective(RunConfig(model=model, train=train))
     for block in objective.flow.blocks:  # zero at the start of training, and then gradients stop there
         torch.nn.init.normal_(block.proj_out.weight, std=0.01)
     return objective
@@ -140,7 +147,7 @@ def make(name: str, options: Options, device: torch.device) -> Callable[[], Tens
     precision: Precision = "bf16" if "bf16" in name else "fp32"
     compiled = "compiled" in name
     if name.startswith("ours"):
-        step = our_step(width, precision, device, compiled)
+        step = our_step(model_config(width, "-range-" in name), precision, device, compiled)
     else:
         assert options.reference is not None
         step = their_step(width, precision, device, compiled, options.reference)
@@ -183,7 +190,8 @@ def measure(
     """Rows of one width."""
     suffix = "" if width == 256 else f"-width{width}"
     kinds = [precision + ending for precision in options.precisions for ending in _endings(options)]
-    codes = ("ours", "ml-tarflow") if options.reference else ("ours",)
+    more = {"ours-range": options.range, "ml-tarflow": options.reference is not None}
+    codes = ["ours", *(code for code, wanted in more.items() if wanted)]
     names = [f"{code}-{kind}{suffix}" for kind in kinds for code in codes]
     calls = {name: make(name, options, device) for name in names}
     losses = {name: call().item() for name, call in calls.items()}
@@ -205,8 +213,12 @@ def measure(
                 "first_loss": losses[name],
             }
         )
+        plain = name.replace("ml-tarflow", "ours").replace("-range", "")
+        if "-range-" in name:
+            turns = zip(seconds[name], seconds[plain], strict=True)
+            rows[-1]["range_ratio"] = statistics.median(own / one for own, one in turns)
         if name.startswith("ml-tarflow"):
-            ours, theirs = rows[-2:]
+            ours, theirs = next(row for row in rows if row["name"] == plain), rows[-1]
             ours["ratio"] = theirs["seconds"] / ours["seconds"]
             ours["memory_ratio"] = ours["peak_bytes"] / theirs["peak_bytes"]
     return rows
@@ -230,12 +242,13 @@ def main() -> None:
     peaks = {precision: matmul_peak(device, dtypes[precision], clock) for precision in options.precisions}
     console.print("matrix product: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in peaks.items()))
     rows = [row for width in options.widths for row in measure(options, width, peaks, device)]
-    table = Table("step", "seconds", "ratio", "peak MB", "memory ratio", "to peak")
+    table = Table("step", "seconds", "ratio", "range ratio", "peak MB", "memory ratio", "to peak")
     for row in rows:
         table.add_row(
             row["name"],
             f"{row['seconds']:.3f}",
             f"{row['ratio']:.2f}" if "ratio" in row else "",
+            f"{row['range_ratio']:.3f}" if "range_ratio" in row else "",
             f"{row['peak_bytes'] / 1e6:.0f}",
             f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "",
             f"{row['to_peak']:.2f}",

@@ -199,7 +199,7 @@ class ReferenceFlow:
 # return hidden states by (block, layer), in the graph of their reading of the reverse pass.
 
 
-def decode_with_autograd(flow, z, labels, drop, locations, whole=False) -> dict:
+def decode_with_autograd(flow, z, labels, drop, locations, levels=None, whole=False) -> dict:
     """The paper's naive reverse pass: one token after another, the prefix anew each time.
 
     ``whole`` runs the block on all tokens, zeros where they are not known yet: the one thing that TARFlow's
@@ -208,7 +208,7 @@ def decode_with_autograd(flow, z, labels, drop, locations, whole=False) -> dict:
     hidden = {}
     for t in range(len(flow.blocks), min(block for block, _ in locations) - 1, -1):
         block = flow.blocks[t - 1]
-        context = block.context(labels, drop)
+        context = block.context(labels, drop, levels)
         first, *rest = block.reorder(z).unbind(1)
         known = [first]
         for token in rest:
@@ -254,16 +254,16 @@ def decode_with_autograd_and_cache(flow, z, labels, drop, locations) -> dict:
     return hidden
 
 
-def decode_with_sweeps(flow, z, labels, drop, locations, sweeps: int) -> dict:
+def decode_with_sweeps(flow, z, labels, drop, locations, levels=None, *, sweeps: int) -> dict:
     """Each block's input recomputed by parallel sweeps x = Phi(x, z) from its known, detached value.
 
     One sweep is Algorithm 2 of arXiv 2511.22345 with the features read from the recomputed input (order 0);
     k + 1 sweeps carry the gradient of order k.
     """
-    hidden, inputs = {}, block_inputs(flow, z, labels, drop)
+    hidden, inputs = {}, block_inputs(flow, z, labels, drop, levels)
     for t in range(len(flow.blocks), min(block for block, _ in locations) - 1, -1):
         block = flow.blocks[t - 1]
-        context = block.context(labels, drop)
+        context = block.context(labels, drop, levels)
         x = inputs[t]
         for _ in range(sweeps):
             shift, log_scale, _ = block.predict(x, context)
@@ -293,10 +293,10 @@ def read_hidden(hidden, block, t, x, context, locations) -> None:
 
 
 @torch.no_grad()
-def block_inputs(flow, z, labels, drop) -> dict[int, Tensor]:
+def block_inputs(flow, z, labels, drop, levels=None) -> dict[int, Tensor]:
     """The input of every block, counted from 1, whose encoding is z."""
     inputs = {}
     for t in range(len(flow.blocks), 0, -1):
         block = flow.blocks[t - 1]
-        z = inputs[t] = block.inverse(z, block.context(labels, drop))
+        z = inputs[t] = block.inverse(z, block.context(labels, drop, levels))
     return inputs

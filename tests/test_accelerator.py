@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import runs
 from accelerator import META, Accelerator, MixedDevicesError
 from flowback import AlignmentConfig, Sampler, classify
-from flowback.alignment.align import Alignment
+from flowback.alignment.align import Alignment, Noised
 from flowback.alignment.encoders import Encoder, Recipe
 from flowback.alignment.targets import CachedTargets, ComputedTargets
 from flowback.data.image_set import FeatureTable, MemoryImages
-from flowback.evaluation.held_out import HeldOutBatch, _log_prob
+from flowback.evaluation.held_out import HeldOutBatch, log_densities
 from flowback.sampling import cuda_graph
 from flowback.sampling.block_plan import BlockPlan
 from flowback.sampling.denoise import denoise
@@ -251,9 +251,9 @@ def test_figures_during_training():
     align = Alignment(flow.config, target_dim=6, hidden=8).to(META)
     targets = torch.zeros(3, 4, 6, device=META)
     with Accelerator() as machine:
-        assert len(block_statistics(flow, images, labels)) == len(machine.waits) == 6
+        assert len(block_statistics(flow, Noised(images, labels))) == len(machine.waits) == 6
     with Accelerator():
-        gradient_balance(flow, align.projector, images, labels, None, targets, config)
+        gradient_balance(flow, align.projector, Noised(images, labels), targets, config)
 
 
 def test_the_optimiser_that_cuda_gets():
@@ -330,6 +330,6 @@ def test_likelihood_in_float64_on_the_cpu():
     images, labels = batch_there(flow)
     batch = HeldOutBatch(images, labels, [0, 1, 2])
     with Accelerator():
-        found = _log_prob(flow, batch, flow.config)
+        found = log_densities(flow, batch)
     assert found.dtype == torch.float64
     assert found.device == torch.device("cpu")

@@ -228,3 +228,33 @@ def test_classify_works_inside_inference_mode(method, position):
     with torch.inference_mode():  # the weights and the images are inference tensors, too
         found = classify(random_flow(position=position), some_images(), method)
     torch.testing.assert_close(found, expected)
+
+
+def ranged_flow():
+    return random_flow(noise="range", noise_min=0.05, noise_max=0.5).double()
+
+
+def test_rules_at_a_noise_level():
+    """Noise and condition have the level: the exhaustive scores are the densities, the slopes autograd's."""
+    flow, images, seeds = ranged_flow(), some_images(3, torch.float64), [3, 4, 5]
+    noised = flow.add_noise(images, seeds, noise=0.2)
+    densities = [flow.log_prob(noised, k, noise=0.2).detach() for k in range(10)]
+    found = classify(flow, images, "exhaustive", 0.2, seeds=seeds)
+    torch.testing.assert_close(found, torch.stack(densities, dim=1), atol=1e-10, rtol=0)
+    logits = torch.zeros(3, 10, dtype=torch.float64, requires_grad=True)
+    log_prob = flow(noised, logits.softmax(1), noise=torch.full((3,), 0.2, dtype=torch.float64)).log_prob
+    (slopes,) = torch.autograd.grad(log_prob.sum(), logits)
+    torch.testing.assert_close(classify(flow, images, noise=0.2, seeds=seeds), slopes, atol=1e-10, rtol=0)
+
+
+def test_the_level_where_none_is_named():
+    flow, images = ranged_flow(), some_images(2, torch.float64)
+    middle = (0.05 * 0.5) ** 0.5
+    assert torch.equal(classify(flow, images), classify(flow, images, noise=middle))
+    lowest = [flow.log_prob(images, k, noise=0.05).detach() for k in range(10)]
+    found = classify(flow, images, "exhaustive", noise=False)
+    torch.testing.assert_close(found, torch.stack(lowest, dim=1), atol=1e-10, rtol=0)
+    with pytest.raises(InputError, match=r"0\.6 is outside the range that the flow is trained on, 0.05 to"):
+        classify(flow, images, noise=0.6)
+    with pytest.raises(InputError, match=r"0\.3 is not that of this flow"):
+        classify(random_flow(noise_std=0.1), some_images(2), noise=0.3)

@@ -1,6 +1,8 @@
 """Presets build; published figures are the paper's, measured ones those of the records in docs/figures."""
 
+import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -144,8 +146,20 @@ def test_fashion_rows_differ_in_what_they_are_about_alone():
     assert plain.model.tokens == 49
     for name in list_presets("fashion-*-*"):
         config = get_preset(name).config
-        assert config.model == plain.model, name
+        noise = dict.fromkeys(("noise", "noise_min", "noise_max"))
+        ranged = {key: getattr(config.model, key) for key in noise} if "range" in name else {}
+        assert config.model == dataclasses.replace(plain.model, **ranged), name
         assert config.data == plain.data, name
+
+
+def test_rows_with_a_range_of_levels_are_their_siblings_otherwise():
+    for name in ("fashion", "fashion-reverse-4", "fashion-exact-last", "digits"):
+        plain = get_preset(name).config
+        ranged = get_preset(re.sub("^(fashion|digits)", r"\1-range", name)).config
+        assert (ranged.model.noise, ranged.model.noise_min, ranged.model.noise_max) == ("range", 0.05, 0.5)
+        assert dataclasses.replace(ranged.train, level_weight=plain.train.level_weight) == plain.train
+        if plain.alignment.active:  # the mean of w(t) is 1/2
+            assert dataclasses.replace(ranged.alignment, weight=0.5) == plain.alignment
 
 
 def test_small_siblings_keep_what_their_row_is_about():

@@ -225,7 +225,8 @@ def test_the_report_names_block_and_token(tmp_path):
     assert report.failed == tuple(Failed(number, Overflow(2, 10)) for number in range(3))
     assert report.problem.startswith(f"3 of 3 images are missing in {tmp_path}, since they stayed non-finite")
     assert "image 0 first broke in block 2, token 10" in report.problem
-    assert report.to_dict()["result"]["failed"][1] == {"image": 1, "block": 2, "token": 10}
+    assert report.to_dict()["result"]["failed"][1] == {"image": 1, "block": 2, "token": 10, "step": None}
+    assert "non-finite in (images in brackets): block 2 (3)." in report.notices[0]
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from flowback.data.named_sets import register_dataset
     from flowback.data.pixels import to_unit_range
     from flowback.errors import InputError
+    from flowback.evaluation.by_level import LevelAccuracy, accuracy_by_level
     from flowback.evaluation.held_out import Accuracy, accuracy
     from flowback.evaluation.linear_probe import Probe, probe
     from flowback.evaluation.pipeline import evaluate, evaluate_images
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
-    from flowback.sampling import BlockPlan, Guidance, Sampler, plan_sampling, sample
+    from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler, plan_sampling, sample
     from flowback.tables import reproduce
     from flowback.training import Evaluator, TrainResult, distil, train
 
@@ -83,6 +84,7 @@ _MODULES = {
     "data.named_sets": ("register_dataset",),
     "data.pixels": ("to_unit_range",),
     "errors": ("InputError",),
+    "evaluation.by_level": ("LevelAccuracy", "accuracy_by_level"),
     "evaluation.held_out": ("Accuracy", "accuracy"),
     "evaluation.linear_probe": ("Probe", "probe"),
     "evaluation.pipeline": ("evaluate", "evaluate_images"),
@@ -94,7 +96,7 @@ _MODULES = {
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": ("BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "sampling": ("BlockPlan", "Denoising", "Guidance", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
     "training": ("Evaluator", "TrainResult", "distil", "train"),
 }
@@ -108,6 +110,7 @@ __all__ = [
     "AlignmentConfig",
     "BlockPlan",
     "DataConfig",
+    "Denoising",
     "Encoder",
     "EvaluateConfig",
     "Evaluator",
@@ -116,6 +119,7 @@ __all__ = [
     "Guidance",
     "ImageSet",
     "InputError",
+    "LevelAccuracy",
     "ModelConfig",
     "PixelSet",
     "Prediction",
@@ -134,6 +138,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "accuracy",
+    "accuracy_by_level",
     "classify",
     "create_encoder",
     "create_flow",

@@ -20,10 +20,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 
+from flowback.checked import require
+from flowback.config import ModelConfig
 from flowback.errors import InputError
 from flowback.flow import TARFlow
+from flowback.flow.frozen import constant, frozen
 from flowback.flow.likelihood import add_noise
 
 __all__ = ["Method", "classify", "embedding_distances"]
@@ -39,7 +41,7 @@ def classify(
     flow: TARFlow,
     images: Float[Tensor, "b c h w"],
     method: Method = "gradient",
-    noise: bool = True,
+    noise: bool | float | Sequence[float] = True,
     draws: int = 1,
     seeds: Sequence[int] | None = None,
     steps: int = 1,
@@ -55,14 +57,16 @@ def classify(
         flow: a class-conditional flow.
         images: clean images on [-1, 1].
         method: the rule.
-        noise: add the model's training noise to the images; False takes them as they are.
+        noise: add the model's training noise to the images; False takes them as they are. For a flow with a
+            range of levels: the level, by default the geometric middle; several average their scores; False
+            takes the lowest as theirs.
         draws: draws of the noise to average the scores over.
         seeds: of the noise, one for each image; None is 0, 1, 2, ...
         steps: steps of gradient ascent on the logits; 1 is Algorithm 1.
         step_size: of each step, in logits per nat.
 
     Raises:
-        InputError: an unconditional flow, an unknown method, or numbers out of range.
+        InputError: an unconditional flow, an unknown method, or numbers and noise levels out of range.
 
     Example:
         >>> import torch
@@ -84,14 +88,30 @@ def classify(
         raise InputError("Seeds are whole numbers; give integers.")
     if len(seeds) != len(images):
         raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed per image.")
+    if isinstance(noise, Sequence):
+        require(len(noise) > 0, "There are no noise levels to classify at; give at least one.")
+        each = [classify(flow, images, method, level, draws, seeds, steps, step_size) for level in noise]
+        return sum(each[1:], each[0]) / len(each)
     images = images.to(flow.device, flow.data_dtype)
-    noised = [add_noise(images, flow.config, seeds, draw) for draw in range(draws)] if noise else [images]
+    levels = flow.levels(_level(flow.config, noise), len(images))
+    noised = [images]
+    if noise is not False:
+        noised = [add_noise(images, flow.config, seeds, draw, levels) for draw in range(draws)]
     if method in ("gradient", "normalised"):
-        scores = _gradient(flow, noised, steps, step_size)
+        scores = _gradient(flow, noised, levels, steps, step_size)
         return scores / embedding_distances(flow) if method == "normalised" else scores
     if method == "exhaustive":
-        return _exhaustive(flow, noised)
+        return _exhaustive(flow, noised, levels)
     raise InputError(f"Unknown method {method}; known: gradient, normalised, exhaustive.")
+
+
+def _level(config: ModelConfig, noise: bool | float) -> float | None:
+    """The level that ``noise`` means; None where the flow has only one and no other is asked for."""
+    if not isinstance(noise, bool):
+        return noise
+    if config.noise != "range":
+        return None
+    return config.noise_level if noise else config.noise_min
 
 
 @torch.no_grad()
@@ -109,13 +129,15 @@ def embedding_distances(flow: TARFlow) -> Float[Tensor, " k"]:
 
 
 @torch.inference_mode(False)
-def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) -> Tensor:
+def _gradient(
+    flow: TARFlow, draws: list[Tensor], levels: Tensor | None, steps: int, step_size: float
+) -> Tensor:
     """Algorithm 1, and further steps of ascent on the mean log-density over the draws.
 
     Weights enter detached: autograd then keeps only what the path to the class logits needs.
     """
-    fixed = {name: _fixed(tensor) for name, tensor in (*flow.named_parameters(), *flow.named_buffers())}
-    draws = [_fixed(images) for images in draws]
+    encode = frozen(flow)
+    draws, levels = [constant(images) for images in draws], None if levels is None else constant(levels)
     logits = torch.zeros(
         len(draws[0]), flow.config.num_classes or 0, device=flow.device, dtype=flow.data_dtype
     )
@@ -126,20 +148,15 @@ def _gradient(flow: TARFlow, draws: list[Tensor], steps: int, step_size: float) 
             with torch.enable_grad():
                 point = logits.detach().requires_grad_()
                 weights = point.softmax(dim=-1).to(flow.dtype)
-                log_prob = functional_call(flow, fixed, (images, weights)).log_prob
+                log_prob = encode(images, weights, noise=levels).log_prob
                 (slope,) = torch.autograd.grad(log_prob.sum(), point)
             rise += slope / len(draws)
         logits = logits + step_size * rise
     return rise if steps == 1 else logits
 
 
-def _fixed(tensor: Tensor) -> Tensor:
-    """A constant for autograd, which refuses tensors made in inference mode but takes copies of them."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
 @torch.no_grad()
-def _exhaustive(flow: TARFlow, draws: list[Tensor]) -> Tensor:
+def _exhaustive(flow: TARFlow, draws: list[Tensor], levels: Tensor | None) -> Tensor:
     """Densities log p(x | k) for every class, several classes to a forward pass, averaged over the draws."""
     b, classes = len(draws[0]), flow.config.num_classes or 0
     together = max(1, _ROWS // max(1, b))
@@ -148,7 +165,8 @@ def _exhaustive(flow: TARFlow, draws: list[Tensor]) -> Tensor:
         columns = []
         for ids in torch.arange(classes, device=flow.device).split(together):
             rows = images.repeat(len(ids), 1, 1, 1)
-            log_prob = flow(rows, ids.repeat_interleave(b)).log_prob
+            row_levels = None if levels is None else levels.repeat(len(ids))
+            log_prob = flow(rows, ids.repeat_interleave(b), noise=row_levels).log_prob
             columns.append(log_prob.view(len(ids), b))
         total = total + torch.cat(columns).T / len(draws)
     assert isinstance(total, Tensor)

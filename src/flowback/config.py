@@ -7,6 +7,7 @@ noise. Unknown keys are errors, so a misspelled option is never ignored.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -73,10 +74,15 @@ class ModelConfig(Checked):
     """RMS-normalise queries and keys."""
     num_classes: int | None = None
     """Number of classes; 0 is unconditional; None takes the number from the data."""
-    noise: Literal["gaussian", "uniform"] = "gaussian"
-    """Noise added to the images in training: Gaussian, or uniform dequantisation of 8-bit values."""
+    noise: Literal["gaussian", "uniform", "range"] = "gaussian"
+    """Noise added to the images in training: Gaussian, uniform dequantisation of 8-bit values, or Gaussian at
+    a level of its own for each image, which the flow is told (arXiv 2604.20041)."""
     noise_std: float = 0.05
-    """Standard deviation of the Gaussian noise, on the [-1, 1] scale."""
+    """Standard deviation of the noise `gaussian`, on the [-1, 1] scale."""
+    noise_min: float = 0.01
+    """Lowest level of the noise `range`, a standard deviation on the [-1, 1] scale."""
+    noise_max: float = 0.3
+    """Highest level of the noise `range`."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
@@ -116,6 +122,24 @@ class ModelConfig(Checked):
             f"{self.tokens} tokens, and flowback takes at most {MOST_TOKENS}; choose larger patches.",
         )
         require(self.noise_std >= 0, "--model.noise-std must not be negative.")
+        if self.noise != "range":
+            return
+        require(
+            0 < self.noise_min < self.noise_max,
+            f"--model.noise-min {self.noise_min:g} must be above 0 and below --model.noise-max "
+            f"{self.noise_max:g}, for --model.noise range.",
+        )
+        require(self.width % 2 == 0, f"--model.width {self.width} must be even for --model.noise range.")
+
+    @property
+    def noise_level(self) -> float | None:
+        """Level at which the flow is measured where none is named; None: uniform dequantisation.
+
+        It is the flow's only one, or the geometric middle of its range.
+        """
+        if self.noise == "range":
+            return math.sqrt(self.noise_min * self.noise_max)
+        return self.noise_std if self.noise == "gaussian" else None
 
     @property
     def grid(self) -> int:
@@ -317,6 +341,12 @@ class TrainConfig(Checked):
     """Decay of the averaged weights, which sampling and evaluation use."""
     ema_more: tuple[float, ...] = ()
     """Decays of further averages, kept to choose from later."""
+    levels: Literal["uniform", "square", "log", "log-normal"] = "uniform"
+    """Distribution of the images' noise levels, for `--model.noise range`: uniform in t, t² or log t, or
+    log t normal with mean -1.2 and standard deviation 1; all within the range."""
+    level_weight: Literal["none", "level", "level-share", "square", "square-share"] = "level"
+    """Weight of an image's likelihood in the loss by its noise level t in the range t0 to t1: 1, t,
+    t / (t0 + t1), t², t² / (t0² + t1²)."""
     label_drop: float = 0.1
     """Share of labels replaced by the unconditional embedding."""
     grad_clip: float | None = None
@@ -479,7 +509,22 @@ class SampleConfig(Checked):
     guided_blocks: int | None = None
     """Guide only this many blocks, those nearest the noise; None guides all."""
     denoise: bool = True
-    """End with one denoising step."""
+    """End with denoising by the flow's own score."""
+    noise: float | None = None
+    """Noise level to draw at, for flows trained over a range; None is the highest. Others have only one."""
+    denoise_steps: int | None = None
+    """Noise levels that denoising goes down; more than one needs a flow trained over a range (--model.noise
+    range). None: 10 of such a flow, 1 of any other."""
+    denoise_method: Literal["euler", "heun", "stochastic"] = "euler"
+    """How to go from a level to the next; `heun` takes two passes for it, the others one."""
+    denoise_spacing: Literal["linear", "log", "edm"] = "linear"
+    """How the levels are spaced: evenly, evenly in their logarithms, or as EDM's."""
+    denoise_last: float | None = None
+    """Last noise level of denoising, which begins at the level of drawing; None is the lowest of training."""
+    denoise_clamp: bool = False
+    """Clamp each estimate of the clean image to [-1, 1]."""
+    denoise_guidance: float = 0.0
+    """Guidance scale of the estimates of the clean image, c + w·(c - u); 0 is off. It doubles their cost."""
     sampler: Literal["auto", "sequential", "jacobi", "student+exact"] = "sequential"
     """`auto`: the plan of `flowback plan` if it fits, else sequential; `jacobi`: windows in all blocks;
     `student+exact`, of a student: its teacher's images, by windows that start from the student's."""
@@ -515,6 +560,21 @@ class SampleConfig(Checked):
             self.guided_blocks is None or self.guided_blocks >= 0, "--guided-blocks must not be negative."
         )
         require(self.tolerance > 0, f"--tolerance {self.tolerance:g} must be above 0 (1e-3, say).")
+        self._check_denoising()
+
+    def _check_denoising(self) -> None:
+        steps, first, last = self.denoise_steps, self.noise, self.denoise_last
+        require(steps is None or steps >= 1, f"--denoise-steps is {steps}; it must be at least 1.")
+        options = (steps, last, self.denoise_guidance or None, self.denoise_clamp or None)
+        require(
+            self.denoise or all(option is None for option in options),
+            "--no-denoise leaves out what the other --denoise options describe; give either.",
+        )
+        require(last is None or last > 0, "--denoise-last must be above 0.")
+        require(
+            first is None or last is None or last < first,
+            f"Noise levels from --noise {first} to --denoise-last {last} do not decrease; lower the last.",
+        )
 
     @property
     def exact(self) -> SampleConfig:
@@ -542,6 +602,8 @@ class EvaluateConfig(Checked):
     """Measure the accuracy of training-free classification of the test images."""
     draws: int = 3
     """Noise draws per image for the likelihood."""
+    level: float | None = None
+    """Noise level of the test images, for a flow trained over a range; None is the geometric middle."""
     limit: int | None = None
     """Use only this many test images for likelihood and classification, spread evenly."""
     seed: int = 0

@@ -21,6 +21,7 @@ from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.cost import parameters
 from flowback.flow.image_model import ImageModel, UserLabels
+from flowback.flow.levels import UserLevels
 from flowback.flow.likelihood import add_noise
 from flowback.presets import get_preset
 from flowback.sampling import BlockPlan, Sampler, sample
@@ -130,14 +131,21 @@ class Flow(NamedModel, TARFlow):
         super().__init__(config)
         self._name(classes)
 
-    def add_noise(self, images: Float[Tensor, "b c h w"], seeds: Sequence[int]) -> Float[Tensor, "b c h w"]:
+    def add_noise(
+        self, images: Float[Tensor, "b c h w"], seeds: Sequence[int], *, noise: UserLevels = None
+    ) -> Float[Tensor, "b c h w"]:
         """Images on [-1, 1] with the training noise added; the flow's density is that of such images.
 
         Args:
             images: clean images.
             seeds: one per image, not negative; the noise depends only on them.
+            noise: its level, for a flow with a range of them.
+
+        Raises:
+            InputError: a level that the flow does not have.
         """
-        return add_noise(images, self.config, seeds)
+        levels = self.levels(noise, len(images))
+        return add_noise(images, self.config, seeds, levels=None if levels is None else levels.to(images))
 
     def sample(
         self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any

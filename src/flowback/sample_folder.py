@@ -33,7 +33,7 @@ from flowback.model import Flow, NamedModel, Student
 from flowback.progress import bar
 from flowback.provenance import environment
 from flowback.reading import read_json
-from flowback.sampling import BlockPlan, Sampler
+from flowback.sampling import BlockPlan, Denoising, Sampler
 from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.denoise import denoises
 from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
@@ -220,10 +220,11 @@ def draw_folder(
     every = range(flow.config.num_classes or 0)
     labels = [] if config.unconditional else class_ids(flow, config.labels or every)
     sampler = flow.sampler(sampling, plans)
-    sampler.guidance.check(bool(labels))
-    if codec is None:
-        codec = open_codec((flow.run or RunConfig()).codec, flow.device)
+    codec_config = (flow.run or RunConfig()).codec if codec is None else codec.config
+    sampler.check(bool(labels), latent=codec_config.vae is not None)
     teacher = _teacher_sampler(flow, sampling) if config.compare else None
+    if codec is None:
+        codec = open_codec(codec_config, flow.device)
     job = _Job(flow, sampler, codec, labels, config, teacher)
     state = PartialState(cpu=flow.device.type == "cpu")
     settings = _settings(flow, sampler, sampling, codec, labels, config)
@@ -314,16 +315,29 @@ def _settings(
         "seed": config.seed,
         **{name: getattr(sampling, name) for name in keep},
         "plans": [asdict(plan) for plan in sampler.plans] if swept else None,
-        **(_student_settings(flow, sampler) if isinstance(flow, Student) else {}),
+        **(_student_settings(flow) if isinstance(flow, Student) else {}),
+        **_sampler_settings(sampler),
         **({"vae": codec.config.weights} if codec.config.vae else {}),
     }
 
 
-def _student_settings(student: Student, sampler: Sampler | StudentSampler) -> dict[str, Any]:
-    settings = {"student": student.student.method, "teacher_weights": student.student.teacher_weights}
+def _student_settings(student: Student) -> dict[str, Any]:
+    return {"student": student.student.method, "teacher_weights": student.student.teacher_weights}
+
+
+def _sampler_settings(sampler: Sampler | StudentSampler) -> dict[str, Any]:
+    """What only a flow's sampler has, or a student's."""
     if isinstance(sampler, StudentSampler):
-        settings |= {"evaluations": sampler.evaluations, "solver": sampler.solver}
-    return settings
+        return {"evaluations": sampler.evaluations, "solver": sampler.solver}
+    level = {} if sampler.noise is None else {"noise": sampler.noise}
+    return {"denoising": _denoising(sampler), **level}
+
+
+def _denoising(sampler: Sampler) -> dict[str, Any] | None:
+    """How images are denoised; None for one step of a flow of one level, without options."""
+    if not sampler.levels or (len(sampler.levels) == 1 and sampler.denoising == Denoising()):
+        return None
+    return {**asdict(sampler.denoising), "levels": sampler.levels}
 
 
 class Draw(Protocol):
@@ -483,6 +497,10 @@ class SampleFolder:
             for row, pixels in zip(written, pictures, strict=True):
                 text = {**draw.notes(numbers[row]), **({"redraw": attempts[row]} if attempts[row] else {})}
                 save_png(pixels, self.file(numbers[row]), text)
+            at_first = [attempts[row] == 0 and finite[row] for row in range(len(numbers))]
+            broken = [n for n, good in zip(numbers, at_first, strict=True) if n in wanted and not good]
+            if broken:
+                faults.stages.update(place.stage for place in draw.overflows(broken, 0) if place)
             bad = [number for row, number in enumerate(numbers) if not finite[row] and number in wanted]
             places = draw.overflows(bad, redraws) if bad else []
             yield Drawn(

@@ -145,6 +145,7 @@ def to_tarflow(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Te
         ("mlp", config.mlp, "gelu"),
         ("mlp-ratio", config.mlp_ratio, 4),
         ("qk-norm", config.qk_norm, False),
+        ("noise", config.noise, config.noise if config.noise != "range" else "gaussian"),
         ("head-dim", config.head_dim, _HEAD_DIM),
     ):
         if value != needed:

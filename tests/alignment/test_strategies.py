@@ -52,9 +52,11 @@ class Case:
         self.targets = torch.randn(batch, self.flow.config.tokens, 6, generator=generator, dtype=dtype)
         self.labels = torch.arange(batch) % classes if classes else None
         self.drop = torch.arange(batch) == 1 if classes else None
+        ranged = self.flow.config.noise == "range"
+        self.levels = torch.linspace(0.02, 0.3, batch, dtype=dtype) if ranged else None
 
     def encode(self, config):
-        return encode(self.flow, self.images, self.labels, self.drop, config)
+        return encode(self.flow, self.images, self.labels, self.drop, config, self.levels)
 
     def likelihood(self, out):
         return -out.log_prob.mean() / self.flow.config.dims
@@ -77,9 +79,10 @@ class Case:
 
     def expected(self, locations, decode):
         """Gradients of the likelihood on the encode pass and of the alignment on ``decode``."""
-        plain = self.flow(self.images, self.labels, self.drop)
+        plain = self.flow(self.images, self.labels, self.drop, noise=self.levels)
         likelihood = self.gradients(self.likelihood(plain))
-        hidden = decode(self.flow, plain.z.detach(), self.labels, self.drop, locations)
+        more = () if self.levels is None else (self.levels,)
+        hidden = decode(self.flow, plain.z.detach(), self.labels, self.drop, locations, *more)
         alignment = self.gradients(self.alignment(hidden))
         return {name: add(likelihood[name], alignment[name]) for name in likelihood}
 
@@ -109,6 +112,16 @@ def test_exact_equals_sequential_decoding_under_autograd(locations, classes):
     assert_same(case.both(config("reverse", locations, "exact")), expected)
 
 
+@FEW
+@CLASSES
+def test_exact_with_a_noise_level_for_each_image(locations, classes):
+    """The level's embedding too has the gradient of sequential decoding under autograd."""
+    case = Case(classes, noise="range")
+    expected = case.expected(locations, decode_with_autograd)
+    assert expected["flow.blocks.3.level_embedding.up.weight"].any()
+    assert_same(case.both(config("reverse", locations, "exact")), expected)
+
+
 @CLASSES
 @pytest.mark.parametrize(
     "decode", [decode_with_autograd_and_cache, functools.partial(decode_with_autograd, whole=True)]
@@ -128,6 +141,11 @@ def test_order_k_equals_k_plus_one_sweeps(locations, order):
         return decode_with_sweeps(*arguments, sweeps=order + 1)
 
     assert_same(case.both(config("reverse", locations, order)), case.expected(locations, sweeps))
+
+
+def test_order_2_with_a_noise_level_for_each_image():
+    case, sweeps = Case(noise="range"), functools.partial(decode_with_sweeps, sweeps=3)
+    assert_same(case.both(config("reverse", TWO, 2)), case.expected(TWO, sweeps))
 
 
 @pytest.mark.parametrize("order", [0, 2, "exact"])

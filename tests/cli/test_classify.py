@@ -56,6 +56,60 @@ def test_options_reach_the_rule(flowback, model, tmp_path):
     assert record["settings"]["draws"] == 2
 
 
+@pytest.fixture(scope="module")
+def ranged(tmp_path_factory):
+    """A checkpoint of a flow for the digits with a range of noise levels."""
+    config = RunConfig(ModelConfig(**TINY, num_classes=10, noise="range", noise_min=0.05, noise_max=0.5))
+    torch.manual_seed(0)
+    flow = Flow(config.model)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("ranged") / "checkpoint"
+    checkpoint.save(folder, config, flow.state_dict())
+    return folder
+
+
+def test_several_noise_levels(flowback, ranged, tmp_path):
+    words = ("--noise", "0.05,0.2,0.5", "--method", "gradient", "--limit", 60, "--choose-on", 40)
+    code, text, err = flowback("classify", ranged, *words, "--out", tmp_path)
+    assert (code, err) == (0, err)
+    record = json.loads((tmp_path / "classify.json").read_text())
+    figures = record["figures"]["gradient"]
+    assert record["settings"]["noise"] == [0.05, 0.2, 0.5]
+    rows = figures["by_noise"]
+    assert [row["noise"] for row in rows] == [0.05, 0.2, 0.5]
+    best = max(rows, key=lambda row: row["training_top1"])
+    assert (figures["noise"], figures["top1"], figures["chosen_on"]) == (best["noise"], best["top1"], 40)
+    assert text.count("chosen") == 1
+    assert "all, averaged" in text
+
+
+def test_one_noise_level(flowback, ranged, tmp_path):
+    words = ("--noise", "0.05", "--method", "gradient", "--limit", 20)
+    assert flowback("classify", ranged, *words, "--out", tmp_path)[0] == 0
+    record = json.loads((tmp_path / "classify.json").read_text())
+    assert record["settings"]["noise"] == [0.05]
+    assert "by_noise" not in record["figures"]["gradient"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--noise", "0.2,0.7"), "The noise level 0.7 is outside the range"),
+        (("--noise", "0.2,0.2"), "--noise 0.2,0.2 repeats a level"),
+        (("--noise", "0.2;0.3"), "are no numbers with commas between"),
+        (("--noise", "0.2", "--no-noise"), "--noise and --no-noise exclude each other"),
+        (("--noise", "0.2,0.3", "--choose-on", 0), "--choose-on must be at least 1."),
+        (("--noise", "0.2,0.3", "--images", "."), "--images takes one noise level"),
+    ],
+)
+def test_bad_noise_levels(flowback, ranged, tmp_path, words, message):
+    code, _, error = flowback("classify", ranged, *words, "--out", tmp_path / "out")
+    assert code == 2
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_by_default_the_record_lies_beside_the_checkpoint(flowback, model):
     assert flowback("classify", model, "--limit", 10)[0] == 0
     assert (model / "evaluation" / "classify.json").is_file()

@@ -195,7 +195,7 @@ def test_images_that_fail_are_named_and_the_command_fails(flowback, tmp_path):
     assert "block 2, token 10" in out
     result = json.loads((tmp_path / "s.json").read_text())["result"]
     assert (result["drawn"], result["redrawn"]) == (0, 0)
-    assert result["failed"][3] == {"image": 3, "block": 2, "token": 10}
+    assert result["failed"][3] == {"image": 3, "block": 2, "token": 10, "step": None}
     assert not (tmp_path / "g.png").exists()
 
 

@@ -11,7 +11,7 @@ from flowback.data.image_set import MemoryImages
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 from flowback.evaluation.held_out import Estimate, accuracy, held_out_figures, likelihood
-from flowback.flow.likelihood import add_noise, nll_per_dim
+from flowback.flow.likelihood import add_noise, bits_per_dim, nll_per_dim
 from reference import random_flow
 
 
@@ -121,3 +121,25 @@ def test_figures_while_training_are_those_of_an_evaluation():
     for method in ("gradient", "exhaustive"):
         assert found[f"top1_{method}"] == accuracy(flow, images, method, limit=7, batch_size=2).top1
     assert set(held_out_figures(random_flow(num_classes=0), images, limit=50)) == {"nll"}
+
+
+def test_figures_of_a_flow_with_a_range_are_those_of_one_level():
+    flow, images = random_flow(noise="range", noise_min=0.05, noise_max=0.5), image_set()
+    clean, middle = to_unit_range(images.pixels).double(), math.sqrt(0.05 * 0.5)
+    for level in (0.1, None):
+        found = likelihood(flow, images, draws=1, level=level, batch_size=7)
+        at = level or middle
+        log_prob = flow.log_prob(flow.add_noise(clean, range(20), noise=at), images.labels, noise=at)
+        torch.testing.assert_close(
+            found.nll_values[0], nll_per_dim(log_prob, 64).detach(), rtol=1e-12, atol=0
+        )
+    dequantised = add_noise(clean, ModelConfig(noise="uniform"), range(20))
+    log_prob = flow.log_prob(dequantised, images.labels, noise=0.05)  # asked at the lowest
+    torch.testing.assert_close(found.bits_values[0], bits_per_dim(log_prob, 64).detach(), rtol=1e-12, atol=0)
+    figures = held_out_figures(flow, images, 20)
+    assert figures["noise"] == pytest.approx(middle)
+    assert figures["nll"] == pytest.approx(found.nll.mean, rel=1e-12)
+    assert figures["top1_gradient"] == accuracy(flow, images, level=middle).top1
+    assert "noise" not in held_out_figures(random_flow(), images, 20)
+    with pytest.raises(InputError, match=r"0\.6 is outside the range"):
+        accuracy(flow, images, level=0.6)

@@ -14,6 +14,7 @@ MODELS = {
     "tarflow": ModelConfig(**SMALL, num_classes=5),
     "unconditional": ModelConfig(**SMALL, num_classes=0, mlp_ratio=3),
     "rope-swiglu-qk-norm": ModelConfig(**SMALL, position="rope", mlp="swiglu", qk_norm=True),
+    "range": ModelConfig(**SMALL, num_classes=5, noise="range"),
     "swiglu": ModelConfig(**SMALL, mlp="swiglu", num_classes=2),
 }
 
@@ -27,7 +28,7 @@ def test_parameters_are_those_of_the_whole_model(model):
 def test_operations_are_those_of_an_encode_pass(model):
     """The counter sees the whole matrix of scores, of which causal attention needs (n + 1)/2n."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        Flow(model)(torch.zeros(1, 3, 8, 8), None)
+        Flow(model)(torch.zeros(1, 3, 8, 8), None, noise=0.3 if model.noise == "range" else None)
     counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     scores = counts.pop("aten.bmm")
     n = model.tokens

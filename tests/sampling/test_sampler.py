@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowback import BlockPlan, Guidance, InputError, SampleConfig, Sampler, sample
+from flowback import BlockPlan, Denoising, Guidance, InputError, SampleConfig, Sampler, sample
 from flowback.nn.transformer import Transformer
 from flowback.sampling import decoder, native
 from flowback.sampling.sampler import Overflow, noise
@@ -218,7 +218,14 @@ def test_images_without_overflow_have_none(flow):
 
 
 def test_an_overflow_while_denoising(flow, monkeypatch):
-    broken = lambda flow, images, labels: torch.cat([images[:1], images[1:] / 0])  # noqa: E731
-    monkeypatch.setattr("flowback.sampling.sampler.denoise_step", broken)
+    def broken(flow, images, labels=None, noise=None):
+        """The second image breaks at the third level, 0.02, or where there is only one."""
+        return torch.cat([images[:1], images[1:] / 0]) if noise is None or noise < 0.03 else images
+
+    monkeypatch.setattr("flowback.sampling.denoise.denoise", broken)
     assert Sampler(flow).overflows([0, 1]) == [None, Overflow(None, None)]
     assert str(Overflow(None, None)) == "denoising"
+    ranged = tame_flow(torch.float32, noise="range", noise_max=0.04)
+    found = Sampler(ranged, denoise=Denoising(4)).overflows([0, 1])
+    assert found == [None, Overflow(None, None, 3)]
+    assert str(found[1]) == "denoising step 3"

@@ -117,3 +117,42 @@ def test_a_connection_that_a_dying_worker_breaks_is_said_and_lets_the_loader_go(
     with pytest.raises(InputError, match=r"A process that decodes images died \(.*reset by peer\)") as error:
         next(items)
     assert error.value.__context__ is None  # its traceback would hold the loader, and so its workers
+
+
+@pytest.fixture
+def ranged(config):
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, noise="range", noise_min=0.05, noise_max=0.5)
+    )
+
+
+def test_every_image_has_noise_of_its_own_level(ranged, digits):
+    batch = first(digits, ranged)
+    assert len(set(batch.levels.tolist())) == 16
+    normal = (batch.noised - batch.clean) / batch.levels[:, None, None, None]
+    # 1,024 normal values: the sample deviation is within 10 % of 1 but for 1 seed in 10^5.
+    assert abs(normal.std() - 1) < 0.1
+    assert torch.equal(
+        first(digits, ranged, step=3).levels, list(batches(digits, ranged, 2, 0, 1, CPU))[1].levels
+    )
+    halves = [first(digits, ranged, step=5, rank=r, processes=2) for r in range(2)]
+    whole = first(digits, ranged, step=5)
+    for name in ("levels", "noised"):
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name)), name
+
+
+def test_levels_are_drawn_as_asked(ranged, digits):
+    """4,000 draws in [0.05, 0.5]: the mean's deviation is 0.13 / sqrt(4000) = 0.002 for uniform levels."""
+    many = dataclasses.replace(ranged.train, batch_size=4000)
+    for kind, mean in {"uniform": 0.275, "square": 0.336, "log": 0.195}.items():
+        train = dataclasses.replace(many, levels=kind)
+        levels = first(digits, dataclasses.replace(ranged, train=train)).levels
+        assert abs(levels.mean() - mean) < 0.008, kind
+        assert 0.05 <= levels.min() < 0.07
+        assert 0.47 < levels.max() <= 0.5
+    assert (
+        first(
+            digits, dataclasses.replace(ranged, model=dataclasses.replace(ranged.model, noise="gaussian"))
+        ).levels
+        is None
+    )

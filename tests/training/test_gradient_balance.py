@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowback import AlignmentConfig
+from flowback.alignment.align import Noised
 from flowback.alignment.loss import Projector, alignment_loss
 from flowback.flow.likelihood import nll_per_dim
 from flowback.training.monitoring import gradient_balance
@@ -17,12 +18,13 @@ def setting(strategy, weight=0.1):
     projector = Projector(flow.config.width, 16, 6).double()
     labels, targets = torch.tensor([0, 1]), torch.randn(2, 16, 6, dtype=torch.float64)
     config = AlignmentConfig(strategy=strategy, locations=((2, 1),), weight=weight)
-    return flow, projector, random_images(flow, 2), labels, None, targets, config
+    return flow, projector, Noised(random_images(flow, 2), labels), targets, config
 
 
 def test_numbers_are_those_of_two_separate_backward_passes():
-    flow, projector, images, labels, _, targets, config = setting("forward")
-    found = gradient_balance(flow, projector, images, labels, None, targets, config)
+    flow, projector, batch, targets, config = setting("forward")
+    images, labels = batch[:2]
+    found = gradient_balance(flow, projector, batch, targets, config)
     assert all(p.grad is None for p in flow.parameters())
 
     def vectors(loss):

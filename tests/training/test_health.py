@@ -8,6 +8,7 @@ import torch
 
 import runs
 from flowback import AlignmentConfig, Flow, checkpoint
+from flowback.alignment.align import Noised
 from flowback.training import train_loop
 from flowback.training.monitoring import Guard, block_statistics, vanished
 from flowback.training.trainer import BadGradientError
@@ -68,11 +69,11 @@ def test_block_statistics_of_a_fresh_flow(config):
     for block in flow.blocks:
         torch.nn.init.zeros_(block.proj_out.bias)
     images = torch.randn(2, 1, 8, 8)
-    found = block_statistics(flow, images)
+    found = block_statistics(flow, Noised(images))
     assert found["z2_1"] == pytest.approx(float(images.square().mean()))
     assert found["log_scale_max_2"] == found["log_scale_min_2"] == 0
     torch.nn.init.constant_(flow.blocks[1].proj_out.bias, -0.5)
-    found = block_statistics(flow, images)
+    found = block_statistics(flow, Noised(images))
     assert found["log_scale_min_2"] == -0.5
     assert found["z2_2"] > found["z2_1"]
 

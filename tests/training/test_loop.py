@@ -99,6 +99,22 @@ def test_killed_and_run_again_equals_the_run_that_was_not(config, digits, target
     assert [row["step"] for row in rows if "nll" in row] == [4, 8, 12]
 
 
+def test_a_run_over_noise_levels_goes_on_where_it_was_killed(config, digits, targets, tmp_path):
+    model = dataclasses.replace(config.model, noise="range")
+    alignment = AlignmentConfig(strategy="reverse", order="exact", locations=((1, 1), (2, 1)), hidden=8)
+    config = dataclasses.replace(config, model=model, alignment=alignment)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, diagnose_every=4, micro_batch=8)
+    )
+    train_loop(config, digits, tmp_path / "whole", targets)
+    with pytest.raises(Kill):
+        train_loop(config, digits, tmp_path / "killed", targets, [killer(6)])
+    train_loop(config, digits, tmp_path / "killed", targets)
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    whole = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert {"grad_cosine_1", "z2_2", "nll"} <= whole[-1].keys()
+
+
 def test_accumulation_equals_one_batch_up_to_rounding(config, digits, tmp_path):
     """Sums in another order: 1e-4 after 12 steps in fp32.
 

@@ -47,3 +47,22 @@ def test_bf16_stays_near_fp32(config, targets):
     half = objective(images, labels, drop, features)
     assert half.loss.dtype == torch.float32
     assert half.loss.item() == pytest.approx(full.loss.item(), rel=0.02)
+
+
+def test_each_images_likelihood_counts_by_its_level(config, targets):
+    model = dataclasses.replace(config.model, noise="range", noise_min=0.05, noise_max=0.5)
+    train = dataclasses.replace(config.train, level_weight="square")
+    ranged = dataclasses.replace(config, model=model, train=train, alignment=ALIGNMENT)
+    objective = Objective(ranged, targets.dim)
+    for parameter in objective.flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    images, labels, drop, features = inputs(targets)
+    levels = torch.tensor([0.05, 0.1, 0.3, 0.5])
+    losses = objective(images, labels, drop, features, None, levels)
+    nll = nll_per_dim(objective.flow(images, labels, drop, noise=levels).log_prob, 64)
+    assert losses.nll == pytest.approx(nll.mean().item(), abs=1e-6)
+    weighted = (levels**2 * nll).mean() + 0.3 * losses.alignment
+    assert losses.loss.item() == pytest.approx(weighted.item(), abs=1e-6)
+    objective.config = dataclasses.replace(ranged, train=dataclasses.replace(train, level_weight="none"))
+    plain = objective(images, labels, drop, features, None, levels)
+    assert plain.loss.item() == pytest.approx((nll.mean() + 0.3 * losses.alignment).item(), abs=1e-6)

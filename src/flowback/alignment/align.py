@@ -17,21 +17,37 @@ from flowback.alignment.loss import alignment_loss, make_projector
 from flowback.alignment.strategies import encode
 from flowback.config import AlignmentConfig, ModelConfig, RunConfig
 from flowback.errors import InputError
-from flowback.flow import Location, TARFlow
+from flowback.flow import FlowOutput, Location, TARFlow
 from flowback.flow.block import Labels
+from flowback.flow.levels import UserLevels
 from flowback.flow.likelihood import nll_per_dim
 from flowback.flow.tarflow import UserLabels
 
-__all__ = ["Alignment", "Losses", "losses", "weight_at"]
+__all__ = ["Alignment", "Losses", "Noised", "losses", "weight_at"]
+
+
+class Noised(NamedTuple):
+    """Noised images, and what is known of them."""
+
+    images: Float[Tensor, "b c h w"]
+    """On [-1, 1]."""
+    labels: Labels = None
+    """Ids or class weights; None is unconditional."""
+    drop: Bool[Tensor, " b"] | None = None
+    """True where an image's label is replaced by the unconditional embedding."""
+    levels: Float[Tensor, " b"] | None = None
+    """Noise levels, for a flow with a range of them."""
+    weights: Float[Tensor, " b"] | None = None
+    """Of each image's likelihood in the loss; None: all 1."""
 
 
 class Losses(NamedTuple):
     """Means over the images of a batch; call ``loss.backward()`` once."""
 
     loss: Float[Tensor, ""]
-    """nll + weight · alignment: what is differentiated."""
+    """Weighted nll + weight · alignment: what is differentiated."""
     nll: Float[Tensor, ""]
-    """Nats per dimension of the noised images, all constants included; without a graph."""
+    """Nats per dimension of the noised images, unweighted, all constants included; without a graph."""
     alignment: Float[Tensor, ""] | None
     """Minus the mean cosine between projected features and targets, without its weight; without a graph."""
     cosines: dict[Location, Float[Tensor, ""]]
@@ -73,9 +89,7 @@ def losses(
     flow: TARFlow,
     projector: nn.Module | None,
     config: AlignmentConfig,
-    images: Float[Tensor, "b c h w"],
-    labels: Labels = None,
-    drop: Bool[Tensor, " b"] | None = None,
+    batch: Noised,
     targets: Float[Tensor, "b m f"] | None = None,
     weight: float | None = None,
 ) -> Losses:
@@ -85,21 +99,26 @@ def losses(
         flow: the model.
         projector: flow features to the encoder's space.
         config: strategy, order, weight and locations.
-        images: on [-1, 1], noised.
-        labels: ids or class weights; None is unconditional.
-        drop: True where an image's label is replaced by the unconditional embedding.
+        batch: the images.
         targets: the encoder's features of the clean images.
         weight: of the alignment loss at this step; None is ``config.weight``.
     """
-    dims = flow.config.dims
+    images, labels, drop, levels, weights = batch
     if projector is None or targets is None or config.strategy == "none":
-        nll = nll_per_dim(flow(images, labels, drop).log_prob, dims).mean()
-        return Losses(nll, nll.detach(), None, {})
-    out = encode(flow, images, labels, drop, config)
-    nll = nll_per_dim(out.log_prob, dims).mean()
+        loss, nll = _likelihood(flow, flow(images, labels, drop, noise=levels), weights)
+        return Losses(loss, nll, None, {})
+    out = encode(flow, images, labels, drop, config, levels)
+    loss, nll = _likelihood(flow, out, weights)
     aligned = alignment_loss(out.hidden, targets, projector, config.spatial_norm)
-    total = nll + (config.weight if weight is None else weight) * aligned.loss
-    return Losses(total, nll.detach(), aligned.loss.detach(), aligned.cosine)
+    total = loss + (config.weight if weight is None else weight) * aligned.loss
+    return Losses(total, nll, aligned.loss.detach(), aligned.cosine)
+
+
+def _likelihood(flow: TARFlow, out: FlowOutput, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means of the nll per dimension: weighted, and as it is without a graph."""
+    values = nll_per_dim(out.log_prob, flow.config.dims)
+    nll = values.mean()
+    return nll if weights is None else (weights * values).mean(), nll.detach()
 
 
 class Alignment(nn.Module):
@@ -170,6 +189,8 @@ class Alignment(nn.Module):
         *,
         clean: Float[Tensor, "b c p q"] | None = None,
         targets: Float[Tensor, "b m f"] | None = None,
+        noise: UserLevels = None,
+        weights: Float[Tensor, " b"] | None = None,
     ) -> Losses:
         """Losses of a batch; call ``.loss.backward()`` once, on all of it.
 
@@ -180,9 +201,11 @@ class Alignment(nn.Module):
             drop: True where an image's label is replaced by the unconditional embedding.
             clean: the same images without noise, of any size, for the encoder.
             targets: the encoder's features of them, in place of ``clean``.
+            noise: its level, for a flow with a range of them. Tensors are taken as they are.
+            weights: of each image's likelihood in the loss; None: all 1.
 
         Raises:
-            InputError: neither clean images nor features.
+            InputError: neither clean images nor features, or a noise level that the flow does not have.
         """
         if targets is None:
             if clean is None or self.encoder is None:
@@ -192,7 +215,9 @@ class Alignment(nn.Module):
             targets = self.encoder.to(clean.device)(clean, self.grid)
         if labels is not None and not isinstance(labels, Tensor):
             labels = flow.labels(labels, len(images))
-        return losses(flow, self.projector, self.settings, images, labels, drop, targets)
+        levels = flow.levels(noise, len(images), trusted=True)
+        batch = Noised(images, labels, drop, levels, weights)
+        return losses(flow, self.projector, self.settings, batch, targets)
 
     def extra_repr(self) -> str:
         """Strategy, order and locations, for ``print``."""

@@ -48,6 +48,7 @@ def encode(
     labels: Labels,
     drop: Bool[Tensor, " b"] | None,
     config: AlignmentConfig,
+    levels: Float[Tensor, " b"] | None = None,
 ) -> FlowOutput:
     """The encode pass, with the hidden states of ``config.locations`` in the graph of its strategy.
 
@@ -65,7 +66,8 @@ def encode(
 
     ``reverse`` keeps ``config.order`` terms of the series beyond the identity; order 0 is Algorithm 2 with
     the features read from the recomputed input; ``exact`` is decoding under autograd. The result takes one
-    backward pass (both losses together); soft ``labels`` get no gradient from the blocks s ... T.
+    backward pass (both losses together); soft ``labels`` and noise ``levels`` get no gradient from the blocks
+    s ... T, whose embeddings of them do.
 
     Raises:
         InputError: a location outside the flow.
@@ -78,19 +80,20 @@ def encode(
                 f"{flow.config.blocks} blocks of {flow.config.layers} layers."
             )
     if config.strategy in ("none", "forward") or not torch.is_grad_enabled():
-        return flow(images, labels, drop, hidden=locations)
+        return flow(images, labels, drop, hidden=locations, noise=levels)
 
     blocks = list(flow.blocks)
     below = min(t for t, _ in locations) - 1
     x = flow.tokens(images)
     log_det = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for output in itertools.islice(flow.encode_blocks(x, labels, drop), below):
+    for output in itertools.islice(flow.encode_blocks(x, labels, drop, levels=levels), below):
         x, log_det = output.z, log_det + output.log_det
     span = _Span(
         blocks=blocks[below:],
         layers=[[layer for t, layer in locations if t == index + 1] for index in range(below, len(blocks))],
         labels=labels,
         drop=drop,
+        levels=levels,
         order=config.order if config.strategy == "reverse" else None,
         tolerance=config.tolerance,
     )
@@ -166,6 +169,7 @@ class _Span:
     """Layers of each block whose hidden states are aligned."""
     labels: Labels
     drop: Tensor | None
+    levels: Tensor | None
     order: Order | None
     """Order of the reverse gradient; None: the generative pass carries no gradient."""
     tolerance: float
@@ -180,7 +184,8 @@ class _Graph:
 
     def __init__(self, block: Block, x: Tensor, layers: Sequence[int], span: _Span) -> None:
         self.x = x.detach().requires_grad_()
-        context = block.context(span.labels, span.drop)  # in this graph, for the class table's sake
+        # In this graph, for the sake of the class table and of the level's embedding.
+        context = block.context(span.labels, span.drop, span.levels)
         self.shift, self.log_scale, hidden = block.predict(self.x, context, layers)
         self.z = affine.forward(self.x, self.shift, self.log_scale)
         self.log_det = affine.log_det(self.log_scale)

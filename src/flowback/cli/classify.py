@@ -5,18 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from flowback.checked import to_dict
 from flowback.classification import Method
 from flowback.cli.console import say, show_table
-from flowback.cli.options import out_folder, parse
+from flowback.cli.options import LEVELS, out_folder, parse
 from flowback.config import DataConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
-from flowback.evaluation.held_out import Accuracy, accuracy, default_methods, matched, run_images
+from flowback.evaluation.by_level import LevelChoice, accuracy_by_level
+from flowback.evaluation.held_out import (
+    Accuracy,
+    LoopOptions,
+    accuracy,
+    default_methods,
+    matched,
+    run_images,
+)
 from flowback.evaluation.plots import plot_confusion
 from flowback.evaluation.predictions import Prediction, Predictions, open_pictures, predict
 from flowback.evaluation.report import Report, weights_of
@@ -55,8 +63,13 @@ class Options:
     """The rule. `gradient` (the paper's) and `normalised` take one forward and one backward pass,
     `exhaustive` takes a pass for every class. `both`: gradient and exhaustive. `auto`: all of them,
     exhaustive up to 20 classes."""
-    noise: bool = True
-    """Add the training noise to the images; the flow never saw clean ones."""
+    noise: Annotated[tuple[float, ...], LEVELS] = ()
+    """Noise levels, such as 0.1,0.2,0.3, for a flow trained over a range of them. Of several, all are shown,
+    and the one that classifies training images best is taken. By default the range's geometric middle."""
+    no_noise: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Take the images without noise; the flow never saw clean ones."""
+    choose_on: int = 2000
+    """Training images, spread evenly over the set, that choose among several noise levels."""
     draws: int = 1
     """Draws of the noise to average over."""
     steps: int = 1
@@ -80,6 +93,10 @@ class Options:
         """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
         if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
             raise InputError("--batch-size and --limit must be at least 1.")
+        if self.choose_on < 1:
+            raise InputError("--choose-on must be at least 1.")
+        if self.noise and self.no_noise:
+            raise InputError("--noise and --no-noise exclude each other; give one of them.")
         if self.draws < 1 or self.steps < 1:
             raise InputError("--draws and --steps must be at least 1.")
         if not 0 < self.step_size < math.inf:
@@ -100,33 +117,70 @@ def run(argv: list[str]) -> None:
         return
     if not flow.config.num_classes:
         raise InputError(f"{options.checkpoint} is an unconditional model: it has no classes to tell apart.")
+    for level in options.noise:
+        flow.levels(level, 1)
     images = matched(flow, run_images(flow, options.split, options.data))
-    results = [
-        processes.merged(
-            accuracy(
-                flow, images, method, noise=options.noise, draws=options.draws, steps=options.steps,
-                step_size=options.step_size, limit=options.limit, seed=options.seed,
-                batch_size=options.batch_size, share=processes.share, progress=True,
-            )
-        )
-        for method in _methods(options, flow)
-    ]  # fmt: skip
+    choices: list[LevelChoice] = []
+    if len(options.noise) > 1:
+        choices = _choices(options, flow, images, processes)
+        results = [choice.accuracy for choice in choices]
+    else:
+        loop = _loop(options, processes) | {"level": options.noise[0] if options.noise else None}
+        rule = {"draws": options.draws, "steps": options.steps, "step_size": options.step_size}
+        results = [
+            processes.merged(accuracy(flow, images, method, noise=not options.no_noise, **rule, **loop))
+            for method in _methods(options, flow)
+        ]
     if processes.is_main:
-        _write(results, images, options, flow, folder)
+        _write(results, choices, images, options, flow, folder)
     processes.close()
+
+
+def _loop(options: Options, processes: Processes) -> LoopOptions:
+    """Which images, in which batches."""
+    return {
+        "limit": options.limit,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "share": processes.share,
+        "progress": True,
+    }
+
+
+def _choices(options: Options, flow: Flow, images: ImageSet, processes: Processes) -> list[LevelChoice]:
+    """Of each rule, the accuracy at all levels, of training images and of those that are measured."""
+    training = matched(flow, run_images(flow, "train", options.data))
+    loop = _loop(options, processes)
+    some: LoopOptions = {**loop, "limit": options.choose_on}
+    sets: list[tuple[ImageSet, LoopOptions]] = [(training, some), (images, loop)]
+    choices = []
+    for method in _methods(options, flow):
+        at_levels = [
+            processes.merged(
+                accuracy_by_level(
+                    flow, each, options.noise, method, draws=options.draws, steps=options.steps,
+                    step_size=options.step_size, **own,
+                )
+            )
+            for each, own in sets
+        ]  # fmt: skip
+        choices.append(LevelChoice(*at_levels))
+    return choices
 
 
 def _predict(options: Options, path: Path, flow: Flow, processes: Processes, folder: Path) -> None:
     """Say of each picture what it is."""
     if options.method == "both":
         raise InputError("--images takes one rule; give --method gradient, normalised or exhaustive.")
+    if len(options.noise) > 1:
+        raise InputError("--images takes one noise level; give --noise a single one, or leave it out.")
     method: Method | None = None if options.method == "auto" else options.method
     images = open_pictures(flow, path, options.data.bad_images)
     found = processes.merged(
         Predictions(
             predict(
-                flow, images, method, options.draws, limit=options.limit, seed=options.seed,
-                batch_size=options.batch_size, share=processes.share, progress=True,
+                flow, images, method, options.draws, **_loop(options, processes),
+                level=options.noise[0] if options.noise else None,
             )
         )
     )  # fmt: skip
@@ -143,15 +197,23 @@ def _predict(options: Options, path: Path, flow: Flow, processes: Processes, fol
     processes.close()
 
 
-def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Flow, folder: Path) -> None:
+def _write(
+    results: list[Accuracy],
+    choices: list[LevelChoice],
+    images: ImageSet,
+    options: Options,
+    flow: Flow,
+    folder: Path,
+) -> None:
     """Files, pictures, tables, warnings."""
-    names = ("noise", "draws", "steps", "step_size", "seed", "batch_size")
+    names = ("draws", "steps", "step_size", "seed", "batch_size")
     settings = {
         **weights_of(flow),
         "data": to_dict(options.data),
         "images": images.name,
         "images_hash": images.fingerprint,
         "count": results[0].images,
+        "noise": list(options.noise) or not options.no_noise,
         **{name: getattr(options, name) for name in names},
     }
     warnings = [
@@ -160,6 +222,8 @@ def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Fl
         if result.nonfinite
     ]
     figures: dict[str, Any] = {result.method: _figures(result, images.classes) for result in results}
+    for choice in choices:
+        figures[choice.accuracy.method] |= choice.to_dict()
     report = Report("classify", figures, settings, tuple(warnings), environment(flow.device))
     for result in results:
         title = f"{images.name}, {result.method} rule: {result.top1:.1%} of {result.images}"
@@ -167,6 +231,8 @@ def _write(results: list[Accuracy], images: ImageSet, options: Options, flow: Fl
     for path in (folder / "classify.json", options.json):
         if path is not None:
             report.save(path)
+    if choices:
+        _show_levels(choices, images.name)
     _show(results, images.name, images.classes)
     for warning in warnings:
         say(f"Warning: {warning}")
@@ -202,6 +268,21 @@ def _show(results: list[Accuracy], name: str, classes: tuple[str, ...]) -> None:
         title = f"The {len(order)} hardest of {len(classes)} classes"
     rows = [[classes[k], counts[k], *(_percent(per_class[k]) for per_class in shares)] for k in order]
     show_table(title, ["class", "images", *(f"{result.method} (%)" for result in results)], rows)
+
+
+def _show_levels(choices: list[LevelChoice], name: str) -> None:
+    """Accuracy by level; only training images choose."""
+    rows: list[list[Any]] = []
+    for choice in choices:
+        training, measured = choice.training, choice.measured
+        for level, seen, own in zip(training.levels, training.at, measured.at, strict=True):
+            mark = "chosen" if level == choice.level else ""
+            rows.append([own.method, f"{level:g}", 100 * seen.top1, 100 * own.top1, mark])
+        means = [100 * both.averaged.top1 for both in (training, measured)]
+        rows.append([measured.averaged.method, "all, averaged", *means, ""])
+    count = choices[0].training.averaged.images
+    columns = ["rule", "noise level", f"{count:,} training images (%)", "top-1 (%)", ""]
+    show_table(f"{name}, by noise level", columns, rows)
 
 
 def _percent(share: float | None) -> float | None:

@@ -16,9 +16,11 @@ from flowback.errors import InputError
 from flowback.files import check_file, check_folder
 
 __all__ = [
+    "LEVELS",
     "SEARCH",
     "guidance_scales",
     "is_checkpoint",
+    "noise_levels",
     "out_folder",
     "parse",
 ]
@@ -170,3 +172,32 @@ SEARCH = tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [":".join(map(str, value)) or "none"],
 )
 """How guidance scales to try are typed."""
+
+
+def noise_levels(text: str) -> tuple[float, ...]:
+    """The noise levels that numbers with commas between them mean.
+
+    Raises:
+        InputError: no such numbers, or the same twice.
+
+    Example:
+        >>> noise_levels("0.1,0.2")
+        (0.1, 0.2)
+    """
+    try:
+        levels = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--noise {text} are no numbers with commas between, such as 0.1,0.2,0.3.") from None
+    if len(set(levels)) < len(levels):
+        raise InputError(f"--noise {text} repeats a level; give each once.")
+    return levels
+
+
+LEVELS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="LEVEL,LEVEL,...",
+    instance_from_str=lambda words: noise_levels(words[0]),
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [",".join(f"{level:g}" for level in value) or "training"],
+)
+"""How noise levels are typed."""

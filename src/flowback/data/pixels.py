@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import stat
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -372,6 +373,8 @@ class Faults:
     """Values outside [-1, 1], however little."""
     names: list[str] = field(default_factory=list)
     """The first few such images."""
+    stages: Counter[str] = field(default_factory=Counter)
+    """Where images first became non-finite, and how many."""
 
     def merge(self, other: Faults) -> Faults:
         """Both sets together."""
@@ -381,6 +384,7 @@ class Faults:
             self.out_of_range + other.out_of_range,
             self.clipped + other.clipped,
             [*self.names, *other.names][:_NAMED],
+            self.stages + other.stages,
         )
 
     def sentences(self) -> list[str]:
@@ -393,7 +397,11 @@ class Faults:
             (self.out_of_range, "leave [-1, 1] by far"),
         )
         problems = [f"{count} of {self.images} images {what}" for count, what in counts if count]
-        return [f"{'; '.join(problems)}: {named}."] if problems else []
+        sentences = [f"{'; '.join(problems)}: {named}."] if problems else []
+        if self.stages:
+            stages = ", ".join(f"{stage} ({count})" for stage, count in sorted(self.stages.items()))
+            sentences.append(f"Values first became non-finite in (images in brackets): {stages}.")
+        return sentences
 
 
 def quantise(

@@ -1,6 +1,7 @@
 """Held-out images: their likelihood with its uncertainty, and how well the flow classifies them.
 
-nll           nats per dimension of images with the model's training noise: what training minimises
+nll           nats per dimension of images with the model's training noise: what training minimises; for a
+              flow with a range of noise levels, at one of them
 bits_per_dim  bits per dimension of the 8-bit images, an upper bound by uniform dequantisation
               (Theis et al., arXiv 1511.01844), whatever noise the model was trained with
 
@@ -41,8 +42,10 @@ __all__ = [
     "held_out_batches",
     "held_out_figures",
     "likelihood",
+    "log_densities",
     "matched",
     "run_images",
+    "with_labels",
 ]
 
 
@@ -73,6 +76,8 @@ class LoopOptions(TypedDict, total=False):
     """(r, p) takes part r, from 0, of the images in p parts; the results merge. By default all: (0, 1)."""
     progress: bool
     """Show a bar; by default False."""
+    level: float | None
+    """Noise level of the images, for a flow with a range of them; by default the geometric middle."""
 
 
 class HeldOutBatch(NamedTuple):
@@ -84,6 +89,17 @@ class HeldOutBatch(NamedTuple):
     """Ids of the model's classes, on the flow's device; None for an unconditional model, or no labels."""
     seeds: list[int]
     """Of each image's noise."""
+    levels: Float[Tensor, " b"] | None = None
+    """Noise levels, for a flow with a range of them."""
+
+    @property
+    def level(self) -> float | Literal[True]:
+        """The level for :func:`flowback.classify`; True: the flow's only one."""
+        return True if self.levels is None else float(self.levels[0])
+
+    def noised(self, config: ModelConfig, draw: int = 0) -> Float[Tensor, "b c h w"]:
+        """The images with the training noise of ``config``; each draw has its own."""
+        return add_noise(self.images, config, self.seeds, draw, self.levels)
 
 
 def run_images(flow: NamedModel, split: Literal["train", "test"], data: DataConfig | None = None) -> ImageSet:
@@ -138,6 +154,7 @@ def held_out_batches(
     batch_size: int = 64,
     share: tuple[int, int] = (0, 1),
     progress: bool = False,
+    level: float | None = None,
 ) -> Iterator[HeldOutBatch]:
     """Go through held-out images, batch by batch.
 
@@ -150,13 +167,20 @@ def held_out_batches(
         batch_size: images at once.
         share: of the images.
         progress: show a bar.
+        level: of the noise.
+
+    Raises:
+        InputError: a noise level that the flow does not have.
     """
+    if level is None:
+        level = flow.config.noise_level if flow.config.noise == "range" else None
     labels = images.labels if flow.config.num_classes else None
     parts = in_batches(evenly(len(images), limit, share), batch_size)
     for index in track(parts, len(parts), description, "batches") if progress else parts:
         clean = to_unit_range(images.read(index)).to(flow.device, flow.data_dtype)
         batch_labels = None if labels is None else labels[index].to(flow.device)
-        yield HeldOutBatch(clean, batch_labels, (seed + index).tolist())
+        levels = flow.levels(level, len(index))
+        yield HeldOutBatch(clean, batch_labels, (seed + index).tolist(), levels)
 
 
 @dataclass(frozen=True)
@@ -234,24 +258,34 @@ def likelihood(
         raise InputError("--draws must be at least 1.")
     images = matched(flow, images)
     conditional = conditional and bool(flow.config.num_classes) and images.labels is not None
-    configs = (flow.config, replace(flow.config, noise="uniform"))
-    parts: list[list[Tensor]] = [[torch.zeros(draws, 0, dtype=torch.float64)] for _ in configs]
+    parts: list[list[Tensor]] = [[torch.zeros(draws, 0, dtype=torch.float64)] for _ in range(2)]
     for batch in held_out_batches(flow, images, "likelihood", **loop):
-        for log_probs, config in zip(parts, configs, strict=True):
-            log_probs.append(_log_prob(flow, batch, config, draws, conditional))
-    (noised, dequantised), dims = (torch.cat(log_probs, dim=1) for log_probs in parts), flow.config.dims
-    return Likelihood(conditional, nll_per_dim(noised, dims), bits_per_dim(dequantised, dims))
+        for log_probs, dequantised in zip(parts, (False, True), strict=True):
+            log_probs.append(log_densities(flow, batch, dequantised, draws, conditional))
+    (noised, eight_bit), dims = (torch.cat(log_probs, dim=1) for log_probs in parts), flow.config.dims
+    return Likelihood(conditional, nll_per_dim(noised, dims), bits_per_dim(eight_bit, dims))
 
 
 @torch.no_grad()
-def _log_prob(
-    flow: Flow, batch: HeldOutBatch, noise: ModelConfig, draws: int = 1, conditional: bool = True
+def log_densities(
+    flow: Flow, batch: HeldOutBatch, dequantised: bool = False, draws: int = 1, conditional: bool = True
 ) -> Float[Tensor, "draws b"]:
-    """Log-densities in nats of the images with the noise of ``noise``, in float64 on the CPU."""
-    labels = batch.labels if conditional else None
+    """Log-densities in nats, in float64 on the CPU.
+
+    Args:
+        flow: the model.
+        batch: the images.
+        dequantised: of 8-bit values with uniform noise, for which a flow with a range of levels is asked at
+            its lowest; else of images with the training noise.
+        draws: of the noise.
+        conditional: given the labels.
+    """
+    config, noise, labels = flow.config, batch.levels, batch.labels if conditional else None
+    if dequantised:
+        noise = None if noise is None else torch.full_like(noise, config.noise_min)
+        config = replace(config, noise="uniform")
     rows = [
-        flow.log_prob(add_noise(batch.images, noise, batch.seeds, draw), labels).cpu().double()
-        for draw in range(draws)
+        flow.log_prob(batch.noised(config, draw), labels, noise=noise).cpu().double() for draw in range(draws)
     ]
     return torch.stack(rows)
 
@@ -272,6 +306,22 @@ class Accuracy:
     nonfinite: int
     """Images with scores that are not finite; they count as wrong and are left out of ``confusion``."""
     seconds: float
+
+    @classmethod
+    def none(cls, method: Method, classes: int) -> Accuracy:
+        """Of no images, to which others are merged."""
+        return cls(method, 0, 0, 0, torch.zeros(classes, classes, dtype=torch.int64), 0, 0.0)
+
+    @classmethod
+    def of(cls, method: Method, scores: Float[Tensor, "b k"], labels: Int64[Tensor, " b"]) -> Accuracy:
+        """Of some images, by the scores of every class; its seconds are 0."""
+        classes = scores.shape[1]
+        finite = scores.isfinite().all(dim=1)
+        hits, truth = _hits(scores, labels), labels[finite].cpu()
+        called = scores[finite].argmax(dim=1).cpu()
+        confusion = torch.bincount(truth * classes + called, minlength=classes**2).view(classes, classes)
+        right1, right5 = int(hits[:, 0].sum()), int(hits.any(dim=1).sum())
+        return cls(method, len(hits), right1, right5, confusion, int((~finite).sum()), 0.0)
 
     def merge(self, other: Accuracy) -> Accuracy:
         """Both sets together, classified at the same time."""
@@ -343,28 +393,28 @@ def accuracy(
         >>> result.images, result.confusion.shape, result.top1 <= result.top5
         (20, torch.Size([10, 10]), True)
     """
+    images, start = with_labels(flow, images), time.perf_counter()
+    total = Accuracy.none(method, flow.config.num_classes or 0)
+    for batch in held_out_batches(flow, images, f"classify ({method})", **loop):
+        level = batch.level if noise else False
+        scores = classify(flow, batch.images, method, level, draws, batch.seeds, steps, step_size)
+        assert batch.labels is not None
+        total = total.merge(Accuracy.of(method, scores, batch.labels))
+    return replace(total, seconds=time.perf_counter() - start)
+
+
+def with_labels(flow: Flow, images: ImageSet) -> ImageSet:
+    """The images with labels that are the model's class ids.
+
+    Raises:
+        InputError: images without labels, or of other classes than the model's.
+    """
     images = matched(flow, images)
     if images.labels is None:
         raise InputError(
             f"{images.name} has no labels; to measure accuracy give images sorted into class folders."
         )
-    classes = flow.config.num_classes or 0
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    total = right1 = right5 = nonfinite = 0
-    start = time.perf_counter()
-    for batch in held_out_batches(flow, images, f"classify ({method})", **loop):
-        scores = classify(flow, batch.images, method, noise, draws, batch.seeds, steps, step_size)
-        assert batch.labels is not None
-        finite = scores.isfinite().all(dim=1)
-        hits, truth = _hits(scores, batch.labels), batch.labels[finite].cpu()
-        called = scores[finite].argmax(dim=1).cpu()
-        total += len(hits)
-        nonfinite += int((~finite).sum())
-        right1 += int(hits[:, 0].sum())
-        right5 += int(hits.any(dim=1).sum())
-        confusion += torch.bincount(truth * classes + called, minlength=classes**2).view(classes, classes)
-    seconds = time.perf_counter() - start
-    return Accuracy(method, total, right1, right5, confusion, nonfinite, seconds)
+    return images
 
 
 def _hits(scores: Float[Tensor, "b k"], labels: Int64[Tensor, " b"]) -> Bool[Tensor, "b r"]:
@@ -389,18 +439,23 @@ def held_out_figures(flow: Flow, images: ImageSet, limit: int, exhaustive: bool 
         exhaustive: also classify with one pass for every class.
 
     Returns:
-        ``nll`` in nats per dimension; ``top1_gradient``, ``top1_normalised`` and
+        ``nll`` in nats per dimension; for a flow with a range of noise levels, ``noise``: the one of all
+        figures; ``top1_gradient``, ``top1_normalised`` and
         ``top1_exhaustive`` as shares, with classes.
     """
     sums: dict[str, float] = {}
     images = matched(flow, images)
     for batch in held_out_batches(flow, images, limit=limit, batch_size=_TOGETHER):
-        values = {"nll": nll_per_dim(_log_prob(flow, batch, flow.config)[0], flow.config.dims)}
+        values = {"nll": nll_per_dim(log_densities(flow, batch)[0], flow.config.dims)}
+        if batch.levels is not None:
+            values["noise"] = batch.levels
         if batch.labels is not None:
-            slopes = classify(flow, batch.images, "gradient", seeds=batch.seeds)
+            slopes = classify(flow, batch.images, "gradient", batch.level, seeds=batch.seeds)
             scores = {"gradient": slopes, "normalised": slopes / embedding_distances(flow)}
             if exhaustive:
-                scores["exhaustive"] = classify(flow, batch.images, "exhaustive", seeds=batch.seeds)
+                scores["exhaustive"] = classify(
+                    flow, batch.images, "exhaustive", batch.level, seeds=batch.seeds
+                )
             values |= {f"top1_{rule}": _hits(own, batch.labels)[:, 0] for rule, own in scores.items()}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())

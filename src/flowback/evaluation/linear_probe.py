@@ -29,7 +29,6 @@ from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 from flowback.evaluation.held_out import LoopOptions, accuracy, held_out_batches, matched, run_images
 from flowback.flow import Location
-from flowback.flow.likelihood import add_noise
 from flowback.model import Flow
 from flowback.progress import track
 
@@ -123,7 +122,7 @@ def features(
             )
     parts: dict[Location, list[Tensor]] = {location: [] for location in locations}
     for batch in held_out_batches(flow, images, "features", **loop):
-        out = flow(add_noise(batch.images, flow.config, batch.seeds), hidden=locations)
+        out = flow(batch.noised(flow.config), hidden=locations, noise=batch.levels)
         for location, hidden in out.hidden.items():
             parts[location].append(hidden.mean(dim=1).float().cpu())
     return {location: torch.cat(rows) for location, rows in parts.items()}

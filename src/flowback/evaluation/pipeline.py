@@ -37,9 +37,10 @@ from flowback.model import Flow, Student, load_teacher
 from flowback.processes import Processes
 from flowback.progress import track
 from flowback.provenance import environment
-from flowback.sampling import BlockPlan, Guidance, Sampler
+from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler
 from flowback.sampling.block_plan import resolve_plan
 from flowback.sampling.denoise import denoises
+from flowback.sampling.sampler import drawing_level
 from flowback.students.sampler import StudentSampler
 
 __all__ = ["deciding_figure", "evaluate", "evaluate_images"]
@@ -208,7 +209,10 @@ class _Evaluation:
     def report(self) -> Report:
         """Check, measure, put together."""
         images = judge = codec = teacher = None  # all are made first: what is missing is known at once
-        if isinstance(self.flow, Student) and self.config.likelihood:
+        if isinstance(self.flow, Flow):
+            self.flow.levels(self._level, 1)
+            drawing_level(self.flow, self.sampling.noise)
+        elif self.config.likelihood:
             teacher = load_teacher(self.flow.student, self.flow.device, self.sampling.teacher)
         if self.config.likelihood or self.config.classification:
             images = matched(self.flow, self.data.held_out)
@@ -216,6 +220,9 @@ class _Evaluation:
             for scale in self._scales:
                 guidance = Guidance.from_config(replace(self.sampling, guidance=scale))
                 guidance.check(bool(self.flow.config.num_classes))
+            if self._flow_settings()["denoise_levels"]:
+                denoising = Denoising.from_config(self.sampling)
+                denoising.check(bool(self.flow.config.num_classes), self.data.codec.vae is not None)
             judge = _judge(self.data.reference, self.config, self.sampling.batch_size, self.processes)
             codec = open_codec(self.data.codec, self.flow.device, self.config.vae, self.config.force_vae)
         data = to_dict(self.data.config) if self.data.config is not None else None
@@ -241,6 +248,7 @@ class _Evaluation:
             "batch_size": self.sampling.batch_size,
             "share": self.processes.share,
             "progress": self.progress,
+            "level": config.level,
         }
         labelled = bool(flow.config.num_classes) and images.labels is not None
         figures: dict[str, Any] = {}
@@ -260,6 +268,7 @@ class _Evaluation:
             "images_hash": self.data.held_out.fingerprint,
             "limit": config.limit,
             "draws": config.draws,
+            **({"noise": self._level} if self.flow.config.noise == "range" else {}),
             "labels": "each image's own" if labelled else None,
         }
         return _Part(figures, {"held_out": settings}, [])
@@ -321,6 +330,20 @@ class _Evaluation:
         return _Part(figures, settings, [])
 
     @property
+    def _level(self) -> float | None:
+        """Noise level of the test images."""
+        return self.flow.config.noise_level if self.config.level is None else self.config.level
+
+    def _flow_settings(self) -> dict[str, Any]:
+        """Levels that a flow draws and denoises at; a student draws clean images."""
+        if not isinstance(self.flow, Flow):
+            return {"noise": None, "denoise": False, "denoise_levels": []}
+        first, denoise = drawing_level(self.flow, self.sampling.noise), self.sampling.denoise
+        levels = Denoising.from_config(self.sampling).levels(self.flow, first) if denoise else ()
+        denoise = denoise and denoises(self.flow)
+        return {"noise": first, "denoise": denoise, "denoise_levels": list(levels)}
+
+    @property
     def _scales(self) -> tuple[float, ...]:
         return self.config.search or (self.sampling.guidance,)
 
@@ -337,7 +360,13 @@ class _Evaluation:
         parts = in_batches(numbers, self.sampling.batch_size)
         for index in track(parts, len(parts), description, "batches") if self.progress else parts:
             seeds = (self.config.seed + index).tolist()
-            images = sampler((index % classes).tolist() if classes else None, seeds)
+            labels = (index % classes).tolist() if classes else None
+            images = sampler(labels, seeds)
+            broken = torch.nonzero(~images.flatten(1).isfinite().all(1)).flatten().tolist()
+            if broken:
+                again = [labels[row] for row in broken] if labels else None
+                places = sampler.overflows(again, [seeds[row] for row in broken])
+                faults.stages.update(place.stage for place in places if place)
             names = [f"seed {seed}" for seed in seeds]
             yield quantise(codec.decode(images), names, faults, rounding).cpu()
 
@@ -350,7 +379,7 @@ class _Evaluation:
             "guidance": self._scales[0] if one else list(self._scales),
             "sampler": samplers[0] if one else samplers,
             "tolerance": 0 if exact else self.sampling.tolerance,
-            "denoise": isinstance(self.flow, Flow) and self.sampling.denoise and denoises(self.flow),
+            **self._flow_settings(),
         }
 
 

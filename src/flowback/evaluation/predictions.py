@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -15,9 +15,9 @@ from flowback.data.image_set import ImageSet, MemoryImages
 from flowback.data.load import load_images
 from flowback.data.pixels import UnreadableImageError, decode
 from flowback.errors import InputError
-from flowback.evaluation.held_out import LoopOptions, default_methods, held_out_batches
+from flowback.evaluation.held_out import LoopOptions, default_methods, held_out_batches, log_densities
 from flowback.files import replacing, write_json
-from flowback.flow.likelihood import add_noise, bits_per_dim
+from flowback.flow.likelihood import bits_per_dim
 from flowback.model import Flow
 from flowback.provenance import environment
 
@@ -107,17 +107,15 @@ def predict(
         (3, True)
     """
     method = method or ("exhaustive" if "exhaustive" in default_methods(flow) else "normalised")
-    uniform, seed = replace(flow.config, noise="uniform"), loop.get("seed", 0)
+    seed = loop.get("seed", 0)
     found = []
     for batch in held_out_batches(flow, images, "images", **loop):
         labels = scores = None
         if flow.config.num_classes:
-            logits = classify(flow, batch.images, method, draws=draws, seeds=batch.seeds)
+            logits = classify(flow, batch.images, method, batch.level, draws=draws, seeds=batch.seeds)
             scores, labels = logits.double().softmax(dim=1).max(dim=1)
-        log_probs, dequantised = (
-            flow.log_prob(add_noise(batch.images, config, batch.seeds), labels).cpu().double()
-            for config in (flow.config, uniform)
-        )
+        batch = batch._replace(labels=labels)
+        log_probs, dequantised = (log_densities(flow, batch, kind)[0] for kind in (False, True))
         bits = bits_per_dim(dequantised, flow.config.dims)
         for row, number in enumerate(batch.seeds):
             label = None if labels is None else int(labels[row])

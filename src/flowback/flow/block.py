@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from flowback.config import ModelConfig
 from flowback.flow import affine
 from flowback.nn.attention import KVCache, Rotary, rotary_table
+from flowback.nn.level_embedding import LevelEmbedding
 from flowback.nn.transformer import Transformer
 
 __all__ = ["Block", "BlockOutput", "Guide", "Labels", "Prediction"]
@@ -93,16 +94,28 @@ class Block(nn.Module):
             self.class_table = nn.Parameter(0.01 * torch.randn(config.num_classes, config.width))
         else:
             self.register_parameter("class_table", None)
+        self.level_embedding = LevelEmbedding(config.width) if config.noise == "range" else None
 
     def reorder(self, x: Tensor, dim: int = 1) -> Tensor:
         """Raster order to the block's own order, and back: the map is its own inverse."""
         return x.flip(dim) if self.flip else x
 
-    def context(self, labels: Labels, drop: Tensor | None = None) -> Float[Tensor, "#b w"] | None:
-        """The embedding added to every token of an image; None for a model without classes.
+    def context(
+        self, labels: Labels, drop: Tensor | None = None, levels: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "#b w"] | None:
+        """The embedding added to every token of an image; None for a model without classes and noise levels.
 
-        Unconditional (None, or a True in ``drop``) is the mean of the class table in every direction.
+        Unconditional (None, or a True in ``drop``) is the mean of the class table in every direction. The
+        noise ``levels`` are needed by a flow with a range of them, and by no other.
         """
+        told = self._class_embedding(labels, drop)
+        if self.level_embedding is None:
+            return told
+        assert levels is not None
+        level = self.level_embedding(levels)
+        return level if told is None else told + level
+
+    def _class_embedding(self, labels: Labels, drop: Tensor | None) -> Float[Tensor, "#b w"] | None:
         table = self.class_table
         if table is None:
             return None

@@ -32,7 +32,8 @@ def parameters(model: ModelConfig) -> int:
     layer = _layer_weights(model) + biases + norms
     ends = (d * w + w) + (w * 2 * d + 2 * d)  # tokens in; shift and log-scale out
     tables = w * (model.num_classes or 0) + (w * model.tokens if model.position == "learned" else 0)
-    return model.blocks * (model.layers * layer + ends + tables)
+    levels = 8 * w**2 + 5 * w if model.noise == "range" else 0  # w → 4w → w
+    return model.blocks * (model.layers * layer + ends + tables + levels)
 
 
 def flops_per_image(model: ModelConfig) -> int:
@@ -44,7 +45,8 @@ def flops_per_image(model: ModelConfig) -> int:
     n, w, d = model.tokens, model.width, model.token_dim
     attention = 2 * 2 * w * n * (n + 1) // 2  # scores and weighted sum, each 2·w per pair
     layer = 2 * n * _layer_weights(model) + attention
-    return model.blocks * (model.layers * layer + 2 * n * w * (d + 2 * d))
+    levels = 2 * 8 * w**2 if model.noise == "range" else 0  # once an image, not for each token
+    return model.blocks * (model.layers * layer + 2 * n * w * (d + 2 * d) + levels)
 
 
 def training_bytes(model: ModelConfig, batch: int, precision: str) -> int:

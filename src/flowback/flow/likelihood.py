@@ -58,7 +58,11 @@ def dequantise(images: Float[Tensor, "*s"], noise: Float[Tensor, "*s"]) -> Float
 
 
 def add_noise(
-    images: Float[Tensor, "b c h w"], config: ModelConfig, seeds: Sequence[int], draw: int = 0
+    images: Float[Tensor, "b c h w"],
+    config: ModelConfig,
+    seeds: Sequence[int],
+    draw: int = 0,
+    levels: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Images on [-1, 1] with the model's training noise: x + σ·N(0, 1), or uniform dequantisation.
 
@@ -69,6 +73,7 @@ def add_noise(
         config: the model.
         seeds: one for each image, not negative.
         draw: number of the draw; each gives other noise for the same seeds.
+        levels: σ of each image, for a model with a range.
     """
     kind = torch.rand if config.noise == "uniform" else torch.randn
     generator = torch.Generator()
@@ -79,4 +84,7 @@ def add_noise(
         noise[row] = kind(images.shape[1:], generator=generator)
     if config.noise == "uniform":
         return dequantise(images, noise.to(images))
+    if config.noise == "range":
+        assert levels is not None
+        return images + levels[:, None, None, None] * noise.to(images)
     return images + config.noise_std * noise.to(images)

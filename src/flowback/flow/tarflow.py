@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowback.config import ModelConfig
 from flowback.flow.block import Block, BlockOutput, Labels
 from flowback.flow.image_model import ImageModel, UserLabels
+from flowback.flow.levels import UserLevels, checked_levels
 from flowback.flow.likelihood import log_prior
 
 __all__ = ["FlowOutput", "Location", "TARFlow", "UserLabels"]
@@ -65,12 +66,33 @@ class TARFlow(ImageModel):
         blocks = nn.ModuleList(Block(config, flip=index % 2 == 1) for index in range(config.blocks))
         self.blocks = cast("Sequence[Block]", blocks)
 
+    def levels(self, noise: UserLevels, batch: int, trusted: bool = False) -> Float[Tensor, " b"] | None:
+        """Noise levels from a user, checked, as a tensor on the flow's device; None for a flow of one level.
+
+        Args:
+            noise: one for all images, one an image, or None; a flow of one level takes None, or that level.
+            batch: number of images.
+            trusted: take a tensor as it is, so that a training step does not wait for the device.
+
+        Raises:
+            InputError: no level for a flow with a range, one outside of it, another than the flow's only one,
+                or a wrong count.
+        """
+        if trusted and isinstance(noise, Tensor) and self.config.noise == "range":
+            return noise
+        if noise is None and self.config.noise != "range":
+            return None
+        like = torch.empty(0, dtype=self.data_dtype, device=self.device)
+        return checked_levels(self.config, noise, batch, like)
+
     def forward(
         self,
         images: Float[Tensor, "b c h w"],
         labels: UserLabels = None,
         drop: Bool[Tensor, " b"] | None = None,
         hidden: Collection[Location] = (),
+        *,
+        noise: UserLevels = None,
     ) -> FlowOutput:
         """Encode: images to noise, with the log-determinant.
 
@@ -80,13 +102,19 @@ class TARFlow(ImageModel):
                 step does not wait for the device; lists are checked.
             drop: True where an image's label is replaced by the unconditional embedding.
             hidden: (block, layer) pairs whose outputs are returned.
+            noise: levels of the noise on the images, for a flow with a range of them. Tensors are taken as
+                they are; a number is checked.
+
+        Raises:
+            InputError: labels or noise levels that the flow does not have.
         """
         if labels is not None and not isinstance(labels, Tensor):
             labels = self.labels(labels, len(images))
+        levels = self.levels(noise, len(images), trusted=True)
         z = self.tokens(images)
         log_det = torch.zeros(len(z), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
         states: dict[Location, Tensor] = {}
-        for index, output in enumerate(self.encode_blocks(z, labels, drop, hidden), start=1):
+        for index, output in enumerate(self.encode_blocks(z, labels, drop, hidden, levels), start=1):
             z, log_det = output.z, log_det + output.log_det
             states.update({(index, layer): state for layer, state in output.hidden.items()})
         return FlowOutput(z, log_det, states)
@@ -97,6 +125,7 @@ class TARFlow(ImageModel):
         labels: Labels = None,
         drop: Bool[Tensor, " b"] | None = None,
         hidden: Collection[Location] = (),
+        levels: Float[Tensor, " b"] | None = None,
     ) -> Iterator[BlockOutput]:
         """The outputs of blocks 1 ... T, one after another; a block runs when its output is asked for.
 
@@ -105,23 +134,31 @@ class TARFlow(ImageModel):
             labels: class ids, soft class weights, or None, as tensors.
             drop: True where an image's label is replaced by the unconditional embedding.
             hidden: (block, layer) pairs whose outputs are returned.
+            levels: noise levels, from :meth:`levels`.
         """
         for index, block in enumerate(self.blocks, start=1):
             layers = [layer for t, layer in hidden if t == index]
-            output = block(x, block.context(labels, drop), layers)
+            output = block(x, block.context(labels, drop, levels), layers)
             yield output
             x = output.z
 
     @torch.no_grad()
-    def inverse(self, z: Float[Tensor, "b n d"], labels: UserLabels = None) -> Float[Tensor, "b c h w"]:
-        """Decode: the images whose encoding is ``z``. Exact; one token after another."""
-        checked = self.labels(labels, len(z))
+    def inverse(
+        self, z: Float[Tensor, "b n d"], labels: UserLabels = None, *, noise: UserLevels = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Decode: the images whose encoding is ``z``. Exact; one token after another.
+
+        ``labels`` and ``noise`` are those of the encoding.
+        """
+        checked, levels = self.labels(labels, len(z)), self.levels(noise, len(z))
         for block in reversed(self.blocks):
-            z = block.inverse(z, block.context(checked))
+            z = block.inverse(z, block.context(checked, levels=levels))
         return self.images(z)
 
-    def log_prob(self, images: Float[Tensor, "b c h w"], labels: UserLabels = None) -> Float[Tensor, " b"]:
-        """Log-density of each image in nats, on the [-1, 1] scale.
+    def log_prob(
+        self, images: Float[Tensor, "b c h w"], labels: UserLabels = None, *, noise: UserLevels = None
+    ) -> Float[Tensor, " b"]:
+        """Log-density of each image in nats, on the [-1, 1] scale, at the level of the noise on it.
 
         Example:
             >>> import torch
@@ -131,4 +168,5 @@ class TARFlow(ImageModel):
             >>> flow.log_prob(torch.zeros(2, 1, 4, 4)).shape
             torch.Size([2])
         """
-        return self(images, self.labels(labels, len(images))).log_prob
+        checked, levels = self.labels(labels, len(images)), self.levels(noise, len(images))
+        return self(images, checked, noise=levels).log_prob

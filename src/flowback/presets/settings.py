@@ -269,7 +269,7 @@ _FASHION: _Rows = (
 )
 
 _STUDENTS: _Rows = (
-    # A step of the inverse costs half of a step of its teacher; one of matching 23 passes of a layer in place of 24.
+    # A step costs less than one of the teacher's own training: half for inverse, 23/24 for matching.
     (
         "student-fashion",
         "one-pass student of a Fashion-MNIST flow",
@@ -283,9 +283,30 @@ _STUDENTS: _Rows = (
     ),
 )
 
+_RANGE: dict[str, Any] = {"model": {"noise": "range", "noise_min": 0.05, "noise_max": 0.5}}
+_LEVELS: dict[str, Any] = {"train": {"levels": "uniform", "level_weight": "level-share"}}
+"""A range from below the noise of `fashion` to the level where only coarse shapes are left. The likelihood's
+weights have the mean 1/2, and alignment has half the weight, so that the two compare as in `fashion`."""
+
+
+def _ranged(strategy: str = "none", blocks: tuple[int, ...] = _LAST4, order: int | str = 0) -> dict[str, Any]:
+    return _RANGE | _LEVELS | _align(strategy, blocks, 2, order=order, weight=0.25)
+
+
+_FASHION_RANGE: _Rows = (
+    ("fashion-range", "noise levels from 0.05 to 0.5, likelihood alone", _ranged()),
+    ("fashion-range-reverse-4", "noise levels from 0.05 to 0.5, reverse, block 4", _ranged("reverse", (4,))),
+    (
+        "fashion-range-exact-last",
+        "noise levels from 0.05 to 0.5, exact reverse, blocks 3 and 4",
+        _ranged("reverse", order="exact"),
+    ),
+)
+
 _DIGITS: _Rows = (
     ("digits", "scikit-learn's 8×8 digits, likelihood alone; about two minutes on two cores"),
     ("digits-reverse", "the same with exact reverse alignment", _EXACT),
+    ("digits-range", "digits with noise levels from 0.05 to 0.5, likelihood alone", _RANGE | _LEVELS),
     (
         "digits-mini",
         "a flow that trains in about 30 s on one core and saves every few seconds; for fault tests",
@@ -350,6 +371,7 @@ def _settings() -> dict[str, tuple[str, RunConfig]]:
             replace(FASHION, alignment=AlignmentConfig(), train=replace(FASHION.train, frechet_every=0)),
             _STUDENTS,
         ),
+        (FASHION, _FASHION_RANGE),
         (EMOJI, _EMOJI),
         (IMAGENET64, _IMAGENET64),
         (IMAGENET256, _IMAGENET256),

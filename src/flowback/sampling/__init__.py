@@ -1,7 +1,8 @@
 """Sampling: noise to images, as pure functions of the flow, the labels and the seeds."""
 
 from flowback.sampling.block_plan import plan_sampling
+from flowback.sampling.denoise import Denoising
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.sampler import BlockPlan, Sampler, sample
 
-__all__ = ["BlockPlan", "Guidance", "Sampler", "plan_sampling", "sample"]
+__all__ = ["BlockPlan", "Denoising", "Guidance", "Sampler", "plan_sampling", "sample"]

@@ -32,7 +32,7 @@ from flowback.provenance import environment
 from flowback.reading import read_json
 from flowback.sampling.decoder import Decoder, Precision
 from flowback.sampling.jacobi import Init, first_guess, solve_window
-from flowback.sampling.sampler import BlockPlan, Sampler, noise
+from flowback.sampling.sampler import BlockPlan, Sampler, drawing_level, noise
 
 __all__ = [
     "Measured",
@@ -94,6 +94,8 @@ class Plan:
     guided_blocks: int | None
     tolerance: float
     """Promised largest difference from the sequential images, on the [-1, 1] scale, before denoising."""
+    noise: float | None = None
+    """Level that images are drawn at, of a flow with a range of them."""
     error: float = 0.0
     """Difference that was measured."""
     sequential_seconds: float = 0.0
@@ -109,7 +111,7 @@ class Plan:
         if self.checkpoint != asked.checkpoint:
             return "it was made for another checkpoint"
         guided = ("guidance", *_GUIDED) if self.guidance or asked.guidance else ()
-        for name in ("device", "batch_size", "precision", *guided):
+        for name in ("device", "batch_size", "precision", "noise", *guided):
             planned, wanted = getattr(self, name), getattr(asked, name)
             if planned != wanted:
                 return f"it was made for {name.replace('_', ' ')} {planned}, not {wanted}"
@@ -138,7 +140,8 @@ def wanted(flow: TARFlow, config: SampleConfig) -> Plan:
     """
     names = ("batch_size", "precision", "guidance", *_GUIDED, "tolerance")
     device = str(environment(flow.device)["device"])
-    return Plan(weights_hash(flow), device, **{name: getattr(config, name) for name in names})
+    settings = {name: getattr(config, name) for name in names}
+    return Plan(weights_hash(flow), device, **settings, noise=drawing_level(flow, config.noise))
 
 
 def resolve_plan(

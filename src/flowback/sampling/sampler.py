@@ -1,4 +1,4 @@
-"""Draw images: noise through the blocks T ... 1 backwards, then one denoising step.
+"""Draw images: noise through the blocks T ... 1 backwards, then denoising with the flow's own score.
 
 The noise of an image comes from its own seed, on the CPU, so an image does not depend on the batch it is
 drawn in, on the device, or on how many processes draw.
@@ -23,11 +23,11 @@ from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.image_model import ImageModel, UserLabels
 from flowback.sampling.decoder import Decoder, Engine, Precision, sequential
-from flowback.sampling.denoise import denoise as denoise_step
+from flowback.sampling.denoise import Denoising, denoised_states
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.jacobi import Init, jacobi
 
-__all__ = ["BlockPlan", "Guess", "Overflow", "Sampler", "noise", "sample", "seeds_of"]
+__all__ = ["BlockPlan", "Guess", "Overflow", "Sampler", "drawing_level", "noise", "sample", "seeds_of"]
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,18 @@ class Overflow:
     """Block whose inverse gave it, from 1 at the data; None: denoising gave it."""
     token: int | None
     """The token's place in the image, from 0 in raster order: the first one in the block's own order."""
+    step: int | None = None
+    """Step of denoising that gave it, from 1; None: a block gave it, or there is one step only."""
 
     def __str__(self) -> str:
-        return "denoising" if self.block is None else f"block {self.block}, token {self.token}"
+        return self.stage if self.block is None else f"{self.stage}, token {self.token}"
+
+    @property
+    def stage(self) -> str:
+        """The block, or the step of denoising, in words."""
+        if self.block is not None:
+            return f"block {self.block}"
+        return "denoising" if self.step is None else f"denoising step {self.step}"
 
 
 class Sampler:
@@ -105,16 +114,18 @@ class Sampler:
     Args:
         flow: the model.
         guidance: w of ``c + w · (c − u)``, or a :class:`Guidance` for all its options.
-        denoise: end with one denoising step, with the same labels. Models of uniformly dequantised images
-            have no such step.
+        denoise: end with denoising, with the same labels, or a :class:`Denoising` for all its options.
+            Models of uniformly dequantised images have no score to denoise with.
         batch_size: most images decoded at once.
         precision: of the Transformers' weights and caches while decoding.
         plans: how each block is inverted, from block 1 (:func:`flowback.plan_sampling` measures it); None is
             sequential, which is exact.
         guess: what the sweeps of a block start from, in place of what its plan says.
+        noise: level to draw at, for a flow with a range of them; None is its highest (arXiv 2604.20041).
 
     Raises:
-        InputError: more guided blocks than the flow has, or not one plan per block.
+        InputError: more guided blocks than the flow has, not one plan per block, or noise levels that the
+            flow does not have.
 
     Example:
         >>> from flowback import Flow, ModelConfig, Sampler
@@ -131,14 +142,20 @@ class Sampler:
         self,
         flow: TARFlow,
         guidance: Guidance | float | Sequence[float] | Tensor = 0.0,
-        denoise: bool = True,
+        denoise: bool | Denoising = True,
         *,
         batch_size: int = 64,
         precision: Precision = "fp32",
         plans: Sequence[BlockPlan] | None = None,
         guess: Guess | None = None,
+        noise: float | None = None,
     ) -> None:
-        self.flow, self.denoise, self.guess = flow, denoise, guess
+        self.flow, self.guess = flow, guess
+        self.noise = drawing_level(flow, noise)
+        """Level that images are drawn at; None for a flow that has only one."""
+        self.denoising = Denoising() if isinstance(denoise, bool) else denoise
+        self.levels = self.denoising.levels(flow, self.noise) if denoise else ()
+        """Noise levels of the steps of denoising; empty for none."""
         self.guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         blocks = flow.config.blocks
         if batch_size < 1:
@@ -180,11 +197,26 @@ class Sampler:
         return cls(
             flow,
             Guidance.from_config(config),
-            config.denoise,
+            config.denoise and Denoising.from_config(config),
             batch_size=config.batch_size,
             precision=config.precision,
             plans=BlockPlan.windows(flow, config) if plan is None else plan,
+            noise=config.noise,
         )
+
+    def check(self, labelled: bool, latent: bool = False) -> None:
+        """Refuse options that would do nothing, or harm, before work starts.
+
+        Args:
+            labelled: whether images are drawn with labels.
+            latent: whether a VAE decodes them.
+
+        Raises:
+            InputError: guidance without labels, or latents that are clamped to the range of images.
+        """
+        self.guidance.check(labelled)
+        if self.levels:
+            self.denoising.check(labelled, latent)
 
     def __call__(
         self,
@@ -211,7 +243,7 @@ class Sampler:
         seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
         redraw: int = 0,
     ) -> list[Float[Tensor, "b c h w"]]:
-        """The way from noise to images: z, the outputs of blocks T ... 1, and the denoised images.
+        """The way from noise to images: z, the outputs of blocks T ... 1, and those of denoising's steps.
 
         Arguments are those of a call; its images come last.
         """
@@ -238,7 +270,9 @@ class Sampler:
             if not finite.all():
                 order = self.flow.blocks[index - 1].reorder(torch.arange(len(finite)), dim=0)
                 return Overflow(index, int(order[int(finite[order].int().argmin())]))
-        return None if states[-1].isfinite().all() else Overflow(None, None)
+        steps = states[len(blocks) :]
+        broken = [step for step, state in enumerate(steps, start=1) if not state.isfinite().all()]
+        return Overflow(None, None, broken[0] if len(steps) > 1 else None) if broken else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -252,7 +286,7 @@ class Sampler:
         """The trajectories of batches, or their ends."""
         seeds = seeds_of(labels, seeds)
         checked = self.flow.labels(labels, len(seeds))
-        self.guidance.check(checked is not None)
+        self.check(checked is not None)
         scales = self.guidance.scales(len(seeds), self.flow.blocks[0].proj_in.weight)
         parts = []
         for start in range(0, len(seeds), self.images_at_once):
@@ -261,10 +295,21 @@ class Sampler:
             z = noise(self.flow, seeds[part], redraw)
             states = [z, *self.invert(z, part_labels, scales[part])]
             states = [self.flow.images(x) for x in (states if every_block else states[-1:])]
-            if self.denoise:
-                states.append(denoise_step(self.flow, states[-1], part_labels))
+            for state in self._denoised(states[-1], part_labels, seeds[part], redraw):
+                states = [*states, state] if every_block else [state]
             parts.append(states)
         return parts
+
+    def _denoised(
+        self, images: Float[Tensor, "b c h w"], labels: Labels, seeds: Sequence[int], redraw: int
+    ) -> Iterator[Float[Tensor, "b c h w"]]:
+        """The images after each step of denoising."""
+
+        def draw(step: int) -> Tensor:
+            return self.flow.images(noise(self.flow, seeds, redraw, step))
+
+        if self.levels:
+            yield from denoised_states(self.flow, images, labels, self.denoising, draw, noise=self.noise)
 
     def invert(
         self,
@@ -295,11 +340,12 @@ class Sampler:
         The decoder before it can no longer be used.
         """
         config, count, block = self.flow.config, len(scales), self.flow.blocks[index - 1]
-        context = block.context(labels)
+        levels = self.flow.levels(self.noise, count)
+        context = block.context(labels, levels=levels)
         if not self.guidance.covers(index, config.blocks):
             return self.engine.decoder(index, count, context, new=new)
         # One batch of 2B rows: with label, then without.
-        without = block.context(None)
+        without = block.context(None, levels=levels)
         if context is not None and without is not None:
             context = torch.cat([context.expand(count, -1), without.expand(count, -1)])
         temperature = None
@@ -310,16 +356,28 @@ class Sampler:
         return self.engine.decoder(index, count, context, guide, temperature, new)
 
 
+def drawing_level(flow: TARFlow, level: float | None) -> float | None:
+    """The noise level that images are drawn at: by default a range's highest. None for a flow of one level.
+
+    Raises:
+        InputError: a level that the flow does not have.
+    """
+    if level is None and flow.config.noise == "range":
+        level = flow.config.noise_max
+    return level if flow.levels(level, 1) is not None else None
+
+
 _SEEDS = 2**32
 
 
-def noise(flow: ImageModel, seeds: Sequence[int], redraw: int = 0) -> Float[Tensor, "b n d"]:
+def noise(flow: ImageModel, seeds: Sequence[int], redraw: int = 0, step: int = 0) -> Float[Tensor, "b n d"]:
     """Standard normal tokens, drawn in fp32 on the CPU from one generator per image.
 
     Args:
         flow: gives shape, device and dtype.
         seeds: one per image, 0 ... 2³² − 1.
         redraw: 0 is the seed itself; 1, 2, ... are further independent draws under the same seed.
+        step: 0 is the noise to decode; 1, 2, ... are the draws of stochastic denoising.
 
     Raises:
         InputError: a seed out of range.
@@ -329,7 +387,9 @@ def noise(flow: ImageModel, seeds: Sequence[int], redraw: int = 0) -> Float[Tens
     for row, seed in zip(z, seeds, strict=True):
         if not 0 <= seed < _SEEDS:
             raise InputError(f"Seed {seed} is out of range; seeds go from 0 to {_SEEDS - 1}.")
-        image_seed = int(np.random.SeedSequence((seed, redraw)).generate_state(1)[0]) if redraw else int(seed)
+        image_seed = int(seed)
+        if redraw or step:
+            image_seed = int(np.random.SeedSequence((image_seed, redraw, step)).generate_state(1)[0])
         row.normal_(generator=torch.Generator().manual_seed(image_seed))
     return z.to(flow.device, flow.data_dtype)
 
@@ -339,12 +399,13 @@ def sample(
     labels: UserLabels = None,
     seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
     guidance: Guidance | float | Sequence[float] | Tensor = 0.0,
-    denoise: bool = True,
+    denoise: bool | Denoising = True,
     *,
     batch_size: int = 64,
     precision: Precision = "fp32",
     plans: Sequence[BlockPlan] | None = None,
     redraw: int = 0,
+    noise: float | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Images of the flow on [-1, 1], not clamped; non-finite values are returned as they are.
 
@@ -360,7 +421,9 @@ def sample(
         >>> sample(flow, [0, 1], seeds=[7, 8], guidance=1.0).shape
         torch.Size([2, 1, 4, 4])
     """
-    sampler = Sampler(flow, guidance, denoise, batch_size=batch_size, precision=precision, plans=plans)
+    sampler = Sampler(
+        flow, guidance, denoise, batch_size=batch_size, precision=precision, plans=plans, noise=noise
+    )
     return sampler(labels, seeds, redraw)
 
 

@@ -138,6 +138,11 @@ class StudentSampler:
             bf16=config.precision == "bf16",
         )
 
+    def check(self, labelled: bool, latent: bool = False) -> None:
+        """Refuse guidance without labels, before work starts; arguments as those of a flow's sampler."""
+        del latent
+        self.guidance.check(labelled)
+
     def __call__(
         self,
         labels: UserLabels = None,

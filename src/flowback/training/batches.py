@@ -1,7 +1,7 @@
 """The endless stream of training images, and everything random about it.
 
-Order, mirroring, label drop and noise depend only on the seed and the number of images seen. A resumed run
-needs no generator state, and 1 or 8 processes see the same batches.
+Order, mirroring, label drop, noise and its level depend only on the seed and the number of images seen. A
+resumed run needs no generator state, and 1 or 8 processes see the same batches.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet, labelled
 from flowback.devices import send
 from flowback.errors import InputError
+from flowback.flow.levels import levels_at
 from flowback.flow.likelihood import dequantise
 
 __all__ = ["Batch", "batches", "generator", "global_indices", "noticing_dead_workers"]
@@ -75,6 +76,8 @@ class Batch:
     """Uniform on [0, 1), for what a student draws in a step; None in the training of a flow."""
     noise: Float[Tensor, "b c h w"] | None = None
     """Normal noise of a student that does not take the teacher's."""
+    levels: Float[Tensor, " b"] | None = None
+    """Noise levels, of a flow with a range of them."""
 
 
 class _Reader(Dataset):
@@ -196,7 +199,12 @@ def batches(
         mirrored = send(flipped, device)
         clean = images.draw(stored, mirrored, normal)
         seen = clean if originals is None else originals.draw(larger, mirrored, normal)
-        if model.noise == "gaussian":
+        levels = None
+        if model.noise == "range":
+            shares = torch.rand(train.batch_size, generator=host)[share]
+            levels = send(levels_at(shares, model, train), device)
+            noised = clean + levels[:, None, None, None] * normal()
+        elif model.noise == "gaussian":
             noised = clean + model.noise_std * normal()
         else:
             noised = dequantise(clean, torch.rand(shape, generator=random, device=device)[share])
@@ -212,7 +220,7 @@ def batches(
             noise = normal() if config.student.coupling == "independent" else None
         if labels is None:
             drop = None
-        yield Batch(indices, flipped, clean, seen, noised, labels, drop, chance, noise)
+        yield Batch(indices, flipped, clean, seen, noised, labels, drop, chance, noise, levels)
 
 
 def _normal(shape: tuple[int, ...], random: torch.Generator, share: slice) -> Tensor:

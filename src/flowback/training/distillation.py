@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from flowback.alignment.align import Noised
 from flowback.alignment.encoders import Encoder, create_encoder
 from flowback.config import RunConfig
 from flowback.flow.block import Labels
@@ -96,10 +97,11 @@ class StudentObjective(nn.Module):
         return self.config.train.batch_size * (3 * self.student.flops_per_image + one_pass)
 
     @torch.no_grad()
-    def statistics(self, images: Float[Tensor, "b c h w"], labels: Labels) -> dict[str, float]:
+    def statistics(self, batch: Noised) -> dict[str, float]:
         """Mean square of the tokens after each stage, for the teacher's noise of a batch: ``h2_i``."""
-        z = encode_states(self._frozen.to(images.device).teacher, images, labels)[-1]
-        _, hidden = self.student(z, labels)
+        teacher = self._frozen.to(batch.images.device).teacher
+        z = encode_states(teacher, batch.images, batch.labels)[-1]
+        _, hidden = self.student(z, batch.labels)
         return {f"h2_{i}": float(h.square().mean()) for i, h in enumerate(hidden, start=1)}
 
     def forward(

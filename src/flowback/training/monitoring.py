@@ -20,17 +20,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from flowback.alignment.align import Noised, losses
 from flowback.alignment.loss import alignment_loss
 from flowback.alignment.strategies import encode
 from flowback.checked import to_dict
 from flowback.config import AlignmentConfig, RunConfig
 from flowback.errors import InputError
-from flowback.flow.block import Labels
 from flowback.flow.cost import flops_per_image
-from flowback.flow.likelihood import nll_per_dim
 from flowback.model import Flow
 
 try:
@@ -150,15 +149,16 @@ def vanished(row: Mapping[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
-def block_statistics(flow: Flow, images: Float[Tensor, "b c h w"], labels: Labels = None) -> dict[str, float]:
-    """Size of each block's output and range of its log-scales on a batch; one more encode pass.
+def block_statistics(flow: Flow, batch: Noised) -> dict[str, float]:
+    """Size of each block's output and range of its log-scales on a batch; one more encode pass, with labels.
 
     Returns:
         For block t: ``z2_t``, mean of its squared output (1 is the prior's, at the last block), and
         ``log_scale_min_t`` and ``log_scale_max_t``. Log-scales that run away come before NaN does.
     """
     statistics: dict[str, Tensor] = {}
-    for t, output in enumerate(flow.encode_blocks(flow.tokens(images), labels), start=1):
+    x = flow.tokens(batch.images)
+    for t, output in enumerate(flow.encode_blocks(x, batch.labels, levels=batch.levels), start=1):
         statistics[f"z2_{t}"] = output.z.square().mean()
         statistics[f"log_scale_min_{t}"] = output.prediction.log_scale.min()
         statistics[f"log_scale_max_{t}"] = output.prediction.log_scale.max()
@@ -207,9 +207,7 @@ def peak_memory(device: torch.device) -> int:
 def gradient_balance(
     flow: Flow,
     projector: nn.Module,
-    images: Float[Tensor, "b c h w"],
-    labels: Labels,
-    drop: Bool[Tensor, " b"] | None,
+    batch: Noised,
     targets: Float[Tensor, "b m f"],
     config: AlignmentConfig,
 ) -> dict[str, float]:
@@ -225,9 +223,8 @@ def gradient_balance(
     """
     blocks = [[p for p in block.parameters() if p.requires_grad] for block in flow.blocks]
     with torch.enable_grad():
-        log_prob = flow(images, labels, drop).log_prob.mean()
-        likelihood = _gradients(nll_per_dim(log_prob, flow.config.dims), blocks)
-        hidden = encode(flow, images, labels, drop, config).hidden
+        likelihood = _gradients(losses(flow, None, config, batch).loss, blocks)
+        hidden = encode(flow, *batch[:3], config, batch.levels).hidden
         alignment = _gradients(
             config.weight * alignment_loss(hidden, targets, projector, config.spatial_norm).loss, blocks
         )

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from flowback.alignment.align import Losses, losses
+from flowback.alignment.align import Losses, Noised, losses
 from flowback.alignment.loss import make_projector
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.flow.block import Labels
+from flowback.flow.levels import loss_weights
 from flowback.model import Flow
 from flowback.nn.transformer import Transformer
 from flowback.training.monitoring import block_statistics, step_flops
@@ -113,9 +114,13 @@ class Objective(nn.Module):
         """Floating-point operations of one step of the whole batch."""
         return step_flops(self.config)
 
-    def statistics(self, images: Float[Tensor, "b c h w"], labels: Labels) -> dict[str, float]:
+    def statistics(self, batch: Noised) -> dict[str, float]:
         """The health of the blocks on a batch."""
-        return block_statistics(self.flow, images, labels)
+        return block_statistics(self.flow, batch)
+
+    def weights(self, levels: Float[Tensor, " b"] | None) -> Float[Tensor, " b"] | None:
+        """Weights of the images' likelihoods in the loss; None: all 1."""
+        return None if levels is None else loss_weights(levels, self.config.model, self.config.train)
 
     def forward(
         self,
@@ -124,6 +129,7 @@ class Objective(nn.Module):
         drop: Bool[Tensor, " b"] | None = None,
         targets: Float[Tensor, "b m f"] | None = None,
         weight: float | None = None,
+        levels: Float[Tensor, " b"] | None = None,
     ) -> Losses:
         """Losses of images with their noise added.
 
@@ -133,10 +139,12 @@ class Objective(nn.Module):
             drop: True where an image's label is replaced by the unconditional embedding.
             targets: the encoder's features of the clean images; None where nothing is aligned any more.
             weight: of the alignment loss; None is that of the settings.
+            levels: noise levels of the images, for a flow with a range of them.
         """
         config, bf16 = self.config.alignment, self.config.train.precision == "bf16"
+        batch = Noised(images, labels, drop, levels, self.weights(levels))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            batch_losses = losses(self.flow, self.projector, config, images, labels, drop, targets, weight)
+            batch_losses = losses(self.flow, self.projector, config, batch, targets, weight)
         if self.projector is not None and targets is None:
             # Nothing is aligned any more; several processes still wait for a gradient of every weight.
             nothing = torch.stack([p.sum() for p in self.projector.parameters()]).sum() * 0

@@ -14,7 +14,7 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 from flowback import checkpoint
-from flowback.alignment.align import Losses, weight_at
+from flowback.alignment.align import Losses, Noised, weight_at
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
@@ -159,7 +159,7 @@ class Trainer:
         targets = None
         if self.targets is not None and not over:
             targets = self.targets(batch.indices[part], batch.flipped[part], batch.seen[part])
-        return (*images, targets, alignment)
+        return (*images, targets, alignment, cut(batch.levels))
 
     def _check_health(self) -> None:
         """Count and record bad steps; stop when there are too many."""
@@ -249,7 +249,9 @@ class Trainer:
 
     def _own_statistics(self, batch: Batch) -> dict[str, float]:
         with root_whole(self.weights.objective):
-            return self.weights.objective.statistics(batch.noised, batch.labels)
+            return self.weights.objective.statistics(
+                Noised(batch.noised, batch.labels, batch.drop, batch.levels)
+            )
 
     def _block_statistics(self, batch: Batch) -> dict[str, float]:
         """Those of the whole batch."""
@@ -278,9 +280,9 @@ class Trainer:
         assert objective.projector is not None
         assert self.targets is not None
         targets = self.targets(batch.indices, batch.flipped, batch.seen)
-        balance = gradient_balance(
-            objective.flow, objective.projector, batch.noised, batch.labels, batch.drop, targets, config
-        )
+        weights = objective.weights(batch.levels)
+        noised = Noised(batch.noised, batch.labels, batch.drop, batch.levels, weights)
+        balance = gradient_balance(objective.flow, objective.projector, noised, targets, config)
         if config.stop_below is not None:
             self._stop_below(
                 config.stop_below, [v for k, v in balance.items() if k.startswith("grad_cosine_")]
