@@ -11,7 +11,9 @@ import runs
 from flowback import Flow, InputError, RunConfig, Student, StudentConfig, checkpoint
 from flowback.model import load_teacher
 from flowback.sampling.block_plan import weights_hash
+from flowback.students.losses import encode_states
 from flowback.training import student_config
+from flowback.training.batches import batches
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,25 @@ def test_a_student_trains_resumes_and_is_loaded(teacher, digits, tmp_path, stude
     loaded.save_pretrained(tmp_path / "saved")
     again = flowback.load(tmp_path / "saved")
     assert torch.equal(again.sample([3], [5]), loaded.sample([3], [5]))
+
+
+def test_a_teacher_with_a_range_of_noise_levels_teaches_what_it_draws(digits, tmp_path):
+    """Its states are those of images with the highest noise, the level that it draws at."""
+    model = dataclasses.replace(
+        runs.tiny_config().model, noise="range", noise_min=0.05, noise_max=0.5, width=16
+    )
+    flow = Flow(model, tuple("0123456789"))
+    flow.run = dataclasses.replace(runs.tiny_config(), model=model, classes=flow.classes)
+    flow.save_pretrained(tmp_path / "teacher")
+    config = student_config(flow)
+    first = next(batches(digits, dataclasses.replace(config, classes=flow.classes), 0, 0, 1, flow.device))
+    assert first.levels.tolist() == [0.5] * 16
+    assert (first.noised - first.clean).std().item() == pytest.approx(0.5, abs=0.05)
+    result = distil(tmp_path / "teacher", tmp_path / "student", digits, steps=2, method="inverse")
+    assert result.metrics["loss"] > 0
+    noised = first.noised
+    exact = flow(noised, first.labels, noise=torch.full((16,), 0.5)).z
+    assert torch.equal(encode_states(flow, noised, first.labels)[-1], exact.detach())
 
 
 def test_accumulated_parts_give_the_same_step(teacher, digits, tmp_path):

@@ -71,10 +71,11 @@ def under_teacher(teacher: Flow, batches: Iterable[HeldOutBatch]) -> UnderTeache
     parts = []
     for batch in batches:
         with torch.no_grad():
-            log_prob = teacher.log_prob(teacher.add_noise(batch.images, batch.seeds), batch.labels)
+            noised = batch.noised(teacher.config)
+            log_prob = teacher.log_prob(noised, batch.labels, noise=batch.levels)
         nll, right = nll_per_dim(log_prob.cpu().double(), teacher.config.dims), None
         if batch.labels is not None:
-            scores = classify(teacher, batch.images, "gradient", seeds=batch.seeds)
+            scores = classify(teacher, batch.images, "gradient", batch.level, seeds=batch.seeds)
             right = (scores.argmax(dim=1) == batch.labels).cpu()
         parts.append(UnderTeacher(nll, right))
     return UnderTeacher.joined(parts)
@@ -145,6 +146,7 @@ def draw_pairs(
     to_pixels: Callable[[Tensor], UInt8[Tensor, "b c h w"]],
     parts: Iterable[Int64[Tensor, " b"]],
     first_seed: int = 0,
+    level: float | None = None,
 ) -> DrawnPairs:
     """Draw and measure, batch by batch: sample i has seed ``first_seed`` + i and class i modulo their number.
 
@@ -156,6 +158,7 @@ def draw_pairs(
         to_pixels: images as 8-bit values.
         parts: numbers of the samples.
         first_seed: of sample 0.
+        level: of the noise that the teacher is asked at, if it has a range of levels.
     """
     classes = teacher.config.num_classes or 0
     features = [[Moments(judge.encoder.dim) for _ in range(GROUPS)] for _ in range(2)]
@@ -174,7 +177,9 @@ def draw_pairs(
             for group, moments in enumerate(groups):
                 moments.add(pooled[index % GROUPS == group])
             given = None if labels is None else labels.to(teacher.device)
-            found.append(under_teacher(teacher, [HeldOutBatch(images.to(teacher.data_dtype), given, seeds)]))
+            levels = teacher.levels(level, len(index))
+            batch = HeldOutBatch(images.to(teacher.data_dtype), given, seeds, levels)
+            found.append(under_teacher(teacher, [batch]))
     return DrawnPairs(torch.cat(errors), torch.cat(unrelated), *map(UnderTeacher.joined, seen), *features)
 
 

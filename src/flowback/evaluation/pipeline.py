@@ -314,14 +314,16 @@ class _Evaluation:
 
         parts = in_batches(evenly(config.samples, share=share), options.batch_size)
         shown = track(parts, len(parts), "beside the teacher", "batches") if self.progress else parts
+        level = self._level if teacher.config.noise == "range" else None
         drawing, exact = self.flow.sampler(options), teacher.sampler(options.exact)
-        pairs = draw_pairs(teacher, drawing, exact, judge, to_pixels, shown, config.seed)
+        pairs = draw_pairs(teacher, drawing, exact, judge, to_pixels, shown, config.seed, level)
         loop: LoopOptions = {
             "limit": config.limit or config.samples,
             "seed": config.seed,
             "batch_size": options.batch_size,
             "share": share,
             "progress": self.progress,
+            "level": level,
         }
         test = under_teacher(teacher, held_out_batches(teacher, images, "test images", **loop))
         figures = self.processes.merged(pairs).figures(judge.encoded)

@@ -48,9 +48,14 @@ def encode_states(
     labels: Labels,
     drop: Bool[Tensor, " b"] | None = None,
 ) -> list[Float[Tensor, "b n d"]]:
-    """The teacher's states x⁰ … xᵀ of noised images, tokens in raster order."""
+    """The teacher's states x⁰ … xᵀ of noised images, tokens in raster order.
+
+    The images of a teacher with a range of noise levels have the highest, which it draws at.
+    """
     x = teacher.tokens(noised)
-    return [x, *(output.z for output in teacher.encode_blocks(x, labels, drop))]
+    highest = teacher.config.noise_max if teacher.config.noise == "range" else None
+    levels = teacher.levels(highest, len(x))
+    return [x, *(output.z for output in teacher.encode_blocks(x, labels, drop, levels=levels))]
 
 
 def state_rms(states: list[Float[Tensor, "b n d"]]) -> tuple[float, ...]:

@@ -202,7 +202,10 @@ def batches(
         levels = None
         if model.noise == "range":
             shares = torch.rand(train.batch_size, generator=host)[share]
-            levels = send(levels_at(shares, model, train), device)
+            if config.student.active:  # it learns what the teacher draws from noise: its highest level
+                levels = torch.full_like(shares, model.noise_max).to(device)
+            else:
+                levels = send(levels_at(shares, model, train), device)
             noised = clean + levels[:, None, None, None] * normal()
         elif model.noise == "gaussian":
             noised = clean + model.noise_std * normal()
@@ -218,9 +221,8 @@ def batches(
         if config.student.active:
             chance = torch.rand(train.batch_size, generator=random, device=device)[share]
             noise = normal() if config.student.coupling == "independent" else None
-        if labels is None:
-            drop = None
-        yield Batch(indices, flipped, clean, seen, noised, labels, drop, chance, noise, levels)
+        drop_or_none = drop if labels is not None else None
+        yield Batch(indices, flipped, clean, seen, noised, labels, drop_or_none, chance, noise, levels)
 
 
 def _normal(shape: tuple[int, ...], random: torch.Generator, share: slice) -> Tensor:

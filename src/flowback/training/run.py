@@ -159,10 +159,6 @@ def distil(
     options = replace(config.student, **{"teacher": located(str(teacher)), **student})
     if not options.active:
         options = replace(options, method="inverse")
-    if flow.config.noise == "range":
-        raise InputError(
-            f"{teacher} is a flow with a range of noise levels; such a flow has no students yet."
-        )
     config = replace(config, model=flow.config, classes=flow.classes, student=options)
     return _run(config, images, Path(out), None, None, evaluators, description, flow)
 
@@ -252,11 +248,9 @@ def _measured(config: StudentConfig, teacher: Flow, images: ImageSet) -> Student
     rms = config.rms
     if not rms:
         part = matched(teacher, images)
-        batches = held_out_batches(teacher, part, limit=_MEASURED, batch_size=256)
-        states = [
-            encode_states(teacher, teacher.add_noise(batch.images, batch.seeds), batch.labels)
-            for batch in batches
-        ]
+        highest = teacher.config.noise_max if teacher.config.noise == "range" else None
+        batches = held_out_batches(teacher, part, limit=_MEASURED, batch_size=256, level=highest)
+        states = [encode_states(teacher, batch.noised(teacher.config), batch.labels) for batch in batches]
         rms = state_rms([torch.cat(parts) for parts in zip(*states, strict=True)])
     elif len(rms) != teacher.config.blocks + 1:
         raise InputError(
