@@ -33,6 +33,7 @@ from torch import Tensor
 
 from flowback import ModelConfig, RunConfig, TrainConfig
 from flowback.flow.cost import flops_per_image
+from flowback.flow.levels import levels_at
 from flowback.provenance import environment
 from flowback.tarflow_weights import to_tarflow
 from flowback.training.objective import Objective
@@ -93,7 +94,10 @@ def our_step(
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         optimiser.zero_grad()
-        loss = objective(images, labels).total
+        levels = None
+        if model.noise == "range":
+            levels = levels_at(torch.rand(len(images)), model, train).to(device)
+        loss = objective(images, labels, levels=levels).loss
         loss.backward()
         optimiser.step()
         return loss.detach()

@@ -1,7 +1,8 @@
 """Shape annotations are checked in tests: jaxtyping with beartype wraps flowback's functions.
 
 Not those of ``cli``, where the option parser fills dataclasses with marks of its own, nor of ``config`` and
-``sample_folder``, whose options check themselves.
+``sample_folder``, whose options check themselves, nor of the page of ``app``, where Gradio asks which of its
+functions are generators.
 """
 
 import os
@@ -9,8 +10,8 @@ import os
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "alignment checkpoint classification data evaluation flow model nn sampling students tables "
-    "tarflow_weights training"
+    "alignment checkpoint classification data evaluation flow flow_pipeline hub model model_card named_model "
+    "nn sampling students tables tarflow_weights training app.flows app.inputs app.pictures app.reading"
 )
 hook = install_import_hook([f"flowback.{name}" for name in CHECKED.split()], "beartype.beartype")
 hook.__enter__()

@@ -124,7 +124,7 @@ class ReferenceFlow:
                 table = self.weights[block + "class_table"]
                 state = state + (table.mean(0) if label is None else table[label])
             states.append(state)
-        for index in range(self.config.layers):
+        for index in range(self.config.depths[t]):
             layer = f"{block}body.layers.{index}."
             attended = self.attend(layer + "attention.", states, order)
             states = [state + added for state, added in zip(states, attended, strict=True)]
@@ -180,7 +180,11 @@ class ReferenceFlow:
     def project(self, t: int, state: Tensor) -> tuple[Tensor, Tensor]:
         """Log-scale and shift of the token that follows."""
         both = self.linear(f"blocks.{t}.proj_out", state)
-        return both[: self.config.token_dim], both[self.config.token_dim :]
+        log_scale, shift = both[: self.config.token_dim], both[self.config.token_dim :]
+        if self.config.log_scale_bound is not None:
+            bound = self.config.log_scale_bound
+            log_scale = both.new_tensor([bound * math.tanh(float(s) / bound) for s in log_scale])
+        return log_scale, shift
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return self.weights[name + ".weight"] @ x + self.weights[name + ".bias"]

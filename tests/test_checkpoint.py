@@ -314,3 +314,19 @@ def test_the_training_state_is_never_unpickled_as_code(folder):
     torch.save({"step": Payload()}, folder / "training.pt")
     assert "training.pt is damaged" in sentence(checkpoint.load_training_state, folder)
     assert not (folder / "owned").exists()
+
+
+def test_the_runs_near_a_folder_that_is_not_there_are_named(tmp_path):
+    for name in ("none", "reverse"):
+        checkpoint.save(
+            tmp_path / "runs" / "demo" / name / "checkpoints" / "step-00000010", CONFIG, weights()
+        )
+    runs = tmp_path / "runs"
+    names = f"{runs / 'demo' / 'none'}, {runs / 'demo' / 'reverse'}"
+    assert (
+        sentence(load, runs) == f"No checkpoint at {runs}, but there are some inside it; give one of {names}."
+    )
+    assert sentence(load, runs / "dmo") == (
+        f"No checkpoint at {runs / 'dmo'}: the folder does not exist; in {runs} there are {names}."
+    )
+    assert same(load(runs / "demo" / "none" / "checkpoints"), weights())

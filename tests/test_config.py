@@ -183,6 +183,52 @@ def test_an_alignment_location_outside_the_model_is_refused(location):
     RunConfig(alignment=AlignmentConfig(locations=(location,)))  # nothing is aligned: nothing to refuse
 
 
+def test_layers_are_one_number_or_one_a_block():
+    config = from_dict(ModelConfig, {"blocks": 4, "layers": [4, 4, 4, 24]})  # as in YAML and JSON
+    assert config.layers == config.depths == (4, 4, 4, 24)
+    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert ModelConfig(blocks=3, layers=2).depths == (2, 2, 2)
+    assert ModelConfig(blocks=3, layers=(2, 2, 2)) == ModelConfig(blocks=3, layers=2)
+    assert to_dict(ModelConfig())["layers"] == 8
+    assert ModelConfig(blocks=2, layers=(1, 2)).locations == [(1, 1), (2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        (
+            (4, 4, 24),
+            "--model.layers 4,4,24 names 3 blocks, and --model.blocks is 4; give one number for all",
+        ),
+        ((), "names 0 blocks, and --model.blocks is 4"),
+        ((4, 4, 0, 24), "--model.layers must be at least 1."),
+        ((4, 4, 4, 2**11), "--model.layers is 2.05e+03, and flowback takes at most 1024."),
+        ((2**10, 2**10, 2**10, 2**10 - 1, 2**10), "names 5 blocks"),
+        ("4,4", 'Option model.layers is "4,4", which is not int or a list of int.'),
+    ],
+)
+def test_layers_that_do_not_fit_the_blocks(layers, sentence):
+    with pytest.raises(InputError) as caught:
+        ModelConfig(blocks=4, layers=layers)
+    assert sentence in str(caught.value)
+
+
+def test_places_in_uneven_blocks():
+    model = ModelConfig(blocks=4, layers=(4, 4, 4, 24))
+    for place, inside in (((4, 24), True), ((3, 5), False), ((4, 25), False)):
+        alignment = AlignmentConfig(strategy="detach", locations=(place,))
+        if inside:
+            RunConfig(model, alignment=alignment)
+            continue
+        with pytest.raises(InputError, match="blocks go from 1 to 4, and have 4, 4, 4, 24 layers"):
+            RunConfig(model, alignment=alignment)
+
+
+def test_a_bound_is_positive():
+    with pytest.raises(InputError, match=r"--model\.log-scale-bound must be above 0"):
+        ModelConfig(log_scale_bound=0.0)
+
+
 def test_a_trigger_needs_looks():
     alignment = AlignmentConfig(strategy="detach", stop_below=0.0)
     with pytest.raises(InputError, match=r"--alignment\.stop-below needs --train\.diagnose-every"):

@@ -1,4 +1,4 @@
-"""The names that the texts mention exist, and so do the files that they link to."""
+"""The names that the texts mention exist, so do the files that they link to; the site is complete."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import flowback
+
 ROOT = Path(__file__).parent.parent
-TEXTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+TEXTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAME = re.compile(r"`@?(flowback(?:\.\w+)+)[`(]")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
@@ -46,3 +48,15 @@ def test_names_exist(text):
 def test_links_lead_somewhere(text):
     links = LINK.findall(text.read_text())
     assert [link for link in links if not (text.parent / link).exists()] == []
+
+
+def test_the_reference_has_every_public_name_once():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    named = re.findall(r"^::: flowback\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(named) == sorted(set(flowback.__all__) - {"__version__"}), "docs/reference/*.md"
+
+
+def test_the_site_has_every_page():
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    listed = re.findall(r"^ +- (?:[^:\n]+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert pages - set(listed) == set(), "mkdocs.yml: nav"

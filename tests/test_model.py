@@ -91,6 +91,25 @@ def test_an_unknown_name_is_refused(flow):
         Flow(CONFIG, ("cat", "dog"))
 
 
+def test_a_name_is_found_however_its_accents_are_composed_and_ids_are_shown():
+    flow = Flow(CONFIG, ("Cafe\u0301", "犬", "eel"))
+    assert flow.labels(["Caf\u00e9", "犬"], 2).tolist() == [0, 1]
+    with pytest.raises(InputError, match=r"no class 'xyz'; known: 0 = Cafe\u0301, 1 = 犬, 2 = eel"):
+        flow.labels(["xyz"], 1)
+
+
+def test_a_number_of_images(flow):
+    drawn = flow.sample(["eel", "cat"], count=3)
+    assert torch.equal(drawn, flow.sample(["eel", "cat", "eel"], [0, 1, 2]))
+    assert flow.sample("dog", count=2).shape == flow.sample(count=2).shape == (2, 1, 8, 8)
+    pictures = flowback.to_pil(3 * torch.tensor([-1.0, 0, 1]).view(3, 1, 1, 1).expand(3, 1, 8, 8))
+    assert [picture.getpixel((0, 0)) for picture in pictures] == [0, 128, 255]
+    assert flowback.to_pil(torch.zeros(1, 3, 8, 8))[0].mode == "RGB"
+    for options in ({"count": 0}, {"count": 2, "seeds": [1, 2]}):
+        with pytest.raises(InputError, match="give a number of images, at least 1, or seeds, not both"):
+            flow.sample(**options)
+
+
 def test_its_noise_is_that_of_training(flow):
     images = torch.rand(2, 1, 8, 8) * 2 - 1
     noised = flow.add_noise(images, seeds=[5, 6])

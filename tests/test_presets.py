@@ -101,8 +101,7 @@ def test_every_preset_is_a_run_and_has_a_name_of_its_own():
         assert from_dict(RunConfig, to_dict(preset.config)) == preset.config
         assert preset.about, name
         for block, layer in preset.config.alignment.locations if preset.config.alignment.active else ():
-            assert block <= preset.config.model.blocks, name
-            assert layer <= preset.config.model.layers, name
+            assert (block, layer) in preset.config.model.locations, name
 
 
 def test_rows_do_what_their_names_say():
@@ -139,6 +138,35 @@ def test_tarflow_has_its_own_budgets():
         assert not config.alignment.active
     assert get_preset("tarflow-imagenet64").config.model.num_classes == 1000
     assert get_preset("tarflow-imagenet64-bpd").config.model.noise == "uniform"
+
+
+def test_itarflow_has_its_own_budgets():
+    """Epochs × full batches of 512, from the commands of ml-itarflow's README, the rest from its code."""
+    for size, patch, width, highest, epochs, drop in (
+        (64, 2, 1280, 0.3, 300, 0.1),
+        (128, 4, 1600, 0.5, 450, 0.1),
+        (256, 8, 2176, 0.7, 600, 0.0),
+    ):
+        config = get_preset(f"itarflow-imagenet{size}").config
+        model, train = config.model, config.train
+        assert (model.image_size, model.patch_size, model.width) == (size, patch, width)
+        assert (model.layers, model.head_dim, model.tokens) == ((4, 4, 4, 24), 64, 1024)
+        assert (model.noise, model.noise_min, model.noise_max) == ("range", 0.01, highest)
+        assert (train.levels, train.level_weight, train.label_drop) == ("uniform", "level", drop)
+        assert (train.batch_size, train.steps, train.warmup_steps) == (512, epochs * 2502, 2502)
+        assert (train.lr, train.min_lr, train.ema_decay, train.grad_clip) == (1e-4, 1e-5, 0.0, None)
+        assert config.data.flip
+        small = get_preset(f"itarflow-imagenet{size}-mini").config
+        assert (small.model.layers, small.model.noise, small.model.tokens) == ((1, 1, 1, 6), "range", 64)
+        assert (small.train.levels, small.train.level_weight) == ("uniform", "level")
+        assert small.model.noise_max / small.model.noise_min == pytest.approx(highest / 0.01)
+
+
+def test_starflows_layout_is_tarflows_model_otherwise():
+    plain, deep = (get_preset(name).config for name in ("tarflow-imagenet64-patch4", "starflow-imagenet64"))
+    assert deep.model.layers == (2, 2, 2, 2, 2, 24)
+    model = dataclasses.replace(deep.model, blocks=8, layers=8)
+    assert dataclasses.replace(deep, model=model) == plain
 
 
 def test_fashion_rows_differ_in_what_they_are_about_alone():

@@ -21,15 +21,15 @@ PACKAGE = ROOT / "src" / "flowback"
 
 LEVELS = (
     {"errors"},
-    {"checked", "devices", "files", "folder_lock", "progress", "provenance", "reading"},
+    {"checked", "devices", "files", "folder_lock", "hub", "progress", "provenance", "reading"},
     {"config", "processes"},
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},
-    {"alignment", "classification", "sampling", "tarflow_weights"},
-    {"students"},
+    {"alignment", "classification", "model_card", "sampling", "tarflow_weights"},
+    {"named_model", "students"},
     {"model"},
-    {"evaluation", "sample_folder"},
-    {"training"},
+    {"evaluation", "flow_pipeline", "sample_folder"},
+    {"app", "training"},
     {"tables"},
     {"cli"},
     {"__init__", "__main__"},
@@ -130,7 +130,7 @@ def test_public_names_are_exported_once():
 
 
 def test_library_code_needs_no_optional_package():
-    optional = ("tensorboard", "wandb", "trackio", "diffusers", "datasets")
+    optional = ("tensorboard", "wandb", "trackio", "diffusers", "datasets", "gradio")
     code = f"import sys\nfor name in {optional}: sys.modules[name] = None\n"
     subprocess.run([sys.executable, "-c", code + "import flowback, flowback.cli"], check=True)
 

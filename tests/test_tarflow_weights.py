@@ -7,6 +7,7 @@ batched attention kernel, one image at a time, with the sums over earlier tokens
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -20,8 +21,12 @@ SIZE, PATCH, CHANNELS, WIDTH, HEAD, BLOCKS, LAYERS = 12, 3, 3, 128, 64, 2, 2
 TOKENS, DIM = (SIZE // PATCH) ** 2, CHANNELS * PATCH**2
 
 
-def original(classes=5, dtype=torch.float32, seed=0):
-    """A random state dict in the original's names and order, as after training: far from the identity."""
+def original(classes=5, dtype=torch.float32, seed=0, depths=(LAYERS,) * BLOCKS, levels=False, shared=0):
+    """A random state dict in the original's names and order, as after training: far from the identity.
+
+    With ``levels`` that of iTARFlow, whose first ``shared`` layers are one stack: the same tensors in every
+    block.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape, mean=0.0, std=0.05):
@@ -33,27 +38,42 @@ def original(classes=5, dtype=torch.float32, seed=0):
     def norm(name):
         return {f"{name}.weight": draw(WIDTH, mean=1.0, std=0.1), f"{name}.bias": draw(WIDTH)}
 
-    state = {"var": torch.ones(TOKENS, DIM, dtype=dtype)}
-    for t in range(BLOCKS):
+    def layer(name):
+        return {
+            **norm(f"{name}.attention.norm"),
+            **linear(f"{name}.attention.qkv", 3 * WIDTH, WIDTH),
+            **linear(f"{name}.attention.proj", WIDTH, WIDTH),
+            **norm(f"{name}.mlp.norm"),
+            **linear(f"{name}.mlp.main.0", 4 * WIDTH, WIDTH),
+            **linear(f"{name}.mlp.main.2", WIDTH, 4 * WIDTH),
+        }
+
+    stack = {name: value for j in range(shared) for name, value in layer(f"shared_backbone.{j}").items()}
+    state = {"var": torch.ones(TOKENS, DIM, dtype=dtype), **stack}
+    for t, depth in enumerate(depths):
         block = {"pos_embed": draw(TOKENS, WIDTH)}
         if classes:
             block["class_embed"] = draw(classes, 1, WIDTH, std=0.2)
         block["attn_mask"] = torch.ones(TOKENS, TOKENS, dtype=dtype).tril()
         block |= linear("proj_in", WIDTH, DIM, std=0.2)
-        for j in range(LAYERS):
-            layer = f"attn_blocks.{j}"
-            block |= norm(f"{layer}.attention.norm")
-            block |= linear(f"{layer}.attention.qkv", 3 * WIDTH, WIDTH)
-            block |= linear(f"{layer}.attention.proj", WIDTH, WIDTH)
-            block |= norm(f"{layer}.mlp.norm")
-            block |= linear(f"{layer}.mlp.main.0", 4 * WIDTH, WIDTH)
-            block |= linear(f"{layer}.mlp.main.2", WIDTH, 4 * WIDTH)
+        block |= stack
+        for j in range(depth - shared):
+            block |= layer(f"{'head' if levels else 'attn'}_blocks.{j}")
         block |= linear("proj_out", 2 * DIM, WIDTH, std=0.02)  # log-scales of some 0.3
+        if levels:
+            block |= linear("time_embed.mlp.0", 4 * WIDTH, WIDTH, std=0.1)
+            block |= linear("time_embed.mlp.2", WIDTH, 4 * WIDTH, std=0.1)
         state |= {f"blocks.{t}.{name}": value for name, value in block.items()}
     return state
 
 
-def reference(state, image, label):
+def layers_of(state, block):
+    """Where the layers of a block are, the shared ones first."""
+    places = [re.match(rf"({block}\.(?:shared_backbone|\w+_blocks)\.\d+)\.", name) for name in state]
+    return dict.fromkeys(place[1] for place in places if place)
+
+
+def reference(state, image, label, level=None):
     """Noise (N, D) of one image and the mean of its log-determinant over dimensions, in float64."""
     w = {name: value.double() for name, value in state.items()}
     rows = range(0, SIZE, PATCH)
@@ -70,6 +90,9 @@ def reference(state, image, label):
             + w[f"{name}.bias"]
         )
 
+    def gelu(value):
+        return value * (1 + torch.erf(value / math.sqrt(2))) / 2
+
     for t in range(BLOCKS):
         order = list(range(TOKENS)) if t % 2 == 0 else list(reversed(range(TOKENS)))
         name = f"blocks.{t}"
@@ -78,8 +101,14 @@ def reference(state, image, label):
         if f"{name}.class_embed" in w:
             table = w[f"{name}.class_embed"][:, 0]
             h = h + (table.sum(0) / len(table) if label is None else table[label])
-        for j in range(LAYERS):
-            layer = f"{name}.attn_blocks.{j}"
+        if level is not None:
+            angles = [
+                math.log(level) * math.exp(-math.log(10_000) * k / (WIDTH // 2)) for k in range(WIDTH // 2)
+            ]
+            waves = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+            inside = affine(f"{name}.time_embed.mlp.0", torch.tensor(waves, dtype=torch.float64))
+            h = h + affine(f"{name}.time_embed.mlp.2", gelu(inside))
+        for layer in layers_of(state, name):
             q, k, v = affine(f"{layer}.attention.qkv", norm(f"{layer}.attention.norm", h)).split(WIDTH, dim=1)
             gathered = []
             for start in range(0, WIDTH, HEAD):
@@ -88,7 +117,7 @@ def reference(state, image, label):
                 gathered.append(weights / weights.sum(1, keepdim=True) @ v[:, head])
             h = h + affine(f"{layer}.attention.proj", torch.cat(gathered, dim=1))
             m = affine(f"{layer}.mlp.main.0", norm(f"{layer}.mlp.norm", h))
-            h = h + affine(f"{layer}.mlp.main.2", m * (1 + torch.erf(m / math.sqrt(2))) / 2)
+            h = h + affine(f"{layer}.mlp.main.2", gelu(m))
         out = affine(f"{name}.proj_out", h)
         log_scale, shift = torch.zeros_like(u), torch.zeros_like(u)
         log_scale[1:], shift[1:] = out[:-1, :DIM], out[:-1, DIM:]  # first half log-scale, second half shift
@@ -107,10 +136,10 @@ def images(count=3):
 def imported(tmp_path):
     """Import a state dict by the command; the folder."""
 
-    def run(state):
+    def run(state, *options):
         torch.save(state, tmp_path / "original.pth")
         words = ["import-tarflow", str(tmp_path / "original.pth"), str(tmp_path / "out")]
-        assert main([*words, "--image-size", str(SIZE), "--patch-size", str(PATCH)]) == 0
+        assert main([*words, "--image-size", str(SIZE), "--patch-size", str(PATCH), *options]) == 0
         return tmp_path / "out"
 
     return run
@@ -252,20 +281,30 @@ def test_a_flow_of_ours_can_be_read_by_theirs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"position": "rope"}, {"mlp": "swiglu"}, {"qk_norm": True}, {"head_dim": 32}, {"mlp_ratio": 2}]
+    "change",
+    [
+        {"position": "rope"},
+        {"mlp": "swiglu"},
+        {"qk_norm": True},
+        {"head_dim": 32},
+        {"mlp_ratio": 2},
+        {"log_scale_bound": 4.0},
+        {"layers": (1, 2)},
+    ],
 )
 def test_what_theirs_cannot_express(change):
     options = {
         "image_size": 8,
         "patch_size": 2,
         "width": 64,
-        "blocks": 1,
+        "blocks": 2,
         "layers": 1,
         "num_classes": 0,
         **change,
     }
     flow = Flow(ModelConfig(**options))
     ((name, value),) = change.items()
+    value = "1,2" if name == "layers" else value
     with pytest.raises(InputError, match=f"no --model.{name.replace('_', '-')} {value}, only"):
         to_tarflow(flow.config, flow.state_dict())
 

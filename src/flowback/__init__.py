@@ -3,10 +3,11 @@
 TARFlow (arXiv 2412.06329), trained on likelihood alone, or with its features aligned to those of a frozen
 vision encoder (arXiv 2511.22345). Images are tensors (B, C, H, W) on [-1, 1].
 
-Create a flow, or load a trained one (a run, a checkpoint, or ``owner/name`` on the Hugging Face Hub)::
+Create a flow, or load a trained one (a run, a checkpoint, one that comes along, or ``owner/name`` on the
+Hugging Face Hub)::
 
     flow = flowback.create_flow("digits", num_classes=10)
-    flow = flowback.load("runs/digits")
+    flow = flowback.load("fashion")
 
 Train a preset, or add alignment to a training loop of your own::
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from flowback.data.image_set import ImageSet, PixelSet, image_set
     from flowback.data.load import load_images
     from flowback.data.named_sets import register_dataset
-    from flowback.data.pixels import to_unit_range
+    from flowback.data.pixels import to_pil, to_unit_range
     from flowback.errors import InputError
     from flowback.evaluation.by_level import LevelAccuracy, accuracy_by_level
     from flowback.evaluation.held_out import Accuracy, accuracy
@@ -56,13 +57,23 @@ if TYPE_CHECKING:
     from flowback.evaluation.references import Reference
     from flowback.evaluation.report import Report
     from flowback.flow import FlowOutput
+    from flowback.flow_pipeline import FlowPipeline, FlowPipelineOutput
     from flowback.model import Flow, Student, create_flow, load
+    from flowback.model_card import Card
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
     from flowback.sample_folder import draw_folder
-    from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler, plan_sampling, sample
+    from flowback.sampling import (
+        BlockPlan,
+        Denoising,
+        Guidance,
+        Inpainted,
+        Sampler,
+        plan_sampling,
+        sample,
+    )
     from flowback.tables import reproduce
-    from flowback.training import Evaluator, TrainResult, distil, train
+    from flowback.training import Evaluator, TrainResult, Trial, distil, train, try_run
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -82,7 +93,7 @@ _MODULES = {
     "data.image_set": ("ImageSet", "PixelSet", "image_set"),
     "data.load": ("load_images",),
     "data.named_sets": ("register_dataset",),
-    "data.pixels": ("to_unit_range",),
+    "data.pixels": ("to_pil", "to_unit_range"),
     "errors": ("InputError",),
     "evaluation.by_level": ("LevelAccuracy", "accuracy_by_level"),
     "evaluation.held_out": ("Accuracy", "accuracy"),
@@ -92,13 +103,15 @@ _MODULES = {
     "evaluation.references": ("Reference",),
     "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
+    "flow_pipeline": ("FlowPipeline", "FlowPipelineOutput"),
     "model": ("Flow", "Student", "create_flow", "load"),
+    "model_card": ("Card",),
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
-    "sampling": ("BlockPlan", "Denoising", "Guidance", "Sampler", "plan_sampling", "sample"),
+    "sampling": ("BlockPlan", "Denoising", "Guidance", "Inpainted", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
-    "training": ("Evaluator", "TrainResult", "distil", "train"),
+    "training": ("Evaluator", "TrainResult", "Trial", "distil", "train", "try_run"),
 }
 """Public names, by the module that defines them."""
 
@@ -109,6 +122,7 @@ __all__ = [
     "Alignment",
     "AlignmentConfig",
     "BlockPlan",
+    "Card",
     "DataConfig",
     "Denoising",
     "Encoder",
@@ -116,8 +130,11 @@ __all__ = [
     "Evaluator",
     "Flow",
     "FlowOutput",
+    "FlowPipeline",
+    "FlowPipelineOutput",
     "Guidance",
     "ImageSet",
+    "Inpainted",
     "InputError",
     "LevelAccuracy",
     "ModelConfig",
@@ -136,6 +153,7 @@ __all__ = [
     "StudentConfig",
     "TrainConfig",
     "TrainResult",
+    "Trial",
     "__version__",
     "accuracy",
     "accuracy_by_level",
@@ -158,8 +176,10 @@ __all__ = [
     "register_encoder",
     "reproduce",
     "sample",
+    "to_pil",
     "to_unit_range",
     "train",
+    "try_run",
 ]
 
 __version__ = "0.1.0"

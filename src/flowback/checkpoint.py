@@ -1,10 +1,13 @@
 """Checkpoints: one folder with the config, the weights to use and, apart from them, the training state.
 
     config.json            format, model, data, alignment and training settings
-    model.safetensors      the flow's weights; from training, their moving average
+    model.safetensors      the flow's weights; from training, their moving average. Of a published flow
+                           perhaps in fp16, which is read as fp32
     ema-DECAY.safetensors  further averages, if the run keeps any
     training.pt            raw weights, optimiser and position; needed only to continue training
+    README.md, samples.png, evaluation.json   of a published flow: its model card, what that shows, its record
 
+A repository on the Hub holds the same files, without the training state.
 A folder appears complete or not at all: it is written under a temporary name, flushed to disk and renamed.
 config.json holds the SHA-256 of the other files, which is checked whenever they are read, and of its own
 sections. You may edit it (if the data have moved, say); a warning then names the sections that changed.
@@ -32,19 +35,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flowback import hub
 from flowback.checked import from_dict, to_dict
 from flowback.config import RunConfig
 from flowback.devices import pick_device
-from flowback.errors import InputError
+from flowback.errors import InputError, nearest
 from flowback.files import foreign_file, write_json
 from flowback.reading import read_json, read_tensors
 
 __all__ = [
+    "CARD_FILES",
     "FORMAT",
+    "PACKAGED",
     "fetch",
     "load_config",
     "load_training_state",
     "load_weights",
+    "packaged",
     "read_config",
     "resolve",
     "save",
@@ -53,8 +60,14 @@ __all__ = [
 
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
+PACKAGED = Path(__file__).parent / "weights"
+"""Folder of the flows that come with the package."""
+CARD_FILES = ("README.md", "samples.png", "evaluation.json")
+"""What stands beside the weights of a published flow: model card, picture, evaluation record."""
 _SHOWN = 8
 """Most runs that a message names."""
+_LOOKED_AT = 1000
+"""Folders, at most, in which a message looks for runs."""
 _OWN_FILES = re.compile(
     r"config\.json|(model|ema-[\d.e-]+)\.safetensors|training\.pt|sampling-plan\.json|evaluation/.*"
 )
@@ -84,16 +97,33 @@ def resolve(path: str | Path) -> Path:
     if folders:
         return folders[-1]
     if not path.exists():
-        raise InputError(f"No checkpoint at {path}: the folder does not exist.")
+        above = next((parent for parent in path.parents if parent.is_dir()), path)
+        near = "" if len(path.parts) - len(above.parts) > 2 else _listed(_runs_in(above))
+        hint = f"; in {above} there are {near}" if near else ""
+        raise InputError(f"No checkpoint at {path}: the folder does not exist{hint}.")
     if not path.is_dir():
         raise InputError(f"No checkpoint at {path}: it is a file; give the folder of a checkpoint or a run.")
-    runs = [str(inner) for inner in sorted(path.iterdir()) if _is_checkpoint(inner) or step_folders(inner)]
+    runs = _listed(_runs_in(path))
     if runs:
-        shown = ", ".join(runs[:_SHOWN]) + (", ..." if len(runs) > _SHOWN else "")
-        raise InputError(f"No checkpoint at {path}, but there are some inside it; give one of {shown}.")
+        raise InputError(f"No checkpoint at {path}, but there are some inside it; give one of {runs}.")
     raise InputError(
         f"No checkpoint at {path}: give a folder with config.json and model.safetensors, or a run's folder."
     )
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Runs and checkpoints in a folder, or in the folders in it."""
+    places: list[Path] = []
+    for pattern in ("*", "*/*"):
+        places += sorted(place for place in folder.glob(pattern) if not place.name.startswith("."))[
+            :_LOOKED_AT
+        ]
+    found = [place for place in places if _is_checkpoint(place) or step_folders(place)]
+    return [str(place) for place in found if not {*place.parents} & {*found} and place.name != "checkpoints"]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -101,28 +131,45 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def fetch(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder that ``name`` means: itself, or a copy of a repository on the Hugging Face Hub.
+    """The local folder that ``name`` means.
 
     Args:
-        name: a folder, or ``owner/name``, which is looked up on the Hub if no such folder exists.
+        name: a folder; if there is none, a flow that comes with the package (:func:`packaged`), or
+            ``owner/name`` or ``owner/name@revision`` of a repository on the Hugging Face Hub. Of that, the
+            copy in the Hub's cache is used, brought up to date if the Hub answers.
         revision: branch, tag or commit of the repository.
 
     Raises:
-        InputError: neither of the two, or the Hub does not answer and nothing is cached.
+        InputError: none of these.
     """
-    path = Path(name)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+    path, text = Path(name), str(name)
+    if path.exists():
         return path
-    from huggingface_hub import snapshot_download  # slow to import: only where something is fetched
-
+    if text in packaged():
+        return PACKAGED / text
+    found = hub.REPOSITORY.fullmatch(Path(name).as_posix() if isinstance(name, Path) else text)
+    if found is None:
+        hint = nearest(text, packaged(), only_close=True) if path.name == text else ""
+        if hint:
+            raise InputError(f"No checkpoint at {name}: there is no such folder{hint}")
+        return path
+    repository, revision = found["name"], revision or found["revision"]
     try:
-        files = ["config.json", "*.safetensors"]
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=files, etag_timeout=5))
-    except Exception as error:  # many kinds, from the hub, its client and the network
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        folder = hub.download(repository, revision, ["config.json", "*.safetensors", *CARD_FILES])
+    except Exception as error:  # many kinds, from the Hub, its client, the network and the disk
+        reason = hub.reason(error, repository, revision)
+        raise InputError(f"No checkpoint at {name}: there is no such folder, and {reason}.") from None
+    if not (folder / "model.safetensors").is_file():
         raise InputError(
-            f"No checkpoint at {name}: there is no such folder, and the Hub cannot provide it ({reason})."
-        ) from None
+            f"No checkpoint at {name}: the Hub's cache has no model.safetensors of it; it is no flow, or its "
+            "download is incomplete: connect, and try again."
+        )
+    return folder
+
+
+def packaged() -> list[str]:
+    """Names of the flows that come with flowback."""
+    return sorted(file.parent.name for file in PACKAGED.glob("*/config.json"))
 
 
 def save(
@@ -131,6 +178,7 @@ def save(
     weights: dict[str, Tensor],
     training: dict[str, Any] | None = None,
     averages: Mapping[float, dict[str, Tensor]] | None = None,
+    card: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint folder atomically; an existing one is replaced.
 
@@ -140,6 +188,7 @@ def save(
         weights: the flow's state dict.
         training: state that only further training needs: tensors and plain values.
         averages: state dicts of further averages, by decay.
+        card: contents of :data:`CARD_FILES`, by name.
 
     Raises:
         InputError: the folder holds something else, or the disk is full.
@@ -148,7 +197,9 @@ def save(
     if folder.is_file():
         raise InputError(f"{folder} is a file; choose a folder.")
     hidden = (place for place in folder.glob(".*") if place.is_dir())  # a clone's .git, say
-    other = foreign_file(folder, lambda name: _OWN_FILES.fullmatch(name) is not None) or next(hidden, None)
+    known = CARD_FILES if card else ()  # a card that somebody wrote is not replaced by none
+    other = foreign_file(folder, lambda name: name in known or _OWN_FILES.fullmatch(name) is not None)
+    other = other or next(hidden, None)
     if other is not None:  # the folder is replaced as a whole: a run would lose its checkpoints
         raise InputError(
             f"{folder} holds something other than a checkpoint ({other}); choose another folder."
@@ -171,6 +222,8 @@ def save(
         sums: dict[str, Any] = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         sums["config.json"] = _section_sums(settings)
         write_json(temporary / "config.json", {"format": FORMAT, **settings, "sha256": sums})
+        for name, content in (card or {}).items():
+            (temporary / name).write_bytes(content)
         for written in (*temporary.iterdir(), temporary):
             _flush(written)
         _swap(temporary, folder)
@@ -334,6 +387,8 @@ def load_weights(
     if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
         shown = ", ".join(sorted(map(str, dtypes))) or "nothing"
         raise InputError(f"{file} holds {shown}, not weights of one floating-point type; use another copy.")
+    if torch.float16 in dtypes:  # a way to store them: nothing computes in it
+        weights = {name: value.float() for name, value in weights.items()}
     return config, weights
 
 

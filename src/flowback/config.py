@@ -13,20 +13,30 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from flowback.checked import Checked, require
+from flowback.errors import InputError
+from flowback.files import check_file
 
 __all__ = [
     "AlignmentConfig",
     "CodecConfig",
+    "Crop",
     "DataConfig",
     "EvaluateConfig",
+    "FolderConfig",
     "ModelConfig",
     "ProbeConfig",
+    "ReproduceConfig",
     "RunConfig",
     "SampleConfig",
+    "Scale",
     "StudentConfig",
     "TrainConfig",
 ]
 
+Crop = Literal["bicubic", "adm", "tarflow"]
+"""How an image becomes a square: as when training from a folder, ADM's way, or TARFlow's."""
+Scale = Literal["paper", "mini", "fashion"]
+"""Sizes of a table's rows."""
 
 _MOST = {
     "image_size": 2**14,
@@ -60,8 +70,8 @@ class ModelConfig(Checked):
     """Width of the Transformers."""
     blocks: int = 8
     """Autoregressive blocks T."""
-    layers: int = 8
-    """Transformer layers in each block."""
+    layers: int | tuple[int, ...] = 8
+    """Transformer layers in each block: one number for all, or one a block from block 1, next to the data."""
     head_dim: int = 64
     """Width of one attention head."""
     mlp_ratio: int = 4
@@ -72,6 +82,8 @@ class ModelConfig(Checked):
     """Position code: a learned table, or rotary embedding of the token's row and column."""
     qk_norm: bool = False
     """RMS-normalise queries and keys."""
+    log_scale_bound: float | None = None
+    """Keep every log-scale s within ±a, smoothly, as a·tanh(s/a); None leaves it free."""
     num_classes: int | None = None
     """Number of classes; 0 is unconditional; None takes the number from the data."""
     noise: Literal["gaussian", "uniform", "range"] = "gaussian"
@@ -87,9 +99,18 @@ class ModelConfig(Checked):
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
         for name, most in _MOST.items():
-            size, option = getattr(self, name), f"--model.{name.replace('_', '-')}"
-            require(size > 0, f"{option} must be at least 1.")
-            require(size <= most, f"{option} is {size:.3g}, and flowback takes at most {most}.")
+            value, option = getattr(self, name), f"--model.{name.replace('_', '-')}"
+            for size in value if isinstance(value, tuple) else (value,):
+                require(size > 0, f"{option} must be at least 1.")
+                require(size <= most, f"{option} is {size:.3g}, and flowback takes at most {most}.")
+        if isinstance(self.layers, tuple):
+            require(
+                len(self.layers) == self.blocks,
+                f"--model.layers {','.join(map(str, self.layers[:16]))} names {len(self.layers)} blocks, and "
+                f"--model.blocks is {self.blocks}; give one number for all blocks, or one for each.",
+            )
+            if len(set(self.layers)) == 1:  # one way to write a model, so that equal ones compare equal
+                object.__setattr__(self, "layers", self.layers[0])
         require(
             self.image_size % self.patch_size == 0,
             f"--model.image-size {self.image_size} is not divisible by --model.patch-size {self.patch_size}; "
@@ -112,7 +133,7 @@ class ModelConfig(Checked):
             f"--model.num-classes is above {MOST_CLASSES}, the most that flowback takes.",
         )
         require(
-            self.blocks * self.layers <= MOST_LAYERS,
+            sum(self.depths) <= MOST_LAYERS,
             f"--model.blocks {self.blocks} of --model.layers {self.layers} are more than the {MOST_LAYERS} "
             "layers that flowback takes.",
         )
@@ -122,6 +143,10 @@ class ModelConfig(Checked):
             f"{self.tokens} tokens, and flowback takes at most {MOST_TOKENS}; choose larger patches.",
         )
         require(self.noise_std >= 0, "--model.noise-std must not be negative.")
+        require(
+            self.log_scale_bound is None or self.log_scale_bound > 0,
+            "--model.log-scale-bound must be above 0.",
+        )
         if self.noise != "range":
             return
         require(
@@ -140,6 +165,23 @@ class ModelConfig(Checked):
         if self.noise == "range":
             return math.sqrt(self.noise_min * self.noise_max)
         return self.noise_std if self.noise == "gaussian" else None
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer layers of each block, from block 1."""
+        return self.layers if isinstance(self.layers, tuple) else (self.layers,) * self.blocks
+
+    @property
+    def locations(self) -> list[tuple[int, int]]:
+        """Every (block, layer), counted from 1."""
+        return [(t, layer) for t, depth in enumerate(self.depths, start=1) for layer in range(1, depth + 1)]
+
+    @property
+    def locations_in_words(self) -> str:
+        """Which (block, layer) pairs there are, for messages."""
+        if isinstance(self.layers, int):
+            return f"blocks go from 1 to {self.blocks}, layers from 1 to {self.layers}"
+        return f"blocks go from 1 to {self.blocks}, and have {', '.join(map(str, self.depths))} layers"
 
     @property
     def grid(self) -> int:
@@ -594,8 +636,9 @@ class EvaluateConfig(Checked):
     """Figures in Inception features: ADM's (FID, sFID, IS, precision, recall), TARFlow's FID, or none."""
     inception_weights: Path | None = None
     """Local file of the Inception weights, instead of a download."""
-    reference_limit: int | None = None
-    """Compare with only this many images of the reference, spread evenly."""
+    reference_limit: int | Literal["auto"] | None = "auto"
+    """Compare with only this many images of the reference, spread evenly; None: all. `auto`: 10 for each
+    sample and at least 2,000 with the protocol `none`; all with the others, which publish figures."""
     likelihood: bool = True
     """Measure nll and bits/dim of the test images."""
     classification: bool = True
@@ -620,7 +663,7 @@ class EvaluateConfig(Checked):
             "--samples must be 0, or at least 2: a covariance needs two.",
         )
         require(
-            self.reference_limit is None or self.reference_limit >= 2,
+            not isinstance(self.reference_limit, int) or self.reference_limit >= 2,
             "--reference-limit must be at least 2: a covariance needs two.",
         )
         require(self.draws >= 1, "--draws must be at least 1.")
@@ -662,6 +705,101 @@ class ProbeConfig(Checked):
 
 
 @dataclass(frozen=True)
+class FolderConfig(Checked):
+    """What is drawn, and into which files."""
+
+    count: int = 16
+    """Number of images, over all labels."""
+    labels: tuple[str | int, ...] = ()
+    """Classes to draw, in turn, by name or id; none given: all classes in turn. A number is an id, unless
+    it is the name of a class."""
+    unconditional: bool = False
+    """Draw without labels from a model with classes."""
+    seed: int = 0
+    """Seed of the first image."""
+    redraws: int = 3
+    """How often an image with non-finite values is drawn again."""
+    grid: Path | None = None
+    """Also write all images as one picture, classes in rows."""
+    npz: Path | None = None
+    """Also write all images as the file that ADM's evaluator reads."""
+    trajectory: Path | None = None
+    """Also write the picture of the way from noise to image, for the first 8 images."""
+    compare: Path | None = None
+    """Of a student: also write its first 8 images beside those of its teacher, from the same noise, and the
+    difference (grey: none)."""
+
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
+        require(self.count >= 1, "--count must be at least 1.")
+        require(self.redraws >= 0, "--redraws must not be negative.")
+        last = 2**32 - self.count
+        require(0 <= self.seed <= last, f"--seed {self.seed} is out of range; it goes from 0 to {last}.")
+        require(
+            not (self.labels and self.unconditional),
+            "--labels and --unconditional exclude each other; give one of them.",
+        )
+        require(
+            len(self.labels) <= self.count,
+            f"{len(self.labels)} labels for {self.count} images; raise --count.",
+        )
+        for name in ("grid", "npz", "trajectory", "compare"):
+            path = getattr(self, name)
+            if path is not None:
+                check_file(path, f"--{name}")
+
+    def check_place(self, out: Path) -> None:
+        """Refuse pictures among the images, where they would count as two of them."""
+        for name in ("grid", "trajectory", "compare"):
+            path = getattr(self, name)
+            if path is not None and out.resolve() in path.resolve().parents:
+                raise InputError(f"--{name} {path} lies in {out}, among the images; give another place.")
+
+
+@dataclass(frozen=True)
+class ReproduceConfig(Checked):
+    """How a table is filled in."""
+
+    rows: tuple[str, ...] = ()
+    """Only the rows of these presets; `*` and `?` are allowed. None given: all rows."""
+    baseline: str | None = None
+    """The row that all others are compared with. None: the last row above without alignment, or the first."""
+    data: Path | None = None
+    """The prepared set, or the folder of images; small scales know their own."""
+    latents: Path | None = None
+    """The prepared latents of 256×256 images, for the rows in latents."""
+    samples: int | None = None
+    """Samples of each evaluation; None: 1,000 at small scales, else as many as in the paper."""
+    guidance: float | None = None
+    """Guidance scale; None: 0.3 at small scales, else the best of 0, 0.5, ... 4, as in the paper."""
+    search: tuple[float, ...] = ()
+    """Guidance scales to try instead of one; the table shows the figures of the best."""
+    inception_weights: Path | None = None
+    """Local file of the Inception weights: adds ADM's FID, sFID and IS."""
+    steps: int | None = None
+    """Training steps instead of the preset's, to try the command out."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+    jobs: int = 1
+    """Rows that run at once, each in a process of its own with an equal share of the cores."""
+    redo: bool = False
+    """Remove runs with other settings, and train them again."""
+    any_code: bool = False
+    """Take runs and records of other versions of the code too; the table says which commits it is of."""
+    note: tuple[str, ...] = ()
+    """Sentences to print under the table: what it supports, and what it does not."""
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        require(self.jobs >= 1, "--jobs must be at least 1.")
+        require(self.samples is None or self.samples >= 2, "--samples must be at least 2.")
+        require(self.steps is None or self.steps >= 1, "--steps must be at least 1.")
+        require(
+            self.guidance is None or not self.search, "--guidance is one scale, --search several; give one."
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig(Checked):
     """All settings of a run, stored as `config.json` in its checkpoints."""
 
@@ -692,9 +830,10 @@ class RunConfig(Checked):
             self.alignment.stop_below is None or self.train.diagnose_every > 0,
             "--alignment.stop-below needs --train.diagnose-every, the steps between two measurements.",
         )
+        known = set(self.model.locations)
         for block, layer in self.alignment.locations:
             require(
-                1 <= block <= self.model.blocks and 1 <= layer <= self.model.layers,
+                (block, layer) in known,
                 f"--alignment.locations: ({block}, {layer}) is outside the model; "
-                f"blocks go from 1 to {self.model.blocks}, layers from 1 to {self.model.layers}.",
+                f"{self.model.locations_in_words}.",
             )

@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import torch
-
 from flowback.errors import InputError
 
 __all__ = [
@@ -112,14 +109,15 @@ def plain(data: Any) -> Any:
     """Data that any JSON reader accepts: null for NaN and infinity, lists for arrays and tensors.
 
     Example:
-        >>> plain({"nll": float("nan"), "z2": torch.ones(2)})
+        >>> import numpy as np
+        >>> plain({"nll": float("nan"), "z2": np.ones(2)})
         {'nll': None, 'z2': [1.0, 1.0]}
     """
     if isinstance(data, dict):
         return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [plain(value) for value in data]
-    if isinstance(data, (torch.Tensor, np.ndarray, np.generic)):
+    if hasattr(data, "tolist"):  # of NumPy or PyTorch, which take seconds to import
         return plain(data.tolist())
     if isinstance(data, float) and not math.isfinite(data):
         return None

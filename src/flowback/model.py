@@ -2,105 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowback import checkpoint
-from flowback.config import DataConfig, ModelConfig, RunConfig, SampleConfig, StudentConfig
-from flowback.data.load import UNNAMED
+from flowback import checkpoint, hub
+from flowback.config import ModelConfig, RunConfig, SampleConfig, StudentConfig
 from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
-from flowback.flow.block import Labels
 from flowback.flow.cost import parameters
-from flowback.flow.image_model import ImageModel, UserLabels
+from flowback.flow.image_model import UserLabels
 from flowback.flow.levels import UserLevels
 from flowback.flow.likelihood import add_noise
+from flowback.model_card import Card, about, card_text, public, public_config, read_record
+from flowback.named_model import NamedModel
 from flowback.presets import get_preset
-from flowback.sampling import BlockPlan, Sampler, sample
+from flowback.sampling import BlockPlan, Inpainted, Sampler, inpaint, interpolate, sample
 from flowback.sampling.block_plan import weights_hash
+from flowback.sampling.image_files import save_grid
 from flowback.students.network import StudentNetwork
 from flowback.students.refine import refined_sampler
 from flowback.students.sampler import StudentSampler
 
-__all__ = ["Flow", "NamedModel", "Student", "create_flow", "load", "load_teacher"]
+__all__ = ["Flow", "Student", "create_flow", "load", "load_teacher"]
 
-
-class NamedModel(ImageModel):
-    """What a model has beside its mathematics: class names, settings of its run, files."""
-
-    classes: tuple[str, ...]
-    """Names of the classes; empty if unconditional or unknown."""
-    run: RunConfig | None
-    """All settings of the run that trained it; None for a new model."""
-    folder: Path | None
-    """Checkpoint folder that its weights were read from; None for a new model."""
-
-    def _name(self, classes: Sequence[str]) -> None:
-        self.classes, self.run, self.folder = tuple(classes), None, None
-        count = self.config.num_classes or 0
-        if self.classes and len(self.classes) != count:
-            raise InputError(
-                f"{len(self.classes)} class names for a model of {count} classes; "
-                "give one for each, in the order of their ids."
-            )
-
-    def labels(self, labels: UserLabels, batch: int) -> Labels:
-        """Labels as a tensor on the flow's device; names become ids, ids and weights stay as they are.
-
-        Raises:
-            InputError: an unknown name, ids out of range, a wrong count, or weights of another size.
-        """
-        if isinstance(labels, str):
-            labels = [labels] * batch
-        if isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
-            labels = [self._class_id(label) if isinstance(label, str) else label for label in labels]
-        return super().labels(labels, batch)
-
-    def _class_id(self, name: str) -> int:
-        if self.classes.count(name) > 1:
-            raise InputError(f"The model has {self.classes.count(name)} classes called {name}; give an id.")
-        if name in self.classes:
-            return self.classes.index(name)
-        if not self.classes:
-            raise InputError(f"The model does not know the names of its classes; give {name!r} as an id.")
-        raise InputError(f"The model has no class {name!r}; {nearest(name, self.classes)}")
-
-    def _read(self, folder: Path, run: RunConfig, weights: Mapping[str, Tensor]) -> None:
-        """Take the weights of a checkpoint, as they are.
-
-        Raises:
-            InputError: they are of another model.
-        """
-        try:
-            self.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"The weights in {folder} do not fit its config.json: {reason}") from None
-        self.run, self.folder = run, folder
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder that ``from_pretrained`` reads: config.json and model.safetensors.
-
-        The folder appears complete or not at all; an existing checkpoint is replaced.
-
-        Raises:
-            InputError: the folder holds something else, or cannot be written.
-        """
-        run = self.run or RunConfig(data=DataConfig(UNNAMED))
-        config = replace(run, model=self.config, classes=self.classes, **self._own_settings())
-        checkpoint.save(Path(folder), config, self.state_dict())
-
-    def _own_settings(self) -> dict[str, Any]:
-        """Sections of the settings beside the model's."""
-        return {}
+_PICTURED = 10
+"""Most classes in the picture of a model card."""
 
 
 class Flow(NamedModel, TARFlow):
@@ -129,7 +66,7 @@ class Flow(NamedModel, TARFlow):
 
     def __init__(self, config: ModelConfig, classes: Sequence[str] = ()) -> None:
         super().__init__(config)
-        self._name(classes)
+        self.set_names(classes)
 
     def add_noise(
         self, images: Float[Tensor, "b c h w"], seeds: Sequence[int], *, noise: UserLevels = None
@@ -148,13 +85,66 @@ class Flow(NamedModel, TARFlow):
         return add_noise(images, self.config, seeds, levels=None if levels is None else levels.to(images))
 
     def sample(
-        self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
+        self,
+        labels: UserLabels = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        *,
+        count: int | None = None,
+        **options: Any,
     ) -> Float[Tensor, "b c h w"]:
-        """Draw images on [-1, 1], not clamped; :func:`flowback.sample` explains the options.
+        """Draw images on [-1, 1], raw: not clamped, not rounded; :func:`flowback.to_pil` makes pictures.
 
         For many batches use :class:`flowback.Sampler`, which prepares the weights only once.
+
+        Args:
+            labels: one for each image, or one for all; None is unconditional.
+            seeds: one for each image; None: 0, 1, 2, ...
+            count: number of images, in place of ``seeds``; fewer labels take turns.
+            **options: those of :func:`flowback.sample`.
+
+        Raises:
+            InputError: labels, seeds, count or options that do not fit the model or each other.
         """
+        if count is not None:
+            if seeds is not None or count < 1:
+                raise InputError(f"count={count}: give a number of images, at least 1, or seeds, not both.")
+            seeds = range(count)
+            if isinstance(labels, (list, tuple)) and labels:
+                labels = [labels[number % len(labels)] for number in seeds]
         return sample(self, labels, seeds, **options)
+
+    def trajectory(
+        self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
+    ) -> list[Float[Tensor, "b c h w"]]:
+        """The way from noise to images: z, the outputs of blocks T ... 1, and the denoised images.
+
+        The last are those of :meth:`sample` with the same arguments. Options are those of
+        :class:`flowback.Sampler`, whose method ``follow`` gives each state as soon as it is there.
+        """
+        return Sampler(self, **options).trajectory(labels, seeds)
+
+    def interpolate(
+        self,
+        first: Float[Tensor, "b c h w"],
+        second: Float[Tensor, "other c h w"],
+        steps: int = 9,
+        labels: UserLabels = None,
+        second_labels: UserLabels = None,
+        **options: Any,
+    ) -> Float[Tensor, "b s c h w"]:
+        """Images between two, equally spaced in z; :func:`flowback.sampling.interpolate` explains it."""
+        return interpolate(self, first, second, steps, labels, second_labels, **options)
+
+    def inpaint(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keep: Bool[Tensor, "m n"],
+        labels: UserLabels = None,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Inpainted:
+        """Keep some tokens and redraw the others; :func:`flowback.sampling.inpaint` explains it."""
+        return inpaint(self, images, keep, labels, seeds, **options)
 
     @classmethod
     def from_pretrained(
@@ -167,8 +157,9 @@ class Flow(NamedModel, TARFlow):
         """Load a flow with its averaged weights, in eval mode.
 
         Args:
-            name: a run's folder (its newest checkpoint), a checkpoint folder, or a repository on the Hugging
-                Face Hub, as ``owner/name``.
+            name: a run's folder (its newest checkpoint), a checkpoint folder, a flow that comes with the
+                package (``fashion``), or a repository on the Hugging Face Hub, as ``owner/name`` or
+                ``owner/name@revision``. Nothing of it is unpickled or run.
             device: where the weights go; ``auto`` is a GPU if there is one.
             ema: decay of the average to load, if the run kept several; None is its main one.
             revision: branch, tag or commit of the repository.
@@ -192,12 +183,106 @@ class Flow(NamedModel, TARFlow):
             )
         with init_empty_weights(include_buffers=False):  # the weights are about to come
             flow = cls(config.model, config.classes)
-        flow._read(folder, config, weights)
+        flow.take(folder, config, weights)
         return flow.to(device).eval()
 
     def sampler(self, config: SampleConfig, plans: Sequence[BlockPlan] | None = None) -> Sampler:
         """What draws images as the options say; see :meth:`flowback.Sampler.from_config`."""
         return Sampler.from_config(self, config, plans)
+
+    @property
+    def about(self) -> str:
+        """What the flow is, in one sentence: its size, images, data and training."""
+        return about(self.settings())
+
+    def save_pretrained(
+        self, folder: str | Path, card: Card | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the folder that :meth:`from_pretrained` reads: config.json and model.safetensors.
+
+        The folder appears complete or not at all; an existing checkpoint is replaced. With a card, it is one
+        to be published: README.md, a picture of samples and the evaluation record stand beside the weights,
+        and of paths on this machine only the last part.
+
+        Args:
+            folder: where to write it.
+            card: what the model card says.
+            dtype: of the weights in the file; None leaves them as they are. fp16 is read as fp32 again.
+
+        Raises:
+            InputError: the folder holds something else, or cannot be written, or the card's record is none.
+        """
+        config, files = self.settings(), {}
+        if card is not None:
+            config = public_config(config)
+            files = self._card_files(card, config, dtype)
+        weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
+        checkpoint.save(Path(folder), config, weights, card=files)
+
+    def _card_files(self, card: Card, config: RunConfig, dtype: torch.dtype | None) -> dict[str, bytes]:
+        """README.md, samples.png and evaluation.json, as far as there are any."""
+        record, rounded, files = None, False, {}
+        if card.record is not None:
+            record = public(read_record(card.record))
+            rounded = self._measured_before_rounding(record, dtype, card.record)
+            files["evaluation.json"] = json.dumps(record, indent=2).encode() + b"\n"
+        if card.columns and not config.codec.vae:  # latents would need their VAE
+            files["samples.png"] = self._picture(card.columns, card.guidance)
+        text = card_text(card, config, record, picture="samples.png" in files, rounded=rounded)
+        return {"README.md": text.encode(), **files}
+
+    def _measured_before_rounding(
+        self, record: dict[str, Any], dtype: torch.dtype | None, file: Path | str
+    ) -> bool:
+        """Whether a record is of the weights before their rounding to ``dtype``; of others it is refused."""
+        measured = record["settings"].get("weights_sha256")
+        stored = copy.deepcopy(self).to(dtype).to(self.data_dtype) if dtype else self
+        if measured in (None, weights_hash(stored)):
+            return False
+        if measured == weights_hash(self):
+            return True
+        raise InputError(f"{file} is the record of other weights; evaluate these, or give theirs.")
+
+    def _picture(self, columns: int, guidance: float) -> bytes:
+        """A PNG of ``columns`` samples of each class, of the first ten if there are more."""
+        count = min(self.config.num_classes or 0, _PICTURED)
+        labels = [label for label in range(count) for _ in range(columns)] or None
+        images = self.sample(
+            labels, range(columns * (count or columns)), guidance=guidance if labels else 0.0
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            save_grid(images, Path(folder, "grid.png"), columns, names=self.classes[:count])
+            return Path(folder, "grid.png").read_bytes()
+
+    def push_to_hub(
+        self,
+        name: str,
+        card: Card | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the folder of :meth:`save_pretrained` to the Hugging Face Hub; returns its address.
+
+        The token is the one of ``hf auth login`` or of HF_TOKEN.
+
+        Args:
+            name: ``owner/name``; the repository is made if there is none.
+            card: what the model card says; None: what the settings say.
+            dtype: of the weights in the file; None leaves them as they are.
+            private: whether a new repository is private.
+            revision: an existing branch; None is the main one.
+
+        Raises:
+            InputError: the Hub does not answer, does not know the user or refuses.
+        """
+        if not hub.REPOSITORY.fullmatch(name) or "@" in name:
+            raise InputError(f"{name} is no name on the Hub; give owner/name.")
+        hub.check_login()
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(Path(place, "flow"), card or Card(name), dtype)
+            return hub.upload(Path(place, "flow"), name, private=private, revision=revision)
 
 
 class Student(NamedModel, StudentNetwork):
@@ -222,10 +307,25 @@ class Student(NamedModel, StudentNetwork):
 
     def __init__(self, config: ModelConfig, student: StudentConfig, classes: Sequence[str] = ()) -> None:
         super().__init__(config, student)
-        self._name(classes)
+        self.set_names(classes)
 
-    def _own_settings(self) -> dict[str, Any]:
-        return {"student": self.student}
+    def settings(self) -> RunConfig:
+        """Its settings as a checkpoint holds them."""
+        return replace(super().settings(), student=self.student)
+
+    @property
+    def about(self) -> str:
+        """What the student is, in one sentence."""
+        count = sum(p.numel() for p in self.parameters())
+        return f"a student of method {self.student.method}, {count:,} parameters, of {self.student.teacher}"
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that :meth:`from_pretrained` reads: config.json and model.safetensors.
+
+        Raises:
+            InputError: the folder holds something else, or cannot be written.
+        """
+        checkpoint.save(Path(folder), self.settings(), self.state_dict())
 
     def sample(
         self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
@@ -279,7 +379,7 @@ class Student(NamedModel, StudentNetwork):
             raise InputError(f"{folder} holds a flow, not a student; make one with flowback distil.")
         with init_empty_weights(include_buffers=False):
             student = cls(config.model, config.student, config.classes)
-        student._read(folder, config, weights)
+        student.take(folder, config, weights)
         return student.to(device).eval()
 
 

@@ -1,10 +1,13 @@
-"""Progress bars with rate and time left, shown only on a terminal and only by the first process."""
+"""Progress: bars on a terminal, a line now and then in a log; only from the first process."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
@@ -22,6 +25,11 @@ from rich.text import Text
 __all__ = ["bar", "on_terminal", "track"]
 
 T = TypeVar("T")
+
+log = logging.getLogger("flowback")
+
+SECONDS, FIRST = 30.0, 5.0
+"""Seconds between two lines of a log, and before the first one."""
 
 
 class _Rate(ProgressColumn):
@@ -56,9 +64,25 @@ def bar(unit: str = "images") -> Progress:
 def track(
     items: Iterable[T], total: int, description: str, unit: str = "images", step: int = 1
 ) -> Iterator[T]:
-    """Yield ``items`` while a bar advances by ``step`` at each."""
+    """Yield ``items`` while a bar advances by ``step`` at each; off a terminal, the log has lines instead."""
+    speaks = not on_terminal() and os.environ.get("RANK", "0") == "0"
+    started = time.monotonic()
+    due = started + FIRST
     with bar(unit) as progress:
         task = progress.add_task(description, total=total, note="")
-        for item in items:
+        for number, item in enumerate(items, start=1):
             yield item
             progress.advance(task, step)
+            now, done = time.monotonic(), min(number * step, total)
+            if speaks and now >= due and done < total:
+                due, rate = now + SECONDS, done / (now - started)
+                left = timedelta(seconds=round((total - done) / rate))
+                log.info(
+                    "%s: %s of %s, %.3g %s/s, %s left.",
+                    description,
+                    f"{done:,}",
+                    f"{total:,}",
+                    rate,
+                    unit,
+                    left,
+                )

@@ -22,18 +22,18 @@ from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor
 
-from flowback.checked import Checked, require
-from flowback.config import RunConfig, SampleConfig
+from flowback.config import FolderConfig, RunConfig, SampleConfig
 from flowback.data.pixels import Faults, quantise, to_unit_range
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
-from flowback.files import check_file, foreign_file, write_json
+from flowback.files import foreign_file, write_json
 from flowback.folder_lock import folder_lock
-from flowback.model import Flow, NamedModel, Student
+from flowback.model import Flow, Student
+from flowback.named_model import NamedModel
 from flowback.progress import bar
 from flowback.provenance import environment
 from flowback.reading import read_json
-from flowback.sampling import BlockPlan, Denoising, Sampler
+from flowback.sampling import BlockPlan, Sampler
 from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.denoise import denoises
 from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
@@ -44,7 +44,6 @@ __all__ = [
     "Draw",
     "Drawn",
     "Failed",
-    "FolderConfig",
     "SampleFolder",
     "SampleReport",
     "class_ids",
@@ -56,58 +55,6 @@ _SHOWN = 8
 
 _OWN_FILES = re.compile(r"\d{6,}\.png|[^/]+\.(npz|json)")
 """What a folder of samples may hold; ``--npz`` and ``--json`` may name a place beside the images."""
-
-
-@dataclass(frozen=True)
-class FolderConfig(Checked):
-    """What is drawn, and into which files."""
-
-    count: int = 16
-    """Number of images, over all labels."""
-    labels: tuple[str | int, ...] = ()
-    """Classes to draw, in turn, by name or id; none given: all classes in turn. A number is an id, unless
-    it is the name of a class."""
-    unconditional: bool = False
-    """Draw without labels from a model with classes."""
-    seed: int = 0
-    """Seed of the first image."""
-    redraws: int = 3
-    """How often an image with non-finite values is drawn again."""
-    grid: Path | None = None
-    """Also write all images as one picture, classes in rows."""
-    npz: Path | None = None
-    """Also write all images as the file that ADM's evaluator reads."""
-    trajectory: Path | None = None
-    """Also write the picture of the way from noise to image, for the first 8 images."""
-    compare: Path | None = None
-    """Of a student: also write its first 8 images between those of its teacher, from the same noise, and the
-    difference (grey: none)."""
-
-    def check(self) -> None:
-        """Refuse values out of range, and those that do not go together."""
-        require(self.count >= 1, "--count must be at least 1.")
-        require(self.redraws >= 0, "--redraws must not be negative.")
-        last = 2**32 - self.count
-        require(0 <= self.seed <= last, f"--seed {self.seed} is out of range; it goes from 0 to {last}.")
-        require(
-            not (self.labels and self.unconditional),
-            "--labels and --unconditional exclude each other; give one of them.",
-        )
-        require(
-            len(self.labels) <= self.count,
-            f"{len(self.labels)} labels for {self.count} images; raise --count.",
-        )
-        for name in ("grid", "npz", "trajectory", "compare"):
-            path = getattr(self, name)
-            if path is not None:
-                check_file(path, f"--{name}")
-
-    def check_place(self, out: Path) -> None:
-        """Refuse pictures among the images, where they would count as two of them."""
-        for name in ("grid", "trajectory", "compare"):
-            path = getattr(self, name)
-            if path is not None and out.resolve() in path.resolve().parents:
-                raise InputError(f"--{name} {path} lies in {out}, among the images; give another place.")
 
 
 @dataclass(frozen=True)
@@ -334,10 +281,11 @@ def _sampler_settings(sampler: Sampler | StudentSampler) -> dict[str, Any]:
 
 
 def _denoising(sampler: Sampler) -> dict[str, Any] | None:
-    """How images are denoised; None for one step of a flow of one level, without options."""
-    if not sampler.levels or (len(sampler.levels) == 1 and sampler.denoising == Denoising()):
-        return None
-    return {**asdict(sampler.denoising), "levels": sampler.levels}
+    """What decides how images are denoised; None for none, or one step without options."""
+    how = {name: getattr(sampler.denoising, name) for name in ("method", "clamp", "guidance")}
+    if len(sampler.levels) > 1:
+        return {"levels": sampler.levels, **how}
+    return how if sampler.levels and (how["clamp"] or how["guidance"]) else None
 
 
 class Draw(Protocol):

@@ -167,6 +167,9 @@ def test_what_a_killed_process_left_is_removed(encoder, images, tmp_path, monkey
     )
     killed, alive, other = left_by(int(ended.stdout)), left_by(os.getppid()), tmp_path / ".other.1.npy"
     other.write_bytes(b"of another machine")
+    old = tmp_path / ".other.2.npy"
+    old.write_bytes(b"of a machine that is no more")
+    os.utime(old, (0, 0))
     cached_features(encoder, images, 2, True, tmp_path)
     assert set(tmp_path.iterdir()) == {alive, other, table.path, table.path.with_suffix(".json")}
     assert not killed.exists()
@@ -180,3 +183,37 @@ def test_tables_of_rounded_convolutions_are_tables_of_their_own(encoder, images,
     assert _content(encoder, images, [5, 1, 4, 3]) == {**here, "convolutions": "tf32"}
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert _content(encoder, images, [5, 1, 4, 3]) == here
+
+
+class StoppedError(BaseException):
+    """As Ctrl-C."""
+
+
+@pytest.mark.parametrize("damage", [None, "note", "rows"])
+def test_a_stopped_computation_goes_on(encoder, images, tmp_path, monkeypatch, caplog, damage):
+    monkeypatch.setattr(module, "_FLUSHED", 16)
+    monkeypatch.setattr(module, "_BATCH", 16)
+    expected = cached_features(encoder, images, 2, True, tmp_path / "whole").values
+    stopped, forward = make_encoder(), encoder.model.forward_intermediates
+
+    def until_the_third(x, **options):
+        stopped.model.seen += len(x)
+        if stopped.model.seen > 80:
+            raise StoppedError
+        return forward(x, **options)
+
+    monkeypatch.setattr(stopped.model, "forward_intermediates", until_the_third)
+    with pytest.raises(StoppedError):
+        cached_features(stopped, images, 2, True, tmp_path)
+    left = sorted(file for file in tmp_path.iterdir() if file.is_file())
+    assert [file.suffix for file in left] == [".json", ".npy"]
+    if damage:
+        file = left[0] if damage == "note" else left[1]
+        file.write_bytes(file.read_bytes()[:-7])
+    again = make_encoder()
+    with caplog.at_level("INFO", "flowback"):
+        table = cached_features(again, images, 2, True, tmp_path)
+    assert again.model.seen == (140 if damage else 140 - 64)
+    assert ("; 32 are there already." in caplog.text) == (damage is None)
+    assert torch.equal(table.values, expected)
+    assert sorted(file.suffix for file in tmp_path.iterdir() if file.is_file()) == [".json", ".npy"]

@@ -453,3 +453,22 @@ def test_models_without_feature_maps(monkeypatch, tmp_path):
     monkeypatch.setattr(encoders, "_create", lambda *arguments, **options: (Stub(), True))
     with pytest.raises(InputError, match="gives no feature maps"):
         create_encoder("timm:test_vit", tmp_path / "w.safetensors")
+
+
+def test_on_a_cpu_few_images_are_encoded_at_once(monkeypatch):
+    """As many as the limit on pixels allows, in their order; at least one."""
+
+    class Means(encoders.Encoder):
+        def feature_map(self, images, size):
+            seen.append(len(images))
+            return images.mean((1, 2, 3)).view(-1, 1, 1, 1)
+
+    seen = []
+    encoder = Means("means", nn.Identity(), encoders.Recipe(1, 4, (0.5,) * 3, (0.5,) * 3, pooled_size=16))
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    for pixels, expected in ((2 * 16**2, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(encoders, "_PIXELS", pixels)
+        seen.clear()
+        assert encoder.pooled(images)[:, 0].tolist() == [0, 1, 2, 3, 4]
+        assert seen == expected
+    assert encoder.pooled(images[:0]).shape == (0, 1)

@@ -107,7 +107,15 @@ def config(strategy, locations=TWO, order=0, tolerance=1e-12):
 @SETS
 @CLASSES
 def test_exact_equals_sequential_decoding_under_autograd(locations, classes):
-    case = Case(classes)
+    assert_exact(Case(classes), locations)
+
+
+@pytest.mark.parametrize("changes", [{"layers": (1, 2, 1, 3)}, {"log_scale_bound": 0.2}], ids=str)
+def test_exact_with_uneven_blocks_and_bounded_scales(changes):
+    assert_exact(Case(**changes), ((2, 2), (4, changes.get("layers", (2,))[-1])))
+
+
+def assert_exact(case, locations):
     expected = case.expected(locations, decode_with_autograd)
     assert_same(case.both(config("reverse", locations, "exact")), expected)
 

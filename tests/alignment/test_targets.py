@@ -213,20 +213,26 @@ def test_a_prepared_set_has_no_original_files(config, tmp_path):
         make_targets(config, training_images(config), tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("steps", "batch"), [(2, 3), (1, 5)])
-def test_a_run_that_does_not_see_every_image_does_not_encode_them_all(config, tmp_path, caplog, steps, batch):
-    """Six images: one in each of six places of two steps; and five."""
-    alignment = dataclasses.replace(config.alignment, originals=False)
+@pytest.mark.parametrize(("steps", "batch", "stop"), [(4, 3, None), (1, 11, None), (4, 3, 3)])
+def test_a_run_that_aligns_fewer_images_than_a_table_has_encodes_only_those(
+    config, tmp_path, caplog, steps, batch, stop
+):
+    """Six images and their mirror images are 12."""
+    alignment = dataclasses.replace(config.alignment, originals=False, stop_at=stop)
     train = dataclasses.replace(config.train, steps=steps, batch_size=batch)
     config = dataclasses.replace(config, train=train, alignment=alignment)
     images = training_images(config)
     with caplog.at_level("INFO", "flowback"):
         targets = make_targets(config, images, tmp_path / "cache")
-    assert (tmp_path / "cache").exists() == (steps * batch >= 6)
-    if steps * batch < 6:
+    aligned = (stop or steps) * batch
+    assert (tmp_path / "cache").exists() == (aligned >= 12)
+    if aligned < 12:
         assert caplog.messages == [
-            "The encoder efficientnet_lite0 runs at every step: the run does not see every image."
+            "The encoder efficientnet_lite0 runs at every step: "
+            f"the run aligns {aligned} images, a table has 12."
         ]
+        module.cached_features(ENCODER("efficientnet_lite0"), images, 2, True, tmp_path / "cache")
+        assert isinstance(make_targets(config, images, tmp_path / "cache"), CachedTargets)  # it is there now
     seen = shown(images, INDICES, FLIPPED)
     found = targets(INDICES, FLIPPED, seen)
     torch.testing.assert_close(found, ENCODER("efficientnet_lite0")(seen, 2))  # fp32, other batch sizes
@@ -262,7 +268,7 @@ def test_a_table_and_an_encoder_have_the_same_means(config, tmp_path, monkeypatc
     found = []
     for limit in (module.CACHE_LIMIT, 0):
         monkeypatch.setattr(module, "CACHE_LIMIT", limit)
-        targets = make_targets(config, images, tmp_path / "cache")
+        targets = make_targets(config, images, tmp_path / f"cache {limit}")
         assert isinstance(targets.targets, CachedTargets) == (limit > 0)
         found.append(targets(INDICES, FLIPPED, shown(images, INDICES, FLIPPED)))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

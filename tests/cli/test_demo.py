@@ -28,7 +28,7 @@ def test_demo_writes_all_it_promises(flowback, tmp_path):
         assert library.load(out / name).config.num_classes == 10
     assert report["settings"]["seed"] == 0
     assert report["environment"]["versions"]["torch"]
-    for picture in ("samples.png", "curves.png"):
+    for picture in ("fashion.png", "samples.png", "curves.png"):
         with Image.open(out / picture) as shown:
             assert min(shown.size) > 300
     assert "top1_gradient" in (out / "report.md").read_text()

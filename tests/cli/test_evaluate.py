@@ -11,6 +11,7 @@ from PIL import Image
 from fake_inception import FakeInception
 from flowback import DataConfig, Flow, ModelConfig, RunConfig, checkpoint
 from flowback.sampling.image_files import save_npz
+from sampling.flows import tame_flow
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,24 @@ def test_everything_that_needs_no_download(flowback, model, tmp_path):
         "protocol", "reference_hash", "resize", "rounding", "encoder_hash",
     }  # fmt: skip
     assert wanted <= set(settings)
+    assert settings["denoise_levels"] == [0.05]
     assert "commit" in record["environment"]
     assert not any("FID" in warning for warning in record["warnings"])
     assert "fd_efficientnet_lite0" in text
+
+
+def test_denoising_that_does_not_fit_is_said_before_the_work(flowback, model, photos, tmp_path):
+    size = {"image_size": 16, "channels": 3, "patch_size": 8, "num_classes": 0}
+    flow = tame_flow(torch.float32, **size, noise="range", noise_min=0.05, noise_max=0.5)
+    checkpoint.save(tmp_path / "c", RunConfig(flow.config, DataConfig("folder", photos)), flow.state_dict())
+    for subject, words, message in (
+        (tmp_path / "c", ("--denoise-guidance", 1), "--denoise-guidance without labels"),
+        (tmp_path / "c", ("--denoise-last", 0.01), "0.01 is outside the range"),
+        (model, ("--denoise-steps", 5), "cannot be denoised in steps"),
+    ):
+        code, out, err = flowback("evaluate", subject, "--out", tmp_path / "out", "--device", "cpu", *words)
+        assert (code, out) == (2, "")
+        assert message in err
 
 
 def test_two_processes_find_what_one_finds(flowback, launched, model, tmp_path):
@@ -158,3 +174,25 @@ def test_bad_input(flowback, model, tmp_path):
         assert code == 2, arguments
         assert sentence in error
         assert error.count("\n") == 1
+
+
+def test_images_write_nothing_that_was_not_asked_for(flowback, model, tmp_path, monkeypatch):
+    for name in ("drawn", "real"):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            Image.new("L", (16, 16), 9 * index).save(tmp_path / name / f"{index}.png")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    words = ("evaluate", tmp_path / "drawn", "--reference", tmp_path / "real", "--device", "cpu")
+    code, out, error = flowback(*words)
+    assert code == 0, error
+    assert "No report is written: --json FILE or --out FOLDER writes one." in out
+    assert list(here.iterdir()) == []
+    (tmp_path / "real" / "bad.png").write_bytes(b"no picture")
+    assert flowback(*words)[0] == 2
+    assert flowback(*words, "--data.bad-images", "skip", "--json", "report.json")[0] == 0
+    assert [file.name for file in here.iterdir()] == ["report.json"]
+    code, _, error = flowback("classify", "someone/nothing-here")
+    assert code == 2
+    assert "No checkpoint at someone/nothing-here" in error

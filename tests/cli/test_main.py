@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from flowback import __version__
-from flowback.cli import VERBS
+from flowback.cli import TASKS, VERBS
 from flowback.errors import Interrupted, ProcessLostError
 
 
@@ -20,8 +20,25 @@ def test_version(flowback):
     assert flowback("--version") == (0, f"flowback {__version__}\n", "")
 
 
-def test_no_verb_shows_the_usage_and_fails(flowback):
-    assert flowback()[0] == 2
+def test_no_verb_shows_what_people_do_and_fails(flowback):
+    code, out, err = flowback()
+    assert (code, err) == (2, "")
+    assert all(f"{task} " in out and example in out for task, (example, _) in TASKS.items())
+
+
+def test_examples_and_groups_name_verbs_that_exist():
+    for example, verbs in TASKS.values():
+        assert example.split()[1] in verbs
+        assert set(verbs) <= VERBS.keys()
+
+
+@pytest.mark.parametrize("columns", [80, 60, 42])
+@pytest.mark.parametrize("words", [[], ["--help"], ["sample", "--help"]])
+def test_help_fits_the_terminal(flowback, monkeypatch, columns, words):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = flowback(*words)
+    commands = {example for example, _ in TASKS.values()}
+    assert [line for line in out.splitlines() if len(line) > columns and line.strip() not in commands] == []
 
 
 def test_unknown_verb_names_the_nearest(flowback):
@@ -37,15 +54,28 @@ def test_every_verb_has_help(flowback, verb):
     assert f"usage: flowback {verb}" in out
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["trian"]])
-def test_what_needs_no_verb_loads_no_library(words):
-    """A process with PyTorch and NumPy takes seconds to start; this is Python and two small modules."""
-    code = (
-        f"import sys; from flowback.cli import main; main({words}); import flowback\n"
-        "heavy = {'torch', 'numpy', 'tyro', 'rich', 'pydantic', 'PIL'} & sys.modules.keys()\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_help_and_refused_options_load_no_library():
+    """PyTorch takes seconds to import. One process, which imports more and more and says who was first."""
+    code = f"""
+import contextlib, io, sys
+from flowback.cli import main
+
+def check(words, *heavy):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(sys.stdout):
+            main(words)
+    found = {{*heavy, "torch", "numpy", "PIL", "accelerate", "matplotlib"}} & sys.modules.keys()
+    assert not found, f"flowback {{' '.join(words)}} imports {{found}}"
+
+for words in ([], ["--help"], ["--version"], ["trian"]):
+    check(words, "tyro", "rich", "pydantic")
+import flowback
+for verb in {list(VERBS)}:
+    check([verb, "--help"])
+    check([verb, "--no-such-option"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_record_that_cannot_be_written_is_said_at_the_start(flowback, tmp_path):

@@ -44,6 +44,14 @@ def saved(tmp_path_factory):
     return folder
 
 
+def test_layers_of_each_block_on_the_command_line(options_of, tmp_path):
+    words = ("train", "digits", "--model.layers")
+    assert options_of(*words, "1,1,1,4").model.layers == (1, 1, 1, 4)
+    assert options_of(*words, "3").model.layers == 3
+    (tmp_path / "a.yaml").write_text("model: {layers: [1, 1, 1, 4]}")
+    assert options_of("train", "digits", "--config", tmp_path / "a.yaml").model.layers == (1, 1, 1, 4)
+
+
 POSITIONAL = "POSITIONAL"
 WORDS = {
     "demo": [["--steps", "3"], ["--out", "x"], ["--json=y"]],
@@ -53,12 +61,15 @@ WORDS = {
     "sample": [[POSITIONAL], ["--out", "x"], ["--no-denoise"], ["--labels", "1", "2"], ["--seed=3"]],
     "plan": [[POSITIONAL], ["--ramp"], ["--guidance", "1"]],
     "classify": [[POSITIONAL], ["--no-noise"], ["--draws", "2"], ["--seed=3"]],
+    "app": [["--port", "0"], [POSITIONAL], ["--no-open"], ["--host=::1"]],
     "evaluate": [[POSITIONAL], ["--no-likelihood"], ["--samples", "0"], ["--seed=3"]],
     "probe": [[POSITIONAL], ["--seed", "2"], ["--locations", "1", "1"], ["--encoder=None"]],
     "compare": [["a", "b"], ["--json", "x"]],
     "plot": [["a", "b"], ["--out", "x"], ["--against=seconds"]],
     "info": [[POSITIONAL], ["--json", "x"]],
     "cache": [["--clear", "all"]],
+    "push": [[POSITIONAL, "a/b"], ["--out", "x"], ["--half"], ["--guidance=1"]],
+    "completion": [["zsh"]],
     "presets": [["digits*"], ["--json", "x"]],
     "reproduce": [["table1"], ["--scale", "mini"], ["--seeds", "2"], ["--steps=3"]],
     "import-tarflow": [["a", "b"], ["--image-size", "8"], ["--patch-size=4"]],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import runs
-from flowback import sample
+from flowback import Denoising, sample
 from flowback.checkpoint import save
 from flowback.config import RunConfig
 from flowback.data.pixels import to_bytes
@@ -70,6 +70,66 @@ def test_plan_then_auto(flowback, checkpoint, tmp_path):
         for index in range(4):
             a, b = (read_png(tmp_path / s / f"{index:06d}.png")[0].int() for s in ("a", name))
             assert (a - b).abs().max() <= 1
+
+
+@pytest.fixture(scope="module")
+def ranged(tmp_path_factory):
+    """A checkpoint of a flow with a range of noise levels."""
+    flow = tame_flow(torch.float32, noise="range", noise_min=0.05, noise_max=0.5)
+    folder = tmp_path_factory.mktemp("ranged") / "checkpoint"
+    save(folder, RunConfig(model=flow.config), flow.state_dict())
+    return folder, flow
+
+
+def test_denoising_in_steps(flowback, ranged, tmp_path):
+    folder, flow = ranged
+    words = ("sample", folder, "--out", tmp_path / "s", "--count", 3, *CPU, "--json", tmp_path / "s.json")
+    steps = ("--denoise-steps", 3, "--denoise-method", "heun", "--denoise-spacing", "log", "--noise", 0.4)
+    more = ("--denoise-last", 0.1, "--denoise-guidance", 0.5, "--denoise-clamp")
+    code, _, err = flowback(*words, *steps, *more)
+    assert code == 0, err
+    denoising = Denoising(3, "heun", "log", 0.1, True, 0.5)
+    expected = to_bytes(sample(flow, [0, 1, 2], range(3), denoise=denoising, noise=0.4))
+    for index in range(3):
+        pixels, _ = read_png(tmp_path / "s" / f"{index:06d}.png")
+        assert (pixels.int() - expected[index].int()).abs().max() <= 1
+    settings = json.loads((tmp_path / "s.json").read_text())["settings"]
+    assert settings["denoising"]["method"] == "heun"
+    assert settings["denoising"]["levels"] == pytest.approx([0.4, 0.2, 0.1])
+    code, _, err = flowback(*words, "--denoise-steps", 3)
+    assert code == 2
+    assert "holds images drawn with denoising" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--denoise-steps", 0), "--denoise-steps is 0; it must be at least 1."),
+        (("--denoise-last", 0.01), "The noise level 0.01 is outside the range"),
+        (("--noise", 0.1, "--denoise-last", 0.3), "do not decrease"),
+        (("--denoise-guidance", 1, "--unconditional"), "--denoise-guidance without labels does nothing"),
+        (("--no-denoise", "--denoise-steps", 3), "--no-denoise leaves out"),
+    ],
+)
+def test_bad_denoising(flowback, ranged, tmp_path, words, message):
+    code, _, err = flowback("sample", ranged[0], "--out", tmp_path / "s", "--count", 2, *CPU, *words)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_flow_of_one_level_is_not_denoised_in_steps(flowback, checkpoint, tmp_path):
+    words = ("sample", checkpoint[0], "--out", tmp_path / "s", *CPU)
+    code, out, err = flowback(*words, "--denoise-steps", 5)
+    sentence = (
+        "This flow knows one noise level, 0.05, and cannot be denoised in steps: train one with "
+        "--model.noise range, or leave --denoise-steps and --denoise-last out."
+    )
+    assert (code, out, err) == (2, "", f"flowback: {sentence}\n")
+    assert not (tmp_path / "s").exists()
+    assert flowback(*words, "--count", 1, "--denoise-steps", 1)[0] == 0
+    stored = json.loads((tmp_path / "s" / "sampling.json").read_text())
+    assert stored["denoising"] is None  # the same images as without the option
 
 
 def test_models_of_uniform_noise_say_that_nothing_is_denoised(flowback, tmp_path):

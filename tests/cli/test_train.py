@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -106,11 +107,48 @@ def test_dry_run_prints_the_size_and_writes_nothing(flowback, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_looks_at_the_images_and_tries_a_step(flowback, photos, small, tmp_path, monkeypatch):
+    folder, cache = tmp_path / "photos", tmp_path / "cache"
+    monkeypatch.setenv("FLOWBACK_CACHE", str(cache))
+    shutil.copytree(photos, folder)
+    broken = folder / "china" / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    words = (
+        "train",
+        "folder-32-reverse",
+        *small,
+        "--data.path",
+        folder,
+        "--dry-run",
+        "--out",
+        tmp_path / "run",
+    )
+    code, _, error = flowback(*words)
+    assert code == 2
+    assert "broken.jpg" in error
+    code, out, _ = flowback(*words, "--data.bad-images", "skip", "--data.holdout", 0.2)
+    assert code == 0
+    rows = dict(line.split("\t")[:2] for line in out[out.rindex("}") :].splitlines()[3:])
+    train, test = (int(rows[f"{part} images"].split()[0]) for part in ("training", "test"))
+    assert train + test == 48
+    assert (rows["size"], rows["classes"]) == ("32x32x3", "2 classes (0 = china, 1 = flower)")
+    assert rows["files left out"].startswith("china/broken.jpg (")
+    assert float(rows["images/s, by a step that was tried"]) > 0
+    assert "time on this device, one process" in rows
+    assert float(rows["estimated memory, one process (GiB)"]) > 0.1
+    assert not (tmp_path / "run").exists()
+    assert not cache.exists()
+
+
 BAD = {
     "preset": (["digitz"], "There is no preset 'digitz'; did you mean digits"),
     "option": (["digits", "--train.stepz", "3"], "--train.steps"),
     "patch": (["digits", "--model.patch-size", "3"], "not divisible by --model.patch-size 3"),
     "head": (["digits", "--model.width", "33"], "--model.width 33 is not divisible by --model.head-dim 32"),
+    "layers": (
+        ["digits", "--model.layers", "1,4"],
+        "--model.layers 1,4 names 2 blocks, and --model.blocks is 4",
+    ),
     "classes": (["digits", "--model.num-classes", "7"], "--model.num-classes is 7, but"),
     "location": (
         ["digits-reverse", "--alignment.locations", "9", "1"],

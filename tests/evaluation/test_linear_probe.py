@@ -31,6 +31,7 @@ def test_features_of_all_locations_from_one_pass(monkeypatch):
     flow, images = random_flow(), digit_set(20)
     locations = all_locations(flow)
     assert locations == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all_locations(random_flow(layers=(1, 2))) == [(1, 1), (2, 1), (2, 2)]
     calls = []
     monkeypatch.setattr(
         flow, "forward", lambda *a, forward=flow.forward, **k: calls.append(1) or forward(*a, **k)

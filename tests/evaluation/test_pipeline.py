@@ -11,9 +11,11 @@ from flowback import EvaluateConfig, Flow, InputError, ModelConfig, RunConfig, S
 from flowback.cli import main
 from flowback.data.image_set import MemoryImages, Subset
 from flowback.data.load import load_images
+from flowback.evaluation.pipeline import reference_limit
 from flowback.evaluation.references import Reference
 from flowback.evaluation.report import Report
 from flowback.sampling.image_files import save_npz
+from flowback.training.run import open_images
 from reference import random_flow
 
 RULES = ("gradient", "normalised", "exhaustive")
@@ -176,3 +178,62 @@ def test_classes_are_matched_by_name():
     ):
         with pytest.raises(InputError, match="eel"):
             measure()
+
+
+def test_the_reference_fits_the_samples_and_the_record_says_so(monkeypatch):
+    """By default, 10 images for each sample, at least so many; a limit is another reference in the cache."""
+    monkeypatch.setattr("flowback.evaluation.pipeline._FEWEST", 12)
+    options = {"likelihood": False, "classification": False, "samples": 2}
+    train = image_set(60, seed=1)
+    fitted = flowback.evaluate(small_flow(), reference=train, **options)
+    assert (fitted.settings["reference_limit"], fitted.settings["reference_images"]) == (20, 20)
+    whole = flowback.evaluate(small_flow(), reference=train, reference_limit=None, **options)
+    assert (whole.settings["reference_limit"], whole.settings["reference_images"]) == (None, 60)
+    assert fitted.settings["reference_hash"] != whole.settings["reference_hash"]
+    assert fitted.figures != whole.figures
+    assert (
+        flowback.evaluate(small_flow(), reference=train, reference_limit=20, **options).figures
+        == fitted.figures
+    )
+
+
+def test_published_protocols_take_the_whole_reference():
+    assert reference_limit(EvaluateConfig(protocol="adm"), 2) is None
+    assert reference_limit(EvaluateConfig(protocol="tarflow"), 2) is None
+    assert reference_limit(EvaluateConfig(protocol="adm", reference_limit=7), 2) == 7
+
+
+def test_a_reference_is_announced_once(caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path))
+    options = {"reference": image_set(60, seed=1), "likelihood": False, "classification": False, "samples": 4}
+    with caplog.at_level("INFO", "flowback"):
+        flowback.evaluate(small_flow(), reference_limit=20, **options)
+        flowback.evaluate(small_flow(), reference_limit=20, **options)
+    said = [line for line in caplog.messages if line.startswith("Statistics of the reference")]
+    assert said == [
+        "Statistics of the reference, 20 images of set 1, in efficientnet_lite0: made once, then kept. "
+        "--reference-limit N takes fewer."
+    ]
+
+
+def test_tensors_and_datasets_serve_wherever_a_set_does():
+    images = image_set(20)
+    tensors = images.pixels, images.labels
+    dataset = torch.utils.data.TensorDataset(*tensors)
+    flow, options = small_flow(), {"samples": 2, "draws": 1, "reference": images.pixels}
+    expected = flowback.evaluate(flow, images, samples=2, draws=1, reference=images).figures
+    assert flowback.evaluate(flow, dataset, **options).figures == expected
+    assert flowback.accuracy(flow, dataset).top1 == flowback.accuracy(flow, images).top1
+    assert flowback.predict(flow, images.pixels)[3].label == flowback.predict(flow, images)[3].label
+    ours = flowback.evaluate_images(images.pixels, images.pixels).figures
+    assert ours == flowback.evaluate_images(images, images).figures
+
+
+def test_a_dataset_is_trained_on():
+    images = image_set(20)
+    config = RunConfig(ModelConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8))
+    dataset = torch.utils.data.TensorDataset(images.pixels, images.labels)
+    completed, opened, test = open_images(config, dataset, images.pixels)
+    assert completed.model.num_classes == 5
+    assert torch.equal(opened.read(torch.arange(20)), images.pixels)
+    assert len(test) == 20

@@ -5,6 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from flowback.data.decode_pool import Settings
+from flowback.data.prepared_writer import prepare
+from flowback.data.sources import open_source
 from flowback.errors import InputError
 from flowback.evaluation.references import load_reference, open_images
 
@@ -112,3 +115,40 @@ def test_folders(tmp_path):
         open_images(tmp_path / "empty")
     with pytest.raises(InputError, match="neither a checkpoint, nor"):
         open_images(tmp_path / "nowhere")
+
+
+def messy(folder):
+    """Four grey pictures, and what systems and broken copies leave beside them."""
+    folder.mkdir()
+    for index in range(4):
+        Image.fromarray(PIXELS[index, :, :, 0]).save(folder / f"{index}.png")
+    (folder / "__MACOSX").mkdir()
+    for junk in ("__MACOSX/0.png", ".hidden.png", "._0.png", "Thumbs.db"):
+        (folder / junk).write_bytes(b"no picture")
+    return folder
+
+
+def test_a_folder_is_read_as_training_reads_it(tmp_path):
+    folder = messy(tmp_path / "messy")
+    assert len(open_images(folder)) == len(load_reference(folder, 16, 1).images) == 4
+    (folder / "4.png").write_bytes(b"no picture")
+    for read in (open_images, lambda path: load_reference(path, 16, 1)):
+        with pytest.raises(InputError, match=r"1 of the 5 images in .*4\.png .*--data\.bad-images skip"):
+            read(folder)
+    assert len(open_images(folder, "skip")) == len(load_reference(folder, 16, 3, "skip").images) == 4
+    for file in folder.glob("[0-3].png"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"None of the images in .* can be read"):
+        open_images(folder, "skip")
+
+
+def test_grey_prepared_sets_serve_as_both_sides(tmp_path):
+    settings = Settings(16, 1, "adm", 0.0, None, None, None)
+    folder = messy(tmp_path / "messy")
+    prepare(open_source(str(folder), 16, 1, 0.0), tmp_path / "grey", "messy", settings, workers=0)
+    samples = open_images(folder)
+    reference = load_reference(tmp_path / "grey", 16, samples.read(torch.tensor([0])).shape[1])
+    assert torch.equal(
+        reference.images.read(torch.arange(4)).expand(-1, 3, -1, -1), samples.read(torch.arange(4))
+    )
+    assert len(open_images(tmp_path / "grey")) == 4

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowback import Flow
 from flowback.config import ModelConfig
-from flowback.flow.cost import flops_per_image, parameters
+from flowback.flow.cost import flops_per_image, parameters, training_bytes
 
 SMALL = dict(image_size=8, channels=3, patch_size=2, width=32, blocks=3, layers=2, head_dim=8)  # noqa: C408
 MODELS = {
@@ -16,6 +16,7 @@ MODELS = {
     "rope-swiglu-qk-norm": ModelConfig(**SMALL, position="rope", mlp="swiglu", qk_norm=True),
     "range": ModelConfig(**SMALL, num_classes=5, noise="range"),
     "swiglu": ModelConfig(**SMALL, mlp="swiglu", num_classes=2),
+    "uneven": ModelConfig(**SMALL | {"layers": (1, 1, 4)}, num_classes=2),
 }
 
 
@@ -32,5 +33,15 @@ def test_operations_are_those_of_an_encode_pass(model):
     counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     scores = counts.pop("aten.bmm")
     n = model.tokens
-    assert scores == model.blocks * model.layers * 4 * n * n * model.width
+    assert scores == sum(model.depths) * 4 * n * n * model.width
     assert flops_per_image(model) == sum(counts.values()) + scores * (n + 1) // (2 * n)
+
+
+def test_memory_counts_the_layers_of_all_blocks():
+    """Of one total, wherever the layers are."""
+    even, uneven = (ModelConfig(**SMALL | {"layers": layers}, num_classes=2) for layers in (2, (1, 1, 4)))
+    more = ModelConfig(**SMALL | {"layers": (1, 1, 5)}, num_classes=2)
+    assert training_bytes(even, 3, "fp32") == training_bytes(uneven, 3, "fp32")
+    activations = 4 * 16 * 32 * 16 * 3  # bytes of 16 values of the width, for each token of three images
+    weights = 5 * 4 * (parameters(more) - parameters(uneven))
+    assert training_bytes(more, 3, "fp32") - training_bytes(uneven, 3, "fp32") == activations + weights

@@ -15,6 +15,8 @@ VARIANTS = [
     pytest.param({"position": "rope", "mlp": "swiglu"}, id="rope-swiglu"),
     pytest.param({"qk_norm": True, "num_classes": 0}, id="qk-norm-unconditional"),
     pytest.param({"channels": 3, "patch_size": 4, "blocks": 3}, id="colour-three-blocks"),
+    pytest.param({"blocks": 3, "layers": (2, 1, 3), "patch_size": 4}, id="uneven"),
+    pytest.param({"log_scale_bound": 0.2}, id="bounded"),
 ]
 
 
@@ -26,15 +28,15 @@ def some_labels(flow: Flow) -> Tensor | None:
 def test_encoding_equals_the_reference(variant):
     flow = random_flow(**variant)
     images, labels = random_images(flow, 2), some_labels(flow)
-    blocks, layers = flow.config.blocks, flow.config.layers
-    out = flow(images, labels, hidden=[(t, layers) for t in range(1, blocks + 1)])
+    last = list(enumerate(flow.config.depths, start=1))
+    out = flow(images, labels, hidden=last)
     reference = ReferenceFlow(flow)
     for row in range(2):
         z, log_det, hidden = reference.encode(images[row], None if labels is None else int(labels[row]))
         torch.testing.assert_close(out.z[row], z, rtol=0, atol=1e-9)
         torch.testing.assert_close(out.log_det[row], log_det, rtol=0, atol=1e-9)
-        for t, states in enumerate(hidden, start=1):
-            torch.testing.assert_close(out.hidden[t, layers][row], states, rtol=0, atol=1e-9)
+        for place, states in zip(last, hidden, strict=True):
+            torch.testing.assert_close(out.hidden[place][row], states, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

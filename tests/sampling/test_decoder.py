@@ -16,6 +16,8 @@ KINDS = {
     "rope-swiglu": {"position": "rope", "mlp": "swiglu", "qk_norm": True},
     "wide": {"width": 128, "head_dim": 64, "layers": 1, "image_size": 16},
     "unconditional": {"num_classes": 0},
+    "uneven": {"layers": (1, 3)},
+    "bounded": {"log_scale_bound": 0.05},
 }
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 

@@ -33,6 +33,8 @@ def test_chunks_change_nothing():
     whole = denoise(flow, images, labels)
     torch.testing.assert_close(denoise(flow, images, labels, chunk=2), whole, atol=1e-12, rtol=0)
     assert images_at_once(flow) >= 5
+    deep = random_flow(layers=(1, 3))
+    assert images_at_once(deep) == images_at_once(flow)  # as many layers in all
     assert not whole.requires_grad
 
 

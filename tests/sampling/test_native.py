@@ -68,6 +68,14 @@ def test_rows_that_do_not_fit_each_other_are_refused(context, scale):
         native.NativeStep(weights, native.NativeCache.empty(weights, 3, 1), context, scale)
 
 
+def test_a_cache_of_fewer_layers_is_refused():
+    shallow, deep = (native.NativeWeights(b, torch.float64) for b in tame_flow(layers=(1, 2)).blocks)
+    scale = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="do not fit"):
+        native.NativeStep(deep, native.NativeCache.empty(shallow, 1, 1), None, scale)
+    native.NativeStep(deep, native.NativeCache.empty(shallow, 1, 1, layers=2), None, scale)
+
+
 def test_a_larger_cache_serves_smaller_batches():
     """One cache for all batches; what others left in it plays no part."""
     flow = tame_flow()

@@ -78,10 +78,10 @@ def state_bytes(config, processes):
 def test_state_and_gradients_are_exact_and_blocks_below_the_aligned_ones_are_let_go(config, tmp_path):
     """In float64, to 1e-14 of the largest gradient: the order of sums costs some units of 2e-16."""
 
-    def case(strategy, order=0, blocks=3, **options):
+    def case(strategy, order=0, blocks=3, layers=1, **options):
         return dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, blocks=blocks),
+            model=dataclasses.replace(config.model, blocks=blocks, layers=layers),
             alignment=dataclasses.replace(config.alignment, strategy=strategy, order=order),
             train=TrainConfig(**options),
         )
@@ -93,6 +93,8 @@ def test_state_and_gradients_are_exact_and_blocks_below_the_aligned_ones_are_let
         case("reverse"): "0 1 1",
         case("reverse", "exact", checkpoint_activations=True): "0 1 1",
         case("none", blocks=1, compile=True): "0",
+        case("none", blocks=2, layers=(1, 3), checkpoint_activations=True): "0 0",
+        case("none", blocks=2, layers=(1, 2), compile=True): "0 0",
     }
     codes = runs.run(sharded.checks, config, *cases, log=tmp_path / "log", processes=2)
     assert codes == [0, 0], runs.printed(tmp_path / "log")

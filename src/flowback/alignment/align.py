@@ -160,7 +160,7 @@ class Alignment(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        base = settings or AlignmentConfig(strategy="reverse", locations=((config.blocks, config.layers),))
+        base = settings or AlignmentConfig(strategy="reverse", locations=(config.locations[-1],))
         self.settings = RunConfig(model=config, alignment=replace(base, **options)).alignment
         if self.settings.subtract != "nothing":
             raise InputError(

@@ -73,12 +73,10 @@ def encode(
         InputError: a location outside the flow.
     """
     locations = config.locations if config.strategy != "none" else ()
-    for t, layer in locations:
-        if not (1 <= t <= flow.config.blocks and 1 <= layer <= flow.config.layers):
-            raise InputError(
-                f"--alignment.locations: ({t}, {layer}) is outside the model, which has "
-                f"{flow.config.blocks} blocks of {flow.config.layers} layers."
-            )
+    for place in set(locations).difference(flow.config.locations):
+        raise InputError(
+            f"--alignment.locations: {place} is outside the model; {flow.config.locations_in_words}."
+        )
     if config.strategy in ("none", "forward") or not torch.is_grad_enabled():
         return flow(images, labels, drop, hidden=locations, noise=levels)
 

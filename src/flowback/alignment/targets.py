@@ -4,10 +4,15 @@ A table of a whole data set is a :class:`~flowback.data.image_set.FeatureTable` 
 says what it holds. The file's name has the hash of everything that the features depend on: the encoder's
 weights and preprocessing, the images, the grid and whether it holds mirror images. So other weights, another
 size or another data set never use this file.
+
+A table is written into a hidden file, with a note beside it of how many images it holds. What a stopped
+process of this machine left is gone on with; temporary files of other tables are removed after a day.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -15,6 +20,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +40,28 @@ from flowback.devices import send
 from flowback.errors import InputError
 from flowback.files import cache_folder, no_cache, write_json
 from flowback.progress import track
+from flowback.reading import read_json
 
-__all__ = ["CachedTargets", "CentredTargets", "ComputedTargets", "cached_features", "make_targets"]
+__all__ = [
+    "CachedTargets",
+    "CentredTargets",
+    "ComputedTargets",
+    "cached_features",
+    "make_targets",
+    "without_table",
+]
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 2
 
 _BATCH = 64
+
+_FLUSHED = 1024
+"""Images after which a table that is being written is flushed to disk, and its note renewed."""
+
+_STALE = 24 * 3600.0
+"""Seconds after which nobody goes on with a temporary file: the process that writes it renews it often."""
 
 CACHE_LIMIT = 4 * 2**30
 """Bytes up to which features are computed once and kept on disk; beyond it, at every step."""
@@ -53,7 +73,7 @@ MEANS_FROM = 20_000
 def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, folder: Path) -> FeatureTable:
     """The features of ``images``, read from ``folder``, or computed and written there first.
 
-    A damaged file is computed again.
+    A damaged file is computed again; a computation that was stopped goes on where it was.
 
     Args:
         encoder: on the device that computes.
@@ -66,17 +86,32 @@ def cached_features(encoder: Encoder, images: ImageSet, grid: int, flip: bool, f
         InputError: the encoder fails on the images.
         OSError: the folder has no room, or cannot be written.
     """
-    shape = [len(images), 2 if flip else 1, grid**2, encoder.dim]
-    content = _content(encoder, images, shape)
-    key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
-    path = folder / (re.sub(r"[^\w.-]+", "-", f"{images.name}-{encoder.name}-{grid}x{grid}-{key}") + ".npy")
-    try:
-        values = mapped(path, np.float32, tuple(shape))
-    except InputError:  # none, or not a whole one
+    path, content = _place(encoder, images, grid, flip, folder)
+    shape = content["shape"]
+    table = _stored(path, shape)
+    if table is None:
         _write(path, encoder, images, grid, shape)
         write_json(path.with_suffix(".json"), content)
-        values = mapped(path, np.float32, tuple(shape))
-    return FeatureTable(path, values)
+        table = FeatureTable(path, mapped(path, np.float32, tuple(shape)))
+    return table
+
+
+def _place(
+    encoder: Encoder, images: ImageSet, grid: int, flip: bool, folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Where a table lies, and all that its features depend on."""
+    content = _content(encoder, images, [len(images), 2 if flip else 1, grid**2, encoder.dim])
+    key = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+    name = re.sub(r"[^\w.-]+", "-", f"{images.name}-{encoder.name}-{grid}x{grid}-{key}")
+    return folder / (name + ".npy"), content
+
+
+def _stored(path: Path, shape: list[int]) -> FeatureTable | None:
+    """The table at ``path``; None if there is none, or not a whole one."""
+    try:
+        return FeatureTable(path, mapped(path, np.float32, tuple(shape)))
+    except InputError:
+        return None
 
 
 def _content(encoder: Encoder, images: ImageSet, shape: list[int]) -> dict[str, Any]:
@@ -97,35 +132,46 @@ def _content(encoder: Encoder, images: ImageSet, shape: list[int]) -> dict[str, 
 def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: list[int]) -> None:
     """Compute a table into a temporary file, which takes its place when it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
+    temporary = path.with_name(f"{_prefix()}{os.getpid()}.{path.name}")
+    note = temporary.with_suffix(".json")
+    done = _taken_over(path, temporary, shape)
+    _remove_stale(path.parent)
     needed = 4 * np.prod(shape, dtype=np.int64)
     free = shutil.disk_usage(path.parent).free
-    if needed > free:
+    if not done and needed > free:
         raise OSError(
             f"the features of {images.name} need {needed / 1e9:.1f} GB, {path.parent} has only "
             f"{free / 1e9:.1f}: make room, or choose a smaller --alignment.grid"
         )
     logger.info(
-        "Encoding %s images%s of %s with %s on %s, once: %.3g GB in %s.",
+        "Encoding %s images%s of %s with %s on %s, once: %.3g GB in %s%s.",
         *(f"{shape[0]:,}", " and their mirror images" if shape[1] == 2 else "", images.name, encoder.name),
-        *(encoder.mean.device, needed / 1e9, path),
+        *(encoder.mean.device, needed / 1e9, path, f"; {done:,} are there already" if done else ""),
     )
-    temporary = path.with_name(f"{_prefix()}{os.getpid()}.{path.name}")
     try:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=tuple(shape))
-        batches = torch.arange(len(images)).split(_BATCH)
-        for batch in track(batches, len(images), f"Features of {encoder.name}", step=_BATCH):
+        mode = "r+" if done else "w+"
+        array = np.lib.format.open_memmap(temporary, mode=mode, dtype=np.float32, shape=tuple(shape))
+        batches, since = torch.arange(done, shape[0]).split(_BATCH), 0
+        for batch in track(batches, shape[0] - done, f"Features of {encoder.name}", step=_BATCH):
             clean = to_unit_range(images.read(batch)).to(encoder.mean.device)
+            first, end = int(batch[0]), int(batch[-1]) + 1
             for mirror in range(shape[1]):
                 features = encoder(clean.flip(-1) if mirror else clean, grid)
-                array[batch[0] : batch[-1] + 1, mirror] = features.cpu().numpy()
+                array[first:end, mirror] = features.cpu().numpy()
+            since += len(batch)
+            if since >= _FLUSHED:
+                array.flush()
+                write_json(note, {"images": end})
+                since = 0
         array.flush()
         del array
         with temporary.open("r+b") as file:  # Windows flushes what is open for writing
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+    except Exception:  # but not Ctrl-C, after which the same run goes on with it
+        for file in (temporary, note):
+            file.unlink(missing_ok=True)
         raise
 
 
@@ -134,12 +180,39 @@ def _prefix() -> str:
     return f".{socket.gethostname()}."
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the files of killed processes of this machine: their ids are free, or this process's own."""
-    for file in folder.glob(f"{_prefix()}*.npy"):
+def _taken_over(path: Path, temporary: Path, shape: list[int]) -> int:
+    """Make what a killed process of this machine left of this table this process's own; its images.
+
+    Of two processes, the one whose renaming works has it.
+    """
+    for file in path.parent.glob(f"{glob.escape(_prefix())}*.{glob.escape(path.name)}"):
         number = file.name.removeprefix(_prefix()).split(".")[0]
-        if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
-            file.unlink(missing_ok=True)
+        if not number.isdigit() or (int(number) != os.getpid() and psutil.pid_exists(int(number))):
+            continue
+        note = file.with_suffix(".json")
+        try:
+            done = read_json(note).get("images")
+        except (OSError, ValueError):
+            done = None
+        with contextlib.suppress(OSError):
+            file.replace(temporary)
+            os.utime(temporary)  # in use from now on
+            note.unlink(missing_ok=True)
+            whole = _stored(temporary, shape) is not None
+            if whole and isinstance(done, int) and 0 < done <= shape[0]:
+                write_json(temporary.with_suffix(".json"), {"images": done})
+                return done
+            temporary.unlink(missing_ok=True)
+    return 0
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove temporary files that nobody has written to for a day, of whatever table and machine."""
+    for file in folder.glob(".*"):
+        if file.suffix in (".npy", ".json"):
+            with contextlib.suppress(OSError):
+                if file.stat().st_mtime < time.time() - _STALE:
+                    file.unlink()
 
 
 class CachedTargets:
@@ -218,7 +291,8 @@ class CentredTargets:
         seen_by_encoder = self.originals or images.in_pixels
         groups = int(self.groups.max()) + 1
         sums, counts = None, torch.zeros(groups, dtype=torch.float64)
-        for batch in numbers.split(_BATCH):
+        what = "Means of the mirror images' features" if mirror else "Means of the features"
+        for batch in track(numbers.split(_BATCH), len(numbers), what, step=_BATCH):
             seen = torch.empty(0)
             if isinstance(self.targets, ComputedTargets):
                 seen = to_unit_range(seen_by_encoder.read(batch)).to(device)
@@ -247,7 +321,7 @@ def make_targets(
 
     The table is the one that `flowback prepare` wrote beside the images; else one that is computed first and
     kept in ``cache``. The encoder runs at every step if the table would be too large or cannot be kept, or if
-    the run ends before it has seen every image once.
+    the run aligns fewer images than a table has, mirror images counted; a table that is there is used anyway.
 
     Args:
         config: the run.
@@ -277,18 +351,32 @@ def _uncentred(
     if wanted.originals:
         seen = _originals(config, pixels, encoder.input_size(grid))
     originals = None if seen is images else seen
-    copies = 2 if config.data.flip else 1
-    too_large = copies * len(images) * grid**2 * encoder.dim * 4 > CACHE_LIMIT
-    if too_large or config.train.steps * config.train.batch_size < len(images):
-        reason = "a table of features would be too large" if too_large else "the run does not see every image"
+    flip = config.data.flip
+    with contextlib.suppress(OSError):  # without a home, there is no cache
+        path, content = _place(encoder, seen, grid, flip, cache or cache_folder() / "features")
+        table = _stored(path, content["shape"])
+        if table is not None:
+            return CachedTargets(table, encoder.dim)
+    reason = without_table(config, len(images), encoder.dim)
+    if reason is not None:
         logger.info("The encoder %s runs at every step: %s.", encoder.name, reason)
         return ComputedTargets(encoder, grid, originals)
     try:
-        table = cached_features(encoder, seen, grid, config.data.flip, cache or cache_folder() / "features")
+        table = cached_features(encoder, seen, grid, flip, cache or cache_folder() / "features")
     except OSError as error:
         no_cache(error)
         return ComputedTargets(encoder, grid, originals)
     return CachedTargets(table, encoder.dim)
+
+
+def without_table(config: RunConfig, count: int, dim: int) -> str | None:
+    """Why the features of ``count`` images, ``dim`` wide, are computed step by step; None: they are kept."""
+    rows, grid = (2 if config.data.flip else 1) * count, config.alignment.grid or config.model.grid
+    if rows * grid**2 * dim * 4 > CACHE_LIMIT:
+        return "a table of features would be too large"
+    steps = min(config.train.steps, config.alignment.stop_at or config.train.steps)
+    aligned = steps * config.train.batch_size
+    return f"the run aligns {aligned:,} images, a table has {rows:,}" if aligned < rows else None
 
 
 def _prepared(seen: ImageSet, wanted: AlignmentConfig, grid: int) -> FeatureTable | None:

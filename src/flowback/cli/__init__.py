@@ -1,4 +1,8 @@
-"""The command ``flowback``: one thin module for each verb, loaded when it is called."""
+"""The command ``flowback``: one thin module for each verb, loaded when it is called.
+
+A verb's module imports at its top only what its options need. What does the work is imported by the functions
+that do it, so that help and refused options come at once: PyTorch alone takes seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,20 @@ import os
 import sys
 from collections.abc import Sequence
 
+from flowback.cli.console import columns, discard_output, say, wrapped
 from flowback.errors import InputError, Interrupted, ProcessLostError, nearest
 
-__all__ = ["main"]
+__all__ = ["VERBS", "main"]
 
 VERBS = {
     "demo": ("demo:run", "train on real digits without and with reverse alignment, and report"),
     "prepare": ("prepare:run", "bring a data set to the training size, once"),
     "train": ("train:run", "train a flow from a preset; the same command resumes"),
     "distil": ("distil:run", "train a student that draws a checkpoint's images in one or a few passes"),
-    "sample": ("sample:run", "draw images from a checkpoint"),
+    "sample": ("sample:run", "draw images from a checkpoint, or from a flow that comes along"),
     "plan": ("plan:run", "measure how to sample a checkpoint fastest on this device"),
     "classify": ("classify:run", "classify images with a flow's own gradient"),
+    "app": ("serve_app:run", "a page in the browser: draw, read an image, interpolate, inpaint, compare"),
     "evaluate": ("evaluate:run", "quality and likelihood of a checkpoint"),
     "probe": ("probe:run", "linear probes of every block and layer"),
     "compare": ("compare:run", "two evaluation records side by side"),
@@ -28,11 +34,26 @@ VERBS = {
     "info": ("info:run", "what a run or a checkpoint is, or what this machine has"),
     "cache": ("cache:run", "show or clear what is kept for later runs"),
     "presets": ("list_presets:run", "list the presets"),
+    "push": ("push:run", "publish a flow with its model card on the Hugging Face Hub"),
     "reproduce": ("reproduce:run", "train and evaluate the rows of a table, and fill it in"),
-    "import-tarflow": ("convert:run_import", "read a checkpoint with TARFlow's parameter names"),
-    "export-tarflow": ("convert:run_export", "write a checkpoint with TARFlow's parameter names"),
+    "completion": ("completion:run", "print a script for the shell's completion"),
+    "import-tarflow": ("convert:run_import", "read weights of the original TARFlow or iTARFlow code"),
+    "export-tarflow": ("convert:run_export", "write a checkpoint for that code"),
 }
-"""Each verb's function, as module:function of this package, and what it does."""
+"""Each verb's function, as module:function of this package, and what it does. The options of `run` are the
+class `Options` beside it, those of `run_import` the class `ImportOptions`."""
+
+TASKS = {
+    "Try it out": ("flowback demo", ("demo", "presets")),
+    "Train": (
+        "flowback train digits-mini --out runs/mini",
+        ("prepare", "train", "plot", "reproduce"),
+    ),
+    "Draw images": ("flowback sample fashion --count 64", ("sample", "plan")),
+    "Classify": ("flowback classify runs/mini --images photo.png", ("classify", "probe")),
+    "Measure": ("flowback evaluate runs/mini --samples 1000", ("evaluate", "compare")),
+}
+"""What people do: an example, and the verbs for it. All other verbs are shown after these."""
 
 BAD_INPUT = 2
 """Exit code for options, files or data that the user can fix."""
@@ -53,9 +74,12 @@ of one that lost a process (EX_IOERR)."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_usage())
-        return 0 if arguments else BAD_INPUT
+    if not arguments:
+        say(_overview())
+        return BAD_INPUT
+    if arguments[0] in ("-h", "--help"):
+        say(_usage())
+        return 0
     if arguments[0] == "--version":
         from flowback import __version__
 
@@ -82,8 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"flowback: {lost}; run the same command again to continue.\n")
         return PROCESS_LOST
     except BrokenPipeError:
-        from flowback.cli.console import discard_output  # not at the top: --help does without rich
-
         discard_output()
         return READER_GONE
     except OSError as error:
@@ -102,11 +124,34 @@ def _refuse(message: str) -> int:
     return BAD_INPUT
 
 
-def _usage() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {about}" for verb, (_, about) in VERBS.items()]
-    return (
-        "usage: flowback VERB [options]\n\n"
-        + "\n".join(lines)
-        + "\n\nflowback VERB --help shows its options.\n"
+def _overview() -> str:
+    """What people do, with an example each."""
+    width = max(map(len, TASKS))
+    lines = [f"  {task:<{width}}  {example}" for task, (example, _) in TASKS.items()]
+    return "\n".join(
+        [
+            *wrapped("flowback trains normalizing flows that generate images and understand them."),
+            "",
+            *(lines if max(map(len, lines)) <= columns() else _stacked()),
+            "",
+            *wrapped("flowback --help lists all verbs, flowback VERB --help the options of one."),
+        ]
     )
+
+
+def _stacked() -> list[str]:
+    """The examples below their tasks, for narrow terminals; a command stays whole, to be copied."""
+    return [line for task, (example, _) in TASKS.items() for line in (f"  {task}", f"    {example}")]
+
+
+def _usage() -> str:
+    """All verbs, by what they are for."""
+    width = max(map(len, VERBS))
+    lines = ["usage: flowback VERB [options]"]
+    grouped = {verb for _, verbs in TASKS.values() for verb in verbs}
+    others = ("", [verb for verb in VERBS if verb not in grouped])
+    for task, (example, verbs) in [*TASKS.items(), ("Also", others)]:
+        lines += ["", *wrapped(f"{task}: {example}" if example else f"{task}:", indent=2)]
+        for verb in verbs:
+            lines += wrapped(f"  {verb:<{width}}  {VERBS[verb][1]}", indent=width + 4)
+    return "\n".join([*lines, "", *wrapped("flowback VERB --help shows the options of a verb.")])

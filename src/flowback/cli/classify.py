@@ -5,32 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from flowback.checked import to_dict
-from flowback.classification import Method
 from flowback.cli.console import say, show_table
 from flowback.cli.options import LEVELS, out_folder, parse
 from flowback.config import DataConfig
-from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
-from flowback.evaluation.by_level import LevelChoice, accuracy_by_level
-from flowback.evaluation.held_out import (
-    Accuracy,
-    LoopOptions,
-    accuracy,
-    default_methods,
-    matched,
-    run_images,
-)
-from flowback.evaluation.plots import plot_confusion
-from flowback.evaluation.predictions import Prediction, Predictions, open_pictures, predict
-from flowback.evaluation.report import Report, weights_of
-from flowback.model import Flow
-from flowback.processes import Processes
-from flowback.provenance import environment
+
+if TYPE_CHECKING:
+    from flowback.classification import Method
+    from flowback.data.image_set import ImageSet
+    from flowback.evaluation.by_level import LevelChoice
+    from flowback.evaluation.held_out import Accuracy, LoopOptions
+    from flowback.model import Flow
+    from flowback.processes import Processes
 
 __all__ = ["Options", "run"]
 
@@ -109,6 +100,10 @@ def run(argv: list[str]) -> None:
     """Classify, show, write."""
     options = parse(Options, argv, "classify")
     options.check()
+    from flowback.evaluation.held_out import accuracy, matched, run_images
+    from flowback.model import Flow
+    from flowback.processes import Processes
+
     folder = out_folder(options.out, options.checkpoint)
     processes = Processes(options.device)
     flow = Flow.from_pretrained(options.checkpoint, processes.device)
@@ -149,6 +144,9 @@ def _loop(options: Options, processes: Processes) -> LoopOptions:
 
 def _choices(options: Options, flow: Flow, images: ImageSet, processes: Processes) -> list[LevelChoice]:
     """Of each rule, the accuracy at all levels, of training images and of those that are measured."""
+    from flowback.evaluation.by_level import LevelChoice, accuracy_by_level
+    from flowback.evaluation.held_out import matched, run_images
+
     training = matched(flow, run_images(flow, "train", options.data))
     loop = _loop(options, processes)
     some: LoopOptions = {**loop, "limit": options.choose_on}
@@ -170,6 +168,9 @@ def _choices(options: Options, flow: Flow, images: ImageSet, processes: Processe
 
 def _predict(options: Options, path: Path, flow: Flow, processes: Processes, folder: Path) -> None:
     """Say of each picture what it is."""
+    from flowback.evaluation.predictions import Prediction, Predictions, open_pictures, predict
+    from flowback.evaluation.report import weights_of
+
     if options.method == "both":
         raise InputError("--images takes one rule; give --method gradient, normalised or exhaustive.")
     if len(options.noise) > 1:
@@ -206,6 +207,10 @@ def _write(
     folder: Path,
 ) -> None:
     """Files, pictures, tables, warnings."""
+    from flowback.evaluation.plots import plot_confusion
+    from flowback.evaluation.report import Report, weights_of
+    from flowback.provenance import environment
+
     names = ("draws", "steps", "step_size", "seed", "batch_size")
     settings = {
         **weights_of(flow),
@@ -240,6 +245,8 @@ def _write(
 
 
 def _methods(options: Options, flow: Flow) -> tuple[Method, ...]:
+    from flowback.evaluation.held_out import default_methods
+
     if options.method == "auto":
         return default_methods(flow)
     return ("gradient", "exhaustive") if options.method == "both" else (options.method,)

@@ -10,7 +10,6 @@ import tyro
 
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.evaluation.report import Report, compare
 from flowback.files import write_json
 
 __all__ = ["Options", "run"]
@@ -34,6 +33,8 @@ class Options:
 def run(argv: list[str]) -> None:
     """Read both, compare, show."""
     options = parse(Options, argv, "compare")
+    from flowback.evaluation.report import Report, compare
+
     reports = [Report.load(path) for path in (options.a, options.b)]
     comparison = compare(*reports)
     names = [str(options.a), str(options.b)]

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-__all__ = ["discard_output", "say", "show_table"]
+__all__ = ["columns", "discard_output", "say", "show_table", "wrapped"]
 
 
 def say(text: str) -> None:
     """Print one line."""
     _write(f"{text}\n")
+
+
+def columns() -> int:
+    """Width of text on this terminal; at most 100, since longer lines are hard to read."""
+    return min(max(shutil.get_terminal_size().columns, 40), 100)
+
+
+def wrapped(text: str, indent: int = 0) -> list[str]:
+    """A paragraph in lines that fit; all but the first are indented."""
+    return textwrap.wrap(text, columns(), subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def show_table(
@@ -41,6 +49,10 @@ def show_table(
         lines += [f"# {note}"] if note else []
         _write("".join(f"{line}\n" for line in lines))
         return
+    from rich.console import Console  # slow to import: help and pipes do without
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console(highlight=False)
     cells = list(zip(columns, *texts, strict=True))  # by column, the name first
     needed = [_needed(column, whole=index == 0) for index, column in enumerate(cells)]

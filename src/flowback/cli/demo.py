@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from torch.nn import functional
-
-from flowback.alignment.encoders import create_encoder
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.data.pixels import to_bytes
-from flowback.evaluation.held_out import held_out_figures
-from flowback.evaluation.judge import Judge
-from flowback.evaluation.references import Reference
-from flowback.files import replacing, write_json
-from flowback.model import Flow
+from flowback.errors import InputError
+from flowback.files import check_folder, replacing, write_json
 from flowback.presets import get_preset
-from flowback.provenance import environment
-from flowback.sampling import sample
-from flowback.sampling.image_files import grid
-from flowback.training import TrainResult, train
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+if TYPE_CHECKING:
+    from flowback.evaluation.judge import Judge
+    from flowback.model import Flow
+    from flowback.training import TrainResult
 
 __all__ = ["Options", "run"]
 
@@ -45,9 +35,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Train on scikit-learn's digits twice from the same seed, without and with reverse alignment.
+    """Draw with the flows that come along; then train on digits twice, without and with reverse alignment.
 
-    Takes about five minutes on two CPU cores. Run it again to continue where it stopped.
+    Both runs start from the same seed. Takes about five minutes on two CPU cores. Run it again to continue
+    where it stopped.
     """
 
     out: Path = Path("runs/demo")
@@ -63,10 +54,29 @@ class Options:
     json: Path | None = None
     """Also write the report to this file."""
 
+    def check(self) -> None:
+        """Raise InputError for numbers out of range; not on construction, whose errors tyro frames."""
+        if self.steps is not None and self.steps < 1:
+            raise InputError("--steps must be at least 1.")
+        if not 2 <= self.samples <= 2**32:
+            raise InputError("--samples must be at least 2: a covariance needs two.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed} is out of range; it goes from 0 to {2**63 - 1}.")
+        if not math.isfinite(self.guidance):
+            raise InputError("--guidance must be a finite number.")
+        check_folder(self.out, "--out")
+
 
 def run(argv: list[str]) -> None:
     """Train twice, compare, and say where to look."""
     options = parse(Options, argv, "demo")
+    options.check()
+    from flowback.alignment.encoders import create_encoder
+    from flowback.evaluation.judge import Judge
+    from flowback.evaluation.references import Reference
+    from flowback.provenance import environment
+
+    _draw_packaged(options.out)
     results = {name: _train(name, options) for name in RUNS}
     images = results["none"].images  # both runs have the same
     judge = Judge(Reference(images.name, images.fingerprint, images), create_encoder("efficientnet_lite0"))
@@ -95,7 +105,22 @@ def run(argv: list[str]) -> None:
     say(f"Look at {options.out}/samples.png, curves.png and report.md")
 
 
+def _draw_packaged(out: Path) -> None:
+    """fashion.png: what the flows that come with the package draw, before anything is trained."""
+    from flowback.checkpoint import packaged
+    from flowback.model import Flow
+
+    flows = {name: Flow.from_pretrained(name) for name in packaged()}
+    for name, flow in flows.items():
+        say(f"{name}: {flow.about}")
+    title = "Flows that come with flowback, one class in each row, guidance 1"
+    _draw_grids(flows, out / "fashion.png", title, columns=6, guidance=1.0, enlarged=2)
+    say(f"Look at {out}/fashion.png, which they drew. Now two flows are trained on digits.")
+
+
 def _train(name: str, options: Options) -> TrainResult:
+    from flowback.training import train
+
     preset, about = RUNS[name]
     config = get_preset(preset).config
     steps = options.steps or config.train.steps
@@ -105,6 +130,10 @@ def _train(name: str, options: Options) -> TrainResult:
 
 def _figures(result: TrainResult, judge: Judge, options: Options) -> dict[str, float]:
     """Likelihood, accuracy, speed and samples of one run."""
+    from flowback.data.pixels import to_bytes
+    from flowback.evaluation.held_out import held_out_figures
+    from flowback.sampling import sample
+
     assert result.test is not None
     labels = [index % len(result.images.classes) for index in range(options.samples)]
     drawn = to_bytes(sample(result.flow, labels, seeds=range(options.samples), guidance=options.guidance))
@@ -116,28 +145,57 @@ def _figures(result: TrainResult, judge: Judge, options: Options) -> dict[str, f
 
 
 def _draw_samples(flows: dict[str, Flow], options: Options) -> None:
-    """samples.png: classes in rows, both runs from the same noise."""
-    figure, axes = plt.subplots(1, len(flows), figsize=(10, 5.4), layout="constrained")
-    for axis, (name, flow) in zip(axes, flows.items(), strict=True):
-        labels = [k for k in range(10) for _ in range(10)]
-        drawn = sample(flow, labels, seeds=range(100), guidance=options.guidance)
-        shown = functional.interpolate(drawn, scale_factor=8, mode="bicubic")  # 8 pixels are hard to read
-        axis.imshow(
-            grid(shown, columns=10, names=flow.classes)[0].numpy(), cmap="gray", interpolation="nearest"
-        )
-        axis.set_title(RUNS[name][1])
+    """samples.png: both runs from the same noise."""
+    titled = {RUNS[name][1]: flow for name, flow in flows.items()}
+    title = f"Samples, one class in each row, guidance {options.guidance:g}"
+    file = options.out / "samples.png"
+    _draw_grids(titled, file, title, columns=10, guidance=options.guidance, enlarged=8)
+
+
+def _draw_grids(
+    flows: dict[str, Flow], file: Path, title: str, *, columns: int, guidance: float, enlarged: int
+) -> None:
+    """Samples of flows side by side from the same noise, classes in rows."""
+    from torch.nn import functional
+
+    from flowback.sampling import sample
+    from flowback.sampling.image_files import grid
+
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(flows), figsize=(10, 5.4), layout="constrained", squeeze=False)
+    for axis, (name, flow) in zip(axes[0], flows.items(), strict=True):
+        labels = [k for k in range(10) for _ in range(columns)]
+        drawn = sample(flow, labels, seeds=range(len(labels)), guidance=guidance)
+        # 8 pixels are hard to read
+        shown = functional.interpolate(drawn, scale_factor=enlarged, mode="bicubic")
+        picture = grid(shown, columns=columns, names=flow.classes)[0].numpy()
+        axis.imshow(picture, cmap="gray", interpolation="nearest")
+        axis.set_title(name)
         axis.set_axis_off()
-    figure.suptitle(f"Samples, one class in each row, guidance {options.guidance:g}")
-    figure.savefig(options.out / "samples.png", dpi=120)
+    figure.suptitle(title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def _pyplot() -> Any:
+    """Matplotlib that draws into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _draw_curves(out: Path) -> None:
     """curves.png: test nll and training-free accuracy against images seen."""
+    from flowback.training.run_folder import read_rows
+
+    plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, (_, about) in RUNS.items():
-        lines = (out / name / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if "test_nll" in row]
+        rows = [row for row in read_rows(out / name / "metrics.jsonl") if "test_nll" in row]
         seen = [row["images"] for row in rows]
         left.plot(seen, [row["test_nll"] for row in rows], marker=".", label=about)
         right.plot(seen, [100 * row["test_top1_gradient"] for row in rows], marker=".", label=about)

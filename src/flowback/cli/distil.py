@@ -8,16 +8,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
 from flowback.config import DataConfig, RunConfig, StudentConfig, TrainConfig
 from flowback.errors import InputError
-from flowback.files import write_json
-from flowback.model import Flow
-from flowback.presets import get_preset
-from flowback.provenance import environment
-from flowback.training import distil, start, student_config
 
 __all__ = ["Options", "run"]
 
@@ -59,6 +53,11 @@ class Options:
 def run(argv: list[str]) -> None:
     """Train, and show where it ended."""
     options = parse(Options, argv, "distil", _settings)
+    from flowback.checked import to_dict
+    from flowback.files import write_json
+    from flowback.provenance import environment
+    from flowback.training import distil, start
+
     given = {"method": options.method, "coupling": options.coupling}
     student = replace(options.student, **{name: value for name, value in given.items() if value is not None})
     base = _base(options)
@@ -81,6 +80,11 @@ def run(argv: list[str]) -> None:
 
 
 def _base(options: Any) -> RunConfig:
+    """The settings to start from."""
+    from flowback.model import Flow
+    from flowback.presets import get_preset
+    from flowback.training import student_config
+
     own = student_config(Flow.from_pretrained(options.checkpoint))
     if options.preset is None:
         return own

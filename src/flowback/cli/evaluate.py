@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from flowback.cli.console import say, show_table
-from flowback.cli.options import SEARCH, is_checkpoint, out_folder, parse
+from flowback.cli.options import SEARCH, names_flow, out_folder, parse
 from flowback.config import DataConfig, EvaluateConfig, SampleConfig
 from flowback.errors import InputError
-from flowback.evaluation.pipeline import deciding_figure, evaluate, evaluate_images
-from flowback.evaluation.plots import plot_guidance
-from flowback.evaluation.protocol import COMPARABLE
-from flowback.evaluation.references import open_images
-from flowback.evaluation.report import Report
-from flowback.model import load
-from flowback.processes import Processes
+
+if TYPE_CHECKING:
+    from flowback.evaluation.report import Report
+    from flowback.processes import Processes
 
 __all__ = ["Measure", "Options", "run"]
 
@@ -51,7 +48,8 @@ class Options:
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     out: Path | None = None
-    """Folder of the report and the pictures; by default `evaluation` in the checkpoint's folder."""
+    """Folder of the report and the pictures; by default `evaluation` in the checkpoint's folder, and none for
+    images."""
     json: Path | None = None
     """Also write the report to this file."""
 
@@ -59,24 +57,38 @@ class Options:
 def run(argv: list[str]) -> None:
     """Evaluate, show, write."""
     options = parse(Options, argv, "evaluate")
-    folder = out_folder(options.out, options.subject)
+    from flowback.processes import Processes
+
+    beside = options.out is not None or names_flow(options.subject)
+    folder = out_folder(options.out, options.subject) if beside else None  # images: nothing unasked
     processes = Processes(options.device)
     report = _report(options, processes)
     if processes.is_main:
-        for path in (folder / "evaluate.json", options.json):
-            if path is not None:
-                report.save(path)
+        files = [folder / "evaluate.json"] if folder is not None else []
+        files += [options.json] if options.json is not None else []
+        for path in files:
+            report.save(path)
         _show(report, str(options.subject))
-        if "best_guidance" in report.figures:
+        if folder is not None and "best_guidance" in report.figures:
             _show_search(report, folder)
         for warning in report.warnings:
             say(f"Warning: {warning}")
-        say(f"Report: {options.json or folder / 'evaluate.json'}")
+        say(
+            f"Report: {files[-1]}"
+            if files
+            else "No report is written: --json FILE or --out FOLDER writes one."
+        )
     processes.close()
 
 
 def _report(options: Options, processes: Processes) -> Report:
-    if is_checkpoint(options.subject):
+    import torch
+
+    from flowback.evaluation.pipeline import evaluate, evaluate_images
+    from flowback.evaluation.references import load_reference, open_images
+    from flowback.model import load
+
+    if names_flow(options.subject):
         return evaluate(
             load(options.subject, processes.device),
             options.data,
@@ -86,14 +98,16 @@ def _report(options: Options, processes: Processes) -> Report:
             processes=processes,
             progress=True,
         )
-    images = open_images(options.subject)
+    bad_images = options.data.bad_images
+    images = open_images(options.subject, bad_images)
     if options.reference is None:
         raise InputError(
             f"{options.subject} holds images; give the images to compare them with as --reference."
         )
+    _, channels, _, size = images.read(torch.tensor([0])).shape
     return evaluate_images(
         images,
-        options.reference,
+        load_reference(options.reference, size, channels, bad_images),
         config=options.measure,
         batch_size=options.sampling.batch_size,
         processes=processes,
@@ -102,6 +116,8 @@ def _report(options: Options, processes: Processes) -> Report:
 
 
 def _show(report: Report, title: str) -> None:
+    from flowback.evaluation.protocol import COMPARABLE
+
     figures, samples = report.figures, report.settings.get("samples", 0)
     rows = []
     for name, value in figures.items():
@@ -113,6 +129,9 @@ def _show(report: Report, title: str) -> None:
 
 
 def _show_search(report: Report, folder: Path) -> None:
+    from flowback.evaluation.pipeline import deciding_figure
+    from flowback.evaluation.plots import plot_guidance
+
     searched, best = report.figures["guidance"], report.figures["best_guidance"]
     names = [name for name in searched[0] if name != "guidance"]
     rows = [[row["guidance"], *(row[name] for name in names)] for row in searched]

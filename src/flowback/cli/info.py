@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from accelerate import init_empty_weights
 
-from flowback import checkpoint
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
 from flowback.config import RunConfig
-from flowback.devices import describe
 from flowback.files import write_json
-from flowback.flow.cost import parameters
-from flowback.model import Student
-from flowback.training.run_folder import read_rows
 
 __all__ = ["Options", "run"]
 
@@ -41,6 +35,8 @@ def run(argv: list[str]) -> None:
     """Collect, show, write."""
     options = parse(Options, argv, "info")
     if options.checkpoint is None:
+        from flowback.devices import describe
+
         found = describe()
         show_table("This machine", ["", "found"], [[name, _text(value)] for name, value in found.items()])
     else:
@@ -52,6 +48,8 @@ def run(argv: list[str]) -> None:
 
 def _of(name: str) -> dict[str, Any]:
     """What is known of a checkpoint and of the run that it belongs to."""
+    from flowback import checkpoint
+
     fetched = checkpoint.fetch(name)
     folder = checkpoint.resolve(fetched)
     config = checkpoint.load_config(folder)
@@ -68,6 +66,11 @@ def _of(name: str) -> dict[str, Any]:
 
 def _parameters(config: RunConfig) -> int:
     """Number of weights of the flow, or of the student."""
+    from accelerate import init_empty_weights
+
+    from flowback.flow.cost import parameters
+    from flowback.model import Student
+
     if not config.student.active:
         return parameters(config.model)
     with init_empty_weights():
@@ -77,6 +80,8 @@ def _parameters(config: RunConfig) -> int:
 
 def _figures(run_folder: Path) -> dict[str, Any]:
     """The last figures of the run: of its training, and on the test images; none for a lone checkpoint."""
+    from flowback.training.run_folder import read_rows
+
     figures: dict[str, Any] = {}
     for row in read_rows(run_folder / "metrics.jsonl"):
         shown = ("step", "images", "seconds", "nll", "loss", "alignment", "test_", "fd_")

@@ -12,9 +12,7 @@ from flowback.checked import to_dict
 from flowback.cli.console import show_table
 from flowback.cli.options import parse
 from flowback.files import write_json
-from flowback.flow.cost import flops_per_image, parameters, training_bytes, training_days
 from flowback.presets import PRESETS, list_presets
-from flowback.provenance import environment
 
 __all__ = ["Options", "run"]
 
@@ -42,6 +40,9 @@ class Options:
 def run(argv: list[str]) -> None:
     """Print the table."""
     options = parse(Options, argv, "presets")
+    from flowback.flow.cost import flops_per_image, parameters, training_bytes, training_days
+    from flowback.provenance import environment
+
     rows: list[dict[str, Any]] = []
     for name in list_presets(options.pattern):
         preset = PRESETS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -10,8 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from flowback import checkpoint
-from flowback.data.named_sets import dataset_names
+from flowback.cli.console import wrapped
 from flowback.errors import InputError
 from flowback.files import check_file, check_folder
 
@@ -20,6 +20,7 @@ __all__ = [
     "SEARCH",
     "guidance_scales",
     "is_checkpoint",
+    "names_flow",
     "noise_levels",
     "out_folder",
     "parse",
@@ -29,8 +30,21 @@ Options = TypeVar("Options")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint or a run."""
+    """Whether ``path`` is the folder of a checkpoint or of a run."""
+    from flowback import checkpoint
+
     return (path / "config.json").is_file() or bool(checkpoint.step_folders(path))
+
+
+def names_flow(name: Path) -> bool:
+    """Whether ``name`` is such a folder, a flow that comes with the package, or one on the Hub.
+
+    Raises:
+        InputError: it can only be a name on the Hub, and cannot be had from there.
+    """
+    from flowback import checkpoint
+
+    return is_checkpoint(checkpoint.fetch(name))
 
 
 def parse(
@@ -61,27 +75,41 @@ def parse(
     words = _without_shorthand(argv) if has_data else list(argv)
     helps = bool({"-h", "--help"} & set(itertools.takewhile(lambda word: word != "--", words)))
     overrides: dict[str, Any] = {}
-    if defaults or has_data:
-        read = [word for word in words if word not in ("-h", "--help")]
+    read = [word for word in words if word not in ("-h", "--help")]
+    if (defaults or has_data) and (read or not helps):
         try:
-            seen = tyro.cli(_unchecked(kind), args=read, prog=f"flowback {verb}", console_outputs=not helps)
+            seen = _read(_unchecked(kind), read, verb, console_outputs=not helps)
             overrides = (defaults or _data_of_checkpoint)(seen)
         except SystemExit:  # something is missing or misspelled, as tyro has said
             if not helps:
                 raise
     if helps:
         words = ["--help"]  # alone: tyro's help leaves out the positionals before it
-    options = tyro.cli(kind, args=words, default=_start(kind, overrides), prog=f"flowback {verb}")
+    start = _start(kind, overrides)
+    about = {"description": _about(kind)} if helps else {}
+    options = _read(kind, words, verb, default=start, **about)
     record = getattr(options, "json", None)  # known now, not when the work is done
     if record is not None:
         check_file(record, "--json")
     return options
 
 
+def _read(kind: type[Options], words: Sequence[str], verb: str, **options: Any) -> Options:
+    return tyro.cli(kind, args=words, prog=f"flowback {verb}", registry=_REGISTRY, **options)
+
+
+def _about(kind: type[Any]) -> str:
+    """What the verb does, in lines that fit; tyro joins those that do not begin with a space."""
+    paragraphs = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
+    return "\n".join("\n".join(wrapped(f" {paragraph}", indent=1)) for paragraph in paragraphs)
+
+
 def _data_of_checkpoint(seen: Any) -> dict[str, Any]:
     """The data of the checkpoint that the first field names; nothing where it names none."""
-    subject = getattr(seen, fields(seen)[0].name)
-    return {"data": checkpoint.load_config(subject).data} if is_checkpoint(subject) else {}
+    from flowback import checkpoint
+
+    folder = checkpoint.fetch(getattr(seen, fields(seen)[0].name))
+    return {"data": checkpoint.load_config(folder).data} if is_checkpoint(folder) else {}
 
 
 def _unchecked(kind: type[Any]) -> type[Any]:
@@ -129,14 +157,25 @@ def _without_shorthand(argv: Sequence[str]) -> list[str]:
 
 
 def _shorthand(value: str, path_given: bool) -> list[str]:
+    from flowback.data.named_sets import dataset_names
+
     if value not in dataset_names():
         return ["--data.name", "folder", "--data.path", value]  # a prepared set is recognised there
     return ["--data.name", value, *(() if path_given else ("--data.path", "None"))]
 
 
 def out_folder(out: Path | None, subject: Path) -> Path:
-    """The folder of records and pictures, checked before the work: as asked, or beside the checkpoint."""
-    folder = out or (subject / "evaluation" if is_checkpoint(subject) else Path("evaluation"))
+    """The folder of records and pictures, checked before the work: as asked, or beside the checkpoint.
+
+    Raises:
+        InputError: it cannot be written, or ``subject`` is no checkpoint that lies in a folder here.
+    """
+    if out is None and not is_checkpoint(subject):
+        from flowback import checkpoint
+
+        checkpoint.resolve(checkpoint.fetch(subject))
+        raise InputError(f"{subject} is no folder here; say with --out where the report goes.")
+    folder = out or subject / "evaluation"
     check_folder(folder, "--out")
     return folder
 
@@ -172,6 +211,30 @@ SEARCH = tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [":".join(map(str, value)) or "none"],
 )
 """How guidance scales to try are typed."""
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _one_or_several(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[int | tuple[int, ...]] | None:
+    """A number, or one a block: ``8`` or ``4,4,4,24``."""
+    if info.type != int | tuple[int, ...]:
+        return None
+
+    def read(words: list[str]) -> int | tuple[int, ...]:
+        numbers = tuple(map(int, words[0].split(",")))
+        return numbers if len(numbers) > 1 else numbers[0]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT[,INT,...]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, (int, tuple)),
+        str_from_instance=lambda value: [",".join(map(str, value if isinstance(value, tuple) else (value,)))],
+    )
 
 
 def noise_levels(text: str) -> tuple[float, ...]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
-from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
 from flowback.config import SampleConfig
-from flowback.devices import pick_device
-from flowback.files import write_json
-from flowback.model import Flow
-from flowback.provenance import environment
-from flowback.sampling.block_plan import Plan, plan_file, plan_record, plan_sampling, save_plan
+from flowback.files import check_file, write_json
+
+if TYPE_CHECKING:
+    from flowback.sampling.block_plan import Plan
 
 __all__ = ["Options", "run"]
 
@@ -40,8 +39,15 @@ class Options:
 def run(argv: list[str]) -> None:
     """Measure, store, show."""
     options = parse(Options, argv, "plan")
+    from flowback import checkpoint as checkpoints
+    from flowback.devices import pick_device
+    from flowback.model import Flow
+    from flowback.provenance import environment
+    from flowback.sampling.block_plan import plan_file, plan_record, plan_sampling, save_plan
+
     device = pick_device(options.device, "--device")
-    folder = checkpoints.resolve(options.checkpoint)
+    folder = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
+    check_file(plan_file(folder), "The plan")
     flow = Flow.from_pretrained(folder, device)
     plan = plan_sampling(flow, options.sampling)
     save_plan(plan, plan_file(folder))

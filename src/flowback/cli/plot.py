@@ -12,8 +12,6 @@ from flowback.cli.console import say
 from flowback.cli.options import parse
 from flowback.errors import InputError
 from flowback.files import check_file
-from flowback.training.curves import plot_runs
-from flowback.training.run_folder import read_rows
 
 __all__ = ["Options", "run"]
 
@@ -40,6 +38,9 @@ def run(argv: list[str]) -> None:
             raise InputError(f"{folder} is not the folder of a run: it has no metrics.jsonl.")
     out = options.out or options.runs[0] / "curves.png"
     check_file(out, "--out")
+    from flowback.training.curves import plot_runs
+    from flowback.training.run_folder import read_rows
+
     names = [folder.name for folder in options.runs]
     named = names if len(set(names)) == len(names) else list(map(str, options.runs))
     rows = {

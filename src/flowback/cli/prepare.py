@@ -5,26 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 
-from flowback.alignment.encoders import create_encoder, weights_hash
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.config import CodecConfig
-from flowback.data.columns import Maker
-from flowback.data.decode_pool import Settings
-from flowback.data.image_set import FeatureSettings
-from flowback.data.pixels import Crop, note_sentence
-from flowback.data.prepared_writer import prepare
-from flowback.data.sources import open_source
-from flowback.data.vae import Vae, open_codec
-from flowback.devices import cpu_cores, pick_device
+from flowback.config import CodecConfig, Crop
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.provenance import environment
+
+if TYPE_CHECKING:
+    from flowback.data.columns import Maker
+    from flowback.data.image_set import FeatureSettings
+    from flowback.data.vae import Vae
 
 __all__ = ["Options", "run"]
 
@@ -104,6 +98,14 @@ def run(argv: list[str]) -> None:
     """Prepare, check, report."""
     options = parse(Options, argv, "prepare")
     options.check()
+    from flowback.data.decode_pool import Settings
+    from flowback.data.pixels import note_sentence
+    from flowback.data.prepared_writer import prepare
+    from flowback.data.sources import open_source
+    from flowback.devices import cpu_cores, pick_device
+    from flowback.provenance import environment
+
+    pick_device(options.device, "--device")
     started = time.perf_counter()
     sources = open_source(
         options.data, options.image_size, options.channels, options.holdout, options.labels, options.path,
@@ -147,6 +149,11 @@ def _codec(options: Options) -> tuple[Vae | None, tuple[int, int, int] | None]:
     """The VAE, and the shape of its latents."""
     if options.vae is None:
         return None, None
+    import torch
+
+    from flowback.data.vae import Vae, open_codec
+    from flowback.devices import pick_device
+
     size = options.image_size
     config = CodecConfig(
         options.vae, options.vae_revision, None, options.vae_scale, options.vae_shift, image_size=size
@@ -165,6 +172,10 @@ def _encoder(options: Options) -> tuple[Maker | None, FeatureSettings | None]:
     """The encoder's features of images, and what decides them."""
     if options.encoder is None or options.encoder_grid is None:
         return None, None
+    from flowback.alignment.encoders import create_encoder, weights_hash
+    from flowback.data.image_set import FeatureSettings
+    from flowback.devices import pick_device
+
     grid, file = options.encoder_grid, weights_hash(options.encoder_weights)
     device = pick_device(options.device, "--device")
     encoder = create_encoder(options.encoder, options.encoder_weights).to(device)

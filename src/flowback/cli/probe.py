@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,14 +12,10 @@ from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import out_folder, parse
 from flowback.config import DataConfig, ProbeConfig
-from flowback.data.image_set import ImageSet
-from flowback.devices import pick_device
-from flowback.evaluation.held_out import run_images
-from flowback.evaluation.linear_probe import LocationProbe, Probe, probe
-from flowback.evaluation.plots import plot_probe
-from flowback.evaluation.report import Report, weights_of
-from flowback.model import Flow
-from flowback.provenance import environment
+
+if TYPE_CHECKING:
+    from flowback.data.image_set import ImageSet
+    from flowback.evaluation.linear_probe import LocationProbe, Probe
 
 __all__ = ["Options", "run"]
 
@@ -44,6 +40,14 @@ class Options:
 def run(argv: list[str]) -> None:
     """Probe, show, plot, write."""
     options = parse(Options, argv, "probe")
+    from flowback.devices import pick_device
+    from flowback.evaluation.held_out import run_images
+    from flowback.evaluation.linear_probe import probe
+    from flowback.evaluation.plots import plot_probe
+    from flowback.evaluation.report import Report, weights_of
+    from flowback.model import Flow
+    from flowback.provenance import environment
+
     folder = out_folder(options.out, options.checkpoint)
     flow = Flow.from_pretrained(options.checkpoint, pick_device(options.device, "--device"))
     train, test = (run_images(flow, split, options.data) for split in ("train", "test"))

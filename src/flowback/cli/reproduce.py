@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from flowback.cli.console import say, show_table
 from flowback.cli.options import SEARCH, parse
-from flowback.config import SampleConfig
+from flowback.config import ReproduceConfig, SampleConfig, Scale
 from flowback.errors import InputError
-from flowback.tables import ReproduceConfig, Scale, Table, reproduce
+
+if TYPE_CHECKING:
+    from flowback.tables import Table
 
 __all__ = ["Drawing", "Filling", "Options", "run"]
 
@@ -60,6 +62,8 @@ def run(argv: list[str]) -> None:
     options = parse(Options, argv, "reproduce")
     if options.seeds < 1 or options.first_seed < 0:
         raise InputError("--seeds must be at least 1, and --first-seed not negative.")
+    from flowback.tables import reproduce
+
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     table = reproduce(options.table, options.scale, seeds, options.out, options.config, options.sampling)
     _show(table, options.out)

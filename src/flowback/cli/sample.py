@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
-from flowback import checkpoint as checkpoints
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.config import SampleConfig
-from flowback.data.vae import open_codec
+from flowback.config import FolderConfig, SampleConfig
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.model import Flow, load
-from flowback.processes import Processes
-from flowback.sample_folder import FolderConfig, SampleReport, draw_folder
-from flowback.sampling.block_plan import resolve_plan
+
+if TYPE_CHECKING:
+    from flowback.sample_folder import SampleReport
 
 __all__ = ["Options", "run"]
 
@@ -31,9 +29,10 @@ class Options:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's folder (its newest checkpoint); of a flow or a student."""
-    out: Path
-    """Folder of the images, one PNG each."""
+    """A checkpoint folder, a run's folder (its newest checkpoint), a flow that comes with flowback
+    (`fashion`), or a name on the Hub (`owner/name`, `owner/name@revision`)."""
+    out: Path | None = None
+    """Folder of the images, one PNG each; by default `samples/NAME`, with all in one picture beside it."""
     images: tyro.conf.OmitArgPrefixes[FolderConfig] = field(default_factory=FolderConfig)
     sampling: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
     vae: str | None = None
@@ -49,27 +48,49 @@ class Options:
 def run(argv: list[str]) -> None:
     """Draw and show."""
     options = parse(Options, argv, "sample")
+    from flowback import checkpoint as checkpoints
+    from flowback.data.vae import open_codec
+    from flowback.model import Flow, load
+    from flowback.processes import Processes
+    from flowback.sample_folder import class_ids, draw_folder
+    from flowback.sampling.block_plan import resolve_plan
+
     processes = Processes(options.device)
     checkpoint = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
     model = load(checkpoint, processes.device)
+    out, images = _places(options)
+    if processes.is_main:
+        say(f"{options.checkpoint}: {model.about}")
     codec = open_codec(
         checkpoints.load_config(checkpoint).codec, model.device, options.vae, options.force_vae
     )
     plans, notice = None, None
     if isinstance(model, Flow):
         plans, notice = resolve_plan(model, options.sampling, checkpoint)
-    report = draw_folder(
-        model, options.out, options.images, sampling=options.sampling, plans=plans, codec=codec
-    )
+    if options.images.labels and processes.is_main:
+        ids = dict.fromkeys(class_ids(model, options.images.labels))
+        named = (f"{model.classes[k]} (id {k})" if model.classes else f"id {k}" for k in ids)
+        say(f"Classes drawn: {', '.join(named)}")
+    report = draw_folder(model, out, images, sampling=options.sampling, plans=plans, codec=codec)
     if processes.is_main:
         for sentence in (*([notice] if notice else []), *report.notices):
             say(sentence)
         _show(report)
+        if images.grid:
+            say(f"All in one picture: {images.grid}")
         if options.json:
             write_json(options.json, {**report.to_dict(), "checkpoint": str(checkpoint.resolve())})
     processes.close()
     if processes.is_main and report.problem:
         raise InputError(report.problem)
+
+
+def _places(options: Options) -> tuple[Path, FolderConfig]:
+    """Where the images go, and what else is written."""
+    if options.out is not None:
+        return options.out, options.images
+    out = Path("samples", options.checkpoint.resolve().name.replace("@", "-"))
+    return out, replace(options.images, grid=options.images.grid or out.with_name(f"{out.name}.png"))
 
 
 def _show(report: SampleReport) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -15,14 +16,15 @@ from flowback.cli.options import parse
 from flowback.config import AlignmentConfig, CodecConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from flowback.errors import InputError
 from flowback.files import write_json
-from flowback.flow.cost import flops_per_image, parameters, training_bytes
-from flowback.presets import get_preset
-from flowback.provenance import environment
-from flowback.reading import read_yaml
-from flowback.training import start, train
+
+if TYPE_CHECKING:
+    from flowback.training import Trial
 
 __all__ = ["Options", "run"]
 
+
+BAD_SHOWN = 8
+"""Files that cannot be read, as --dry-run names them."""
 
 ASKED_FOR = {
     "test_nll": "test nll (nats/dim)",
@@ -42,12 +44,12 @@ class Options:
 
     preset: tyro.conf.Positional[str]
     """Preset with the settings to start from; `flowback presets` lists them."""
-    out: Annotated[Path, tyro.conf.arg(help_behavior_hint="")] = Path("runs/train")
-    """The run's folder."""
+    out: Path = Path("runs/train")
+    """The run's folder; a run that is there goes on."""
     config: Path | None = None
     """YAML file of settings that replace the preset's; options replace the file's."""
     dry_run: bool = False
-    """Print the resolved settings, parameters and memory estimate, and stop."""
+    """Look at the data, try a step, print the settings with memory and time, and stop; nothing is written."""
     json: Path | None = None
     """Write the final figures to this file."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -60,6 +62,8 @@ class Options:
 def run(argv: list[str]) -> None:
     """Train, and show where it ended."""
     options = parse(Options, argv, "train", _settings)
+    from flowback.presets import get_preset
+
     student = get_preset(options.preset).config.student
     config = RunConfig(
         options.model, options.data, options.alignment, options.train, options.codec, student=student
@@ -67,6 +71,9 @@ def run(argv: list[str]) -> None:
     if options.dry_run:
         _dry_run(config)
         return
+    from flowback.provenance import environment
+    from flowback.training import start, train
+
     result = train(config, out=options.out, description=options.preset)
     row = result.metrics
     if not start(config.train).is_main_process:
@@ -86,6 +93,8 @@ def run(argv: list[str]) -> None:
 
 def _settings(seen: Any) -> dict[str, Any]:
     """The preset's settings with those of ``--config`` on top, by section."""
+    from flowback.presets import get_preset
+
     base = get_preset(seen.preset).config
     if seen.config is not None:
         base = _from_yaml(seen.config, base)
@@ -93,6 +102,8 @@ def _settings(seen: Any) -> dict[str, Any]:
 
 
 def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
+    from flowback.reading import read_yaml
+
     try:
         values = read_yaml(file)
     except (OSError, ValueError) as error:
@@ -105,15 +116,59 @@ def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
 
 
 def _dry_run(config: RunConfig) -> None:
-    model, steps = config.model, config.train
-    say(jsonlib.dumps(to_dict(config), indent=2))
+    """Show the settings, and what the run will take; with a step tried, if its data are named."""
+    from flowback.flow.cost import flops_per_image, parameters, training_bytes
+    from flowback.training import try_run
+
+    model, train = config.model, config.train
+    unnamed = config.data.path is None and config.data.name in ("folder", "prepared")
+    trial = None if unnamed else try_run(config)
+    say(jsonlib.dumps(to_dict(config if trial is None else trial.config), indent=2))
     held: list[list[Any]] = [
         ["parameters (M)", parameters(model) / 1e6],
         ["GFLOP an image, encode pass", flops_per_image(model) / 1e9],
-        ["GFLOP a training step", 3 * flops_per_image(model) * steps.batch_size / 1e9],
-        [
-            "estimated memory, one process (GiB)",
-            training_bytes(model, steps.micro_batch or steps.batch_size, steps.precision) / 2**30,
-        ],
+        ["GFLOP a training step", 3 * flops_per_image(model) * train.batch_size / 1e9],
     ]
+    if trial is None:
+        size = training_bytes(model, train.micro_batch or train.batch_size, train.precision)
+        held.append(["estimated memory of a step (GiB)", size / 2**30])
+    else:
+        held += _images_of(trial) + _costs_of(trial)
     show_table("Dry run: nothing is written", ["", "value"], held)
+    if trial is None:
+        say("No data are named yet: give --data FOLDER, and --dry-run looks at the images and tries a step.")
+
+
+def _images_of(trial: Trial) -> list[list[Any]]:
+    """Counts, names and sizes; the files that are left out."""
+    from flowback.training import classes_shown
+
+    images, model = trial.images, trial.config.model
+    tested = "none" if trial.test is None else f"{len(trial.test):,}"
+    rows: list[list[Any]] = [
+        ["training images", f"{len(images):,} of {images.name}"],
+        ["test images", tested],
+        ["size", f"{model.image_size}x{model.image_size}x{model.channels}"],
+        ["classes", classes_shown(images.classes)],
+    ]
+    bad = [*images.skipped, *(trial.test.skipped if trial.test is not None else ())]
+    more = f" and {len(bad) - BAD_SHOWN} more" if len(bad) > BAD_SHOWN else ""
+    return [*rows, ["files left out", ", ".join(bad[:BAD_SHOWN]) + more or "none"]]
+
+
+def _costs_of(trial: Trial) -> list[list[Any]]:
+    """Memory, and time by the step that was tried."""
+    rows: list[list[Any]] = [["estimated memory, one process (GiB)", trial.memory / 2**30]]
+    if trial.step_seconds is None or trial.seconds is None:
+        return [*rows, ["time", "a step is too large to be tried on this device"]]
+    if trial.encoder_seconds:
+        rows.append(["features of all images, once", _duration(trial.encoder_seconds)])
+    return [
+        *rows,
+        ["images/s, by a step that was tried", trial.config.train.batch_size / trial.step_seconds],
+        ["time on this device, one process", _duration(trial.seconds)],
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=max(1, round(seconds))))

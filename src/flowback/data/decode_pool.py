@@ -18,9 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-from flowback.config import CodecConfig
+from flowback.config import CodecConfig, Crop
 from flowback.data.image_set import FeatureSettings
-from flowback.data.pixels import Crop, Note, UnreadableImageError, fit, read_image
+from flowback.data.pixels import Note, UnreadableImageError, fit, read_image
 from flowback.data.sources import Source
 from flowback.errors import InputError
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from flowback.config import CodecConfig
 from flowback.data.pixels import to_bytes, to_unit_range
@@ -21,12 +22,14 @@ from flowback.devices import send
 from flowback.errors import InputError, nearest
 
 __all__ = [
+    "AnyImages",
     "FeatureSettings",
     "FeatureTable",
     "ImageSet",
     "MemoryImages",
     "PixelSet",
     "Subset",
+    "as_image_set",
     "evenly",
     "image_set",
     "in_batches",
@@ -269,6 +272,20 @@ def image_set(
         classes = classes or tuple(map(str, getattr(images, "classes", ())))
     found, names = numbered(name, len(pixels), labels, classes)
     return MemoryImages(name, names, found, pixels)
+
+
+AnyImages: TypeAlias = ImageSet | Tensor | Dataset[Any]
+"""Images as functions take them: a set, or what :func:`image_set` makes one of."""
+
+
+def as_image_set(images: AnyImages) -> ImageSet:
+    """A set as it is; of a tensor or a PyTorch ``Dataset``, :func:`image_set`.
+
+    Example:
+        >>> as_image_set(torch.zeros(3, 1, 8, 8)).name
+        'images'
+    """
+    return images if isinstance(images, ImageSet) else image_set(images)
 
 
 def _eight_bits(name: str, images: Tensor) -> UInt8[Tensor, "n c h w"]:

@@ -32,12 +32,12 @@ from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from flowback.config import Crop
 from flowback.errors import is_utf8, shorten
 
 __all__ = [
     "EXTENSIONS",
     "NOTES",
-    "Crop",
     "Faults",
     "Note",
     "Rounding",
@@ -51,12 +51,9 @@ __all__ = [
     "read_image",
     "to_bytes",
     "to_levels",
+    "to_pil",
     "to_unit_range",
 ]
-
-Crop = Literal["bicubic", "adm", "tarflow"]
-"""How an image becomes a square of the asked size."""
-
 
 _FORMATS = {
     "PNG": (".png", ".apng"),
@@ -337,6 +334,17 @@ def to_unit_range(images: UInt8[Tensor, "*s"] | Float[Tensor, "*s"]) -> Float[Te
 def to_bytes(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
     """Images on [-1, 1] as 8-bit values, rounded to nearest; non-finite values become black."""
     return to_levels(images.float().nan_to_num(-1, 1, -1)).round().clamp(0, 255).byte().cpu()
+
+
+def to_pil(images: Float[Tensor, "b c h w"]) -> list[Image.Image]:
+    """Images on [-1, 1] as Pillow's, grey or RGB: clamped, rounded to 8 bits, non-finite values black.
+
+    Example:
+        >>> to_pil(torch.ones(2, 1, 4, 4))[0].getpixel((0, 0))
+        255
+    """
+    pixels = to_bytes(images).movedim(1, -1).numpy()
+    return [Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image) for image in pixels]
 
 
 def from_levels(levels: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:

@@ -7,6 +7,7 @@ the flow models z = (latent - shift) · scale; noise, denoising and likelihood a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowback import hub
 from flowback.config import CodecConfig
 from flowback.errors import InputError, shorten
 from flowback.files import located
@@ -141,18 +143,21 @@ def _load(name: str, revision: str | None) -> Any:
         import diffusers
     except ImportError:
         raise InputError(f"The VAE {name} needs diffusers: pip install flowback-nf[latent].") from None
+    local = Path(name).is_dir()
     try:
-        settings = dict(diffusers.AutoencoderKL.load_config(name, revision=revision))
-        kind = settings.get("_class_name")
-        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise InputError(f"{name} holds a {kind}; an AutoencoderKL or AutoencoderTiny is needed.")
-        _check_sizes(name, settings)
-        model = getattr(diffusers, kind).from_pretrained(name, revision=revision, use_safetensors=True)
+        with contextlib.nullcontext() if local else hub.quick():
+            settings = dict(diffusers.AutoencoderKL.load_config(name, revision=revision))
+            kind = settings.get("_class_name")
+            if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+                raise InputError(f"{name} holds a {kind}; an AutoencoderKL or AutoencoderTiny is needed.")
+            _check_sizes(name, settings)
+            model = getattr(diffusers, kind).from_pretrained(name, revision=revision, use_safetensors=True)
     except InputError:
         raise
     except Exception as error:  # of a damaged folder, diffusers raises nearly anything
-        where = "is damaged or incomplete" if Path(name).is_dir() else "cannot be loaded"
-        reason = shorten(str(error), 200) or type(error).__name__
+        where = "is damaged or incomplete" if local else "cannot be loaded"
+        reason = shorten(str(error), 200) if local else hub.reason(error, name, revision)
+        reason = reason or type(error).__name__
         raise InputError(
             f"The VAE {name} {where} ({reason}); give a folder with config.json and safetensors weights, "
             "or a name on the hub."

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from flowback.classification import Method, classify, embedding_distances
 from flowback.config import DataConfig, ModelConfig
-from flowback.data.image_set import ImageSet, evenly, in_batches, match_classes
+from flowback.data.image_set import AnyImages, ImageSet, as_image_set, evenly, in_batches, match_classes
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 from flowback.flow.likelihood import add_noise, bits_per_dim, nll_per_dim
-from flowback.model import Flow, NamedModel
+from flowback.model import Flow
+from flowback.named_model import NamedModel
 from flowback.progress import track
 
 __all__ = [
@@ -123,7 +124,7 @@ def run_images(flow: NamedModel, split: Literal["train", "test"], data: DataConf
     return images
 
 
-def matched(flow: NamedModel, images: ImageSet) -> ImageSet:
+def matched(flow: NamedModel, images: AnyImages) -> ImageSet:
     """The images with labels that are the model's class ids.
 
     Classes go by their names where the model knows them, and otherwise by their order.
@@ -131,7 +132,7 @@ def matched(flow: NamedModel, images: ImageSet) -> ImageSet:
     Raises:
         InputError: classes that the model does not have.
     """
-    count = flow.config.num_classes or 0
+    images, count = as_image_set(images), flow.config.num_classes or 0
     if not count or images.labels is None:
         return images
     if flow.classes:
@@ -231,7 +232,7 @@ class Likelihood:
 
 
 def likelihood(
-    flow: Flow, images: ImageSet, draws: int = 3, conditional: bool = True, **loop: Unpack[LoopOptions]
+    flow: Flow, images: AnyImages, draws: int = 3, conditional: bool = True, **loop: Unpack[LoopOptions]
 ) -> Likelihood:
     """Mean negative log-likelihood of held-out images.
 
@@ -360,7 +361,7 @@ class Accuracy:
 
 def accuracy(
     flow: Flow,
-    images: ImageSet,
+    images: AnyImages,
     method: Method = "gradient",
     *,
     noise: bool = True,
@@ -403,7 +404,7 @@ def accuracy(
     return replace(total, seconds=time.perf_counter() - start)
 
 
-def with_labels(flow: Flow, images: ImageSet) -> ImageSet:
+def with_labels(flow: Flow, images: AnyImages) -> ImageSet:
     """The images with labels that are the model's class ids.
 
     Raises:

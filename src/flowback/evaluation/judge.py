@@ -18,7 +18,7 @@ from flowback.evaluation.protocol import (
     InceptionStatistics,
     Protocol,
     adm_figures,
-    batches,
+    announced,
     kept,
     reference_statistics,
 )
@@ -52,6 +52,7 @@ class Judge:
         protocol: of the Inception figures.
         inception: the network, unless the protocol is ``none``.
         batch_size: images in one pass.
+        progress: show a bar while the reference's statistics are made.
 
     Raises:
         InputError: a protocol that the reference cannot serve.
@@ -64,6 +65,7 @@ class Judge:
         protocol: Protocol = "none",
         inception: Inception | None = None,
         batch_size: int = 64,
+        progress: bool = False,
     ) -> None:
         self.reference, self.encoder, self.protocol, self.inception = reference, encoder, protocol, inception
         images = reference.images
@@ -74,11 +76,16 @@ class Judge:
         self.encoded: Moments | None = None
         if images is not None:
             key = (images.fingerprint, encoder.fingerprint, "pooled")
-            arrays = kept(key, lambda: pooled_moments(encoder, batches(images, batch_size)).arrays())
+            arrays = kept(
+                key,
+                lambda: pooled_moments(
+                    encoder, announced(images, encoder.name, batch_size, progress)
+                ).arrays(),
+            )
             self.encoded = Moments.from_arrays(arrays)
         self.statistics: InceptionStatistics | None = None
         if inception is not None and protocol != "none":
-            self.statistics = reference_statistics(reference, inception, protocol, batch_size)
+            self.statistics = reference_statistics(reference, inception, protocol, batch_size, progress)
 
     def gather(
         self, samples: Iterable[UInt8[Tensor, "_ c h w"]], total: int, start: int = 0

@@ -6,7 +6,6 @@ One pass over the images gives the features of all locations: hidden states aver
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from flowback.alignment.encoders import Encoder, create_encoder
 from flowback.checked import replaced
 from flowback.config import ProbeConfig
-from flowback.data.image_set import ImageSet, evenly
+from flowback.data.image_set import AnyImages, ImageSet, evenly
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 from flowback.evaluation.held_out import LoopOptions, accuracy, held_out_batches, matched, run_images
@@ -94,8 +93,7 @@ class Probe:
 
 def all_locations(flow: Flow) -> list[Location]:
     """Every (block, layer), counted from 1."""
-    blocks, layers = range(1, flow.config.blocks + 1), range(1, flow.config.layers + 1)
-    return list(itertools.product(blocks, layers))
+    return flow.config.locations
 
 
 @torch.no_grad()
@@ -116,10 +114,7 @@ def features(
     known = set(all_locations(flow))
     for location in locations:
         if location not in known:
-            raise InputError(
-                f"Location {location} is outside the model; blocks go from 1 to {flow.config.blocks}, "
-                f"layers from 1 to {flow.config.layers}."
-            )
+            raise InputError(f"Location {location} is outside the model; {flow.config.locations_in_words}.")
     parts: dict[Location, list[Tensor]] = {location: [] for location in locations}
     for batch in held_out_batches(flow, images, "features", **loop):
         out = flow(batch.noised(flow.config), hidden=locations, noise=batch.levels)
@@ -196,8 +191,8 @@ def cknna(features: Float[Tensor, "n d"], others: Float[Tensor, "n c"], neighbou
 
 def probe(
     flow: Flow,
-    train: ImageSet | None = None,
-    test: ImageSet | None = None,
+    train: AnyImages | None = None,
+    test: AnyImages | None = None,
     *,
     config: ProbeConfig | None = None,
     progress: bool = False,
@@ -222,7 +217,7 @@ def probe(
         >>> flow = flowback.create_flow("digits-mini", num_classes=10)
         >>> train, test = (load_images(flowback.DataConfig(), 8, 1, split) for split in ("train", "test"))
         >>> found = flowback.probe(flow, train, test, train_limit=40, test_limit=20, encoder=None)
-        >>> len(found.locations) == flow.config.blocks * flow.config.layers
+        >>> len(found.locations) == len(flow.config.locations)
         True
     """
     (config,) = replaced((config or ProbeConfig(),), options)

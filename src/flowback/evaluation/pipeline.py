@@ -15,7 +15,7 @@ from torch import Tensor
 from flowback.alignment.encoders import create_encoder
 from flowback.checked import replaced, to_dict
 from flowback.config import CodecConfig, DataConfig, EvaluateConfig, SampleConfig
-from flowback.data.image_set import ImageSet, evenly, in_batches
+from flowback.data.image_set import AnyImages, ImageSet, as_image_set, evenly, in_batches
 from flowback.data.pixels import Faults, Rounding, quantise
 from flowback.data.vae import Codec, open_codec
 from flowback.evaluation.distilled import draw_pairs, under_teacher
@@ -31,7 +31,7 @@ from flowback.evaluation.held_out import (
 from flowback.evaluation.inception import load_inception
 from flowback.evaluation.judge import Judge
 from flowback.evaluation.protocol import Protocol
-from flowback.evaluation.references import Reference, load_reference, open_images
+from flowback.evaluation.references import BadImages, Reference, load_reference, open_images
 from flowback.evaluation.report import Report, weights_of
 from flowback.model import Flow, Student, load_teacher
 from flowback.processes import Processes
@@ -43,14 +43,14 @@ from flowback.sampling.denoise import denoises
 from flowback.sampling.sampler import drawing_level
 from flowback.students.sampler import StudentSampler
 
-__all__ = ["deciding_figure", "evaluate", "evaluate_images"]
+__all__ = ["deciding_figure", "evaluate", "evaluate_images", "reference_limit"]
 
 
 def evaluate(
     flow: Flow | Student,
-    images: ImageSet | DataConfig | None = None,
+    images: AnyImages | DataConfig | None = None,
     *,
-    reference: Reference | ImageSet | Path | str | None = None,
+    reference: Reference | AnyImages | Path | str | None = None,
     config: EvaluateConfig | None = None,
     sampling: SampleConfig | None = None,
     plans: Sequence[BlockPlan] | None = None,
@@ -99,8 +99,8 @@ def evaluate(
 
 
 def evaluate_images(
-    images: ImageSet | Path | str,
-    reference: Reference | ImageSet | Path | str,
+    images: AnyImages | Path | str,
+    reference: Reference | AnyImages | Path | str,
     *,
     config: EvaluateConfig | None = None,
     batch_size: int = 64,
@@ -133,10 +133,11 @@ def evaluate_images(
         ['fd_efficientnet_lite0']
     """
     (config,) = replaced((config or EvaluateConfig(),), options)
-    images = open_images(Path(images)) if isinstance(images, (str, Path)) else images
+    images = open_images(Path(images)) if isinstance(images, (str, Path)) else as_image_set(images)
     processes = processes or Processes(str(device), alone=True)
     _, channels, _, size = images.read(torch.tensor([0])).shape
-    judge = _judge(_opened(reference, size, channels), config, batch_size, processes)
+    opened = _opened(reference, size, channels)
+    judge = _judge(opened, config, len(images), batch_size, processes, progress)
     numbers = evenly(len(images), share=processes.share)
     parts = in_batches(numbers, batch_size)
     shown = track(parts, len(parts), "features", "batches") if progress else parts
@@ -146,7 +147,7 @@ def evaluate_images(
         "samples": len(images),
         "samples_from": images.name,
         "samples_hash": images.fingerprint,
-        **_judge_settings(judge),
+        **_judge_settings(judge, config, len(images)),
     }
     warnings = tuple(judge.warnings(len(images)))
     return Report("evaluate", judge.figures(samples), settings, warnings, environment(processes.device))
@@ -166,7 +167,9 @@ class _Data:
     @functools.cached_property
     def held_out(self) -> ImageSet:
         """The test images."""
-        return run_images(self.flow, "test", self.config) if self._images is None else self._images
+        return (
+            run_images(self.flow, "test", self.config) if self._images is None else as_image_set(self._images)
+        )
 
     @functools.cached_property
     def reference(self) -> Reference:
@@ -175,15 +178,18 @@ class _Data:
             return Reference.of(run_images(self.flow, "train", self.config))
         model, latent = self.flow.config, self.codec.vae is not None
         size, channels = (self.codec.image_size, 3) if latent else (model.image_size, model.channels)
-        return _opened(self._reference, size, channels)
+        bad_images = self.config.bad_images if self.config is not None else "refuse"
+        return _opened(self._reference, size, channels, bad_images)
 
 
-def _opened(reference: Reference | ImageSet | Path | str, size: int, channels: int) -> Reference:
+def _opened(
+    reference: Reference | AnyImages | Path | str, size: int, channels: int, bad_images: BadImages = "refuse"
+) -> Reference:
     if isinstance(reference, Reference):
         return reference
     if isinstance(reference, (str, Path)):
-        return load_reference(Path(reference), size, channels)
-    return Reference.of(reference)
+        return load_reference(Path(reference), size, channels, bad_images)
+    return Reference.of(as_image_set(reference))
 
 
 class _Part(NamedTuple):
@@ -223,7 +229,10 @@ class _Evaluation:
             if self._flow_settings()["denoise_levels"]:
                 denoising = Denoising.from_config(self.sampling)
                 denoising.check(bool(self.flow.config.num_classes), self.data.codec.vae is not None)
-            judge = _judge(self.data.reference, self.config, self.sampling.batch_size, self.processes)
+            judge = _judge(
+                *(self.data.reference, self.config, self.config.samples, self.sampling.batch_size),
+                *(self.processes, self.progress),
+            )
             codec = open_codec(self.data.codec, self.flow.device, self.config.vae, self.config.force_vae)
         data = to_dict(self.data.config) if self.data.config is not None else None
         parts = [_Part({}, {**weights_of(self.flow), "data": data, "seed": self.config.seed}, [])]
@@ -300,7 +309,8 @@ class _Evaluation:
             figures |= {"guidance": rows, "best_guidance": best["guidance"]}
             if best["guidance"] in (min(self._scales), max(self._scales)):
                 warnings.append("The best guidance lies at the edge of the search: widen the range.")
-        settings = self._sampling_settings(samplers) | _judge_settings(judge)
+        judged = _judge_settings(judge, self.config, self.config.samples)
+        settings = self._sampling_settings(samplers) | judged
         return _Part(figures, settings, warnings + judge.warnings(self.config.samples))
 
     def _distilled(self, teacher: Flow, scale: float, images: ImageSet, judge: Judge, codec: Codec) -> _Part:
@@ -407,23 +417,50 @@ def _rounding(protocol: Protocol) -> Rounding:
     return "truncate" if protocol == "tarflow" else "nearest"
 
 
-def _judge(reference: Reference, config: EvaluateConfig, batch_size: int, processes: Processes) -> Judge:
-    reference = reference.limited(config.reference_limit)
+_FOR_EACH, _FEWEST = 10, 2000
+
+
+def reference_limit(config: EvaluateConfig, samples: int) -> int | None:
+    """Images of the reference that ``samples`` are compared with; None is all.
+
+    ``auto`` takes 10 for each sample: a Fréchet distance grows with 1/n of either side, so that the reference
+    adds a tenth of what the samples add. With 2,000 at least, a covariance of 112 features is filled. Under a
+    published protocol it takes all.
+
+    Example:
+        >>> [reference_limit(EvaluateConfig(), samples) for samples in (64, 1024)]
+        [2000, 10240]
+    """
+    if config.reference_limit != "auto":
+        return config.reference_limit
+    return max(_FEWEST, _FOR_EACH * samples) if config.protocol == "none" else None
+
+
+def _judge(
+    reference: Reference,
+    config: EvaluateConfig,
+    samples: int,
+    batch_size: int,
+    processes: Processes,
+    progress: bool,
+) -> Judge:
+    reference = reference.limited(reference_limit(config, samples))
     with processes.main_first():  # one downloads and computes the reference, the others find it
         inception = None
         if config.protocol != "none":
             inception = load_inception(config.inception_weights, processes.device)
         encoder = create_encoder("efficientnet_lite0").to(processes.device)
-        return Judge(reference, encoder, config.protocol, inception, batch_size)
+        return Judge(reference, encoder, config.protocol, inception, batch_size, progress)
 
 
-def _judge_settings(judge: Judge) -> dict[str, Any]:
+def _judge_settings(judge: Judge, config: EvaluateConfig, samples: int) -> dict[str, Any]:
     inception, reference = judge.inception, judge.reference
     return {
         "protocol": judge.protocol,
         "rounding": _rounding(judge.protocol),
         "reference": reference.name,
         "reference_hash": reference.fingerprint,
+        "reference_limit": reference_limit(config, samples),
         "reference_images": len(reference.images) if reference.images is not None else None,
         "reference_statistics_included": reference.pool is not None,
         "resize": "references: shorter side to the samples' size, then centre crop; networks: their own",

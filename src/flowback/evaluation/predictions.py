@@ -11,7 +11,7 @@ import torch
 
 from flowback.classification import Method, classify
 from flowback.config import DataConfig
-from flowback.data.image_set import ImageSet, MemoryImages
+from flowback.data.image_set import AnyImages, ImageSet, MemoryImages, as_image_set
 from flowback.data.load import load_images
 from flowback.data.pixels import UnreadableImageError, decode
 from flowback.errors import InputError
@@ -86,7 +86,7 @@ def open_pictures(flow: Flow, path: Path, bad_images: Literal["refuse", "skip"] 
 
 @torch.no_grad()
 def predict(
-    flow: Flow, images: ImageSet, method: Method | None = None, draws: int = 1, **loop: Unpack[LoopOptions]
+    flow: Flow, images: AnyImages, method: Method | None = None, draws: int = 1, **loop: Unpack[LoopOptions]
 ) -> list[Prediction]:
     """Classify images without labels, and score them.
 
@@ -107,7 +107,7 @@ def predict(
         (3, True)
     """
     method = method or ("exhaustive" if "exhaustive" in default_methods(flow) else "normalised")
-    seed = loop.get("seed", 0)
+    images, seed = as_image_set(images), loop.get("seed", 0)
     found = []
     for batch in held_out_batches(flow, images, "images", **loop):
         labels = scores = None

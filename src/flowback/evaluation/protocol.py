@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -28,6 +29,7 @@ from flowback.evaluation.inception import Inception
 from flowback.evaluation.metrics import InceptionScore, Moments, frechet_distance, precision_recall
 from flowback.evaluation.references import Reference
 from flowback.files import cache_folder, no_cache, replacing
+from flowback.progress import track
 from flowback.reading import open_regular
 
 __all__ = [
@@ -35,11 +37,14 @@ __all__ = [
     "InceptionStatistics",
     "Protocol",
     "adm_figures",
+    "announced",
     "batches",
     "kept",
     "reference_statistics",
     "tarflow_reference",
 ]
+
+log = logging.getLogger("flowback")
 
 _DIGEST = 32
 """Bytes of the hash that a file of kept arrays begins with."""
@@ -165,8 +170,25 @@ def batches(images: ImageSet, size: int = 64) -> Iterator[UInt8[Tensor, "_ c h w
         yield images.read(indices)
 
 
+def announced(
+    images: ImageSet, network: str, size: int, progress: bool = True
+) -> Iterator[UInt8[Tensor, "_ c h w"]]:
+    """All images of a reference, in order; it is said that its statistics are made, and how far that is."""
+    log.info(
+        "Statistics of the reference, %s images of %s, in %s: made once, then kept. "
+        "--reference-limit N takes fewer.",
+        *(f"{len(images):,}", images.name, network),
+    )
+    parts = batches(images, size)
+    yield from track(parts, len(images), f"Reference in {network}", step=size) if progress else parts
+
+
 def reference_statistics(
-    reference: Reference, inception: Inception, protocol: Protocol, size: int = 64
+    reference: Reference,
+    inception: Inception,
+    protocol: Protocol,
+    size: int = 64,
+    progress: bool = False,
 ) -> InceptionStatistics:
     """Statistics of a reference under a protocol: its own where it carries them, otherwise of its images.
 
@@ -186,7 +208,8 @@ def reference_statistics(
 
     def compute() -> dict[str, Tensor]:
         if images is not None:
-            for batch in batches(images, size) if adm else tarflow_reference(batches(images, size)):
+            parts = announced(images, "Inception", size, progress)
+            for batch in parts if adm else tarflow_reference(parts):
                 statistics.add(batch)
         return statistics.arrays()
 

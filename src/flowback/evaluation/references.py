@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,11 +19,15 @@ from flowback.data.image_folder import list_images
 from flowback.data.image_set import ImageSet, PixelSet, Subset, evenly
 from flowback.data.load import load_images
 from flowback.data.pixels import UnreadableImageError, picture_size
-from flowback.errors import InputError, printable, shorten
+from flowback.data.prepared import is_prepared, read_summary
+from flowback.errors import InputError, shorten
 from flowback.evaluation.metrics import Moments
 from flowback.evaluation.npz import read_npz
 
-__all__ = ["NpzImages", "Reference", "load_reference", "open_images"]
+__all__ = ["BadImages", "NpzImages", "Reference", "load_reference", "open_images"]
+
+
+BadImages = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True)
@@ -88,16 +94,17 @@ class Reference:
         return replace(self, images=images, fingerprint=images.fingerprint)
 
 
-def load_reference(path: Path, image_size: int, channels: int) -> Reference:
-    """The reference in a .npz file or a folder of images.
+def load_reference(path: Path, image_size: int, channels: int, bad_images: BadImages = "refuse") -> Reference:
+    """The reference in a .npz file, a folder of images or a prepared set.
 
-    A folder's images are resized and cropped to ``image_size``; those of a .npz must have it.
+    A folder's images are resized and cropped to ``image_size``; those of a .npz or a prepared set must have
+    it. ``bad_images`` says what to do with files that cannot be read, as in training.
 
     Raises:
         InputError: not there, pickled, of another size or without anything to compare with.
     """
     if path.suffix != ".npz":
-        return Reference.of(_folder(path, image_size, channels))
+        return Reference.of(_folder(path, image_size, channels, bad_images))
     arrays, names = read_npz(path, ("arr_0", *_STATISTICS))
     statistics = {key: _numbers(path, key, arrays[key]) for key in _STATISTICS if key in arrays}
     images = _npz_images(path, arrays) if "arr_0" in arrays else None
@@ -120,8 +127,10 @@ def load_reference(path: Path, image_size: int, channels: int) -> Reference:
     )
 
 
-def open_images(path: Path) -> ImageSet:
-    """Samples in a .npz file or a folder, all of one size; grey pictures become RGB.
+def open_images(path: Path, bad_images: BadImages = "refuse") -> ImageSet:
+    """Samples in a .npz file, a folder or a prepared set, all of one size; grey pictures become RGB.
+
+    Files that cannot be read are treated as ``bad_images`` says, and others skipped, as in training.
 
     Raises:
         InputError: not there, pickled, or of several sizes.
@@ -133,25 +142,30 @@ def open_images(path: Path) -> ImageSet:
         return _npz_images(path, arrays)
     if not path.is_dir():
         raise InputError(f"{path} is neither a checkpoint, nor a folder of images, nor a .npz file.")
+    if is_prepared(path):
+        return _folder(path, read_summary(path)["settings"]["image_size"], 3, bad_images)
     sizes: dict[tuple[int, int], Path] = {}
     for name in list_images(path).files:
         file = path / name
-        try:
+        with contextlib.suppress(UnreadableImageError):  # refused or skipped when they are read
             sizes.setdefault(picture_size(file), file)
-        except UnreadableImageError as error:
-            raise InputError(f"{printable(str(file))} cannot be read ({error}); remove it.") from None
+    if not sizes:
+        raise InputError(f"None of the images in {path} can be read; repair them.")
     if len(sizes) > 1 or len({*next(iter(sizes))}) > 1:
         named = ", ".join(
             f"{file.name} {width}x{height}" for (width, height), file in list(sizes.items())[:3]
         )
         raise InputError(f"The images in {path} are not squares of one size ({named}); make them so.")
-    return _folder(path, next(iter(sizes))[0], channels=3)
+    return _folder(path, next(iter(sizes))[0], 3, bad_images)
 
 
-def _folder(path: Path, image_size: int, channels: int) -> ImageSet:
+def _folder(path: Path, image_size: int, channels: int, bad_images: BadImages) -> ImageSet:
     if not path.is_dir():
         raise InputError(f"{path} is neither a .npz file nor a folder of images.")
-    return load_images(DataConfig("folder", path, holdout=0.0), image_size, channels, "train")
+    if is_prepared(path):  # grey or not: networks see grey as three equal channels
+        channels = read_summary(path)["settings"]["channels"]
+    data = DataConfig("folder", path, holdout=0.0, bad_images=bad_images)
+    return load_images(data, image_size, channels, "train").in_pixels
 
 
 def _moments(path: Path, statistics: dict[str, Tensor], mean: str, covariance: str) -> Moments | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flowback.errors import InputError
 from flowback.files import plain, write_json
-from flowback.model import NamedModel
+from flowback.named_model import NamedModel
 from flowback.provenance import environment
 from flowback.reading import read_json
 from flowback.sampling.block_plan import weights_hash

@@ -3,6 +3,7 @@
 Forward (data to noise)   z = (x - shift) * exp(-log_scale)
 Inverse (noise to data)   x = shift + exp(log_scale) * z
 Log-determinant           log|det dz/dx| = -sum of log_scale
+Bound                     log_scale = a * tanh(raw / a), of flows with a bound a
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["forward", "inverse", "inverse_vjp", "log_det"]
+__all__ = ["bounded", "forward", "inverse", "inverse_vjp", "log_det"]
+
+
+def bounded(log_scale: Float[Tensor, "*s"], bound: float | None) -> Float[Tensor, "*s"]:
+    """Log-scales within ±bound, nearly unchanged where they are small; None leaves them as they are."""
+    return log_scale if bound is None else bound * (log_scale / bound).tanh()
 
 
 def forward(

@@ -66,6 +66,7 @@ class Block(nn.Module):
 
     Args:
         config: the model.
+        layers: of this block's Transformer.
         flip: read the tokens in reversed raster order.
     """
 
@@ -73,12 +74,12 @@ class Block(nn.Module):
     rotary_cos: Tensor
     rotary_sin: Tensor
 
-    def __init__(self, config: ModelConfig, flip: bool) -> None:
+    def __init__(self, config: ModelConfig, layers: int, flip: bool) -> None:
         super().__init__()
-        self.flip = flip
+        self.flip, self.log_scale_bound = flip, config.log_scale_bound
         self.proj_in = nn.Linear(config.token_dim, config.width)
         self.body = Transformer(
-            config.width, config.layers, config.head_dim, config.mlp, config.mlp_ratio, config.qk_norm
+            config.width, layers, config.head_dim, config.mlp, config.mlp_ratio, config.qk_norm
         )
         self.proj_out = nn.Linear(config.width, 2 * config.token_dim)
         nn.init.zeros_(self.proj_out.weight)
@@ -155,6 +156,7 @@ class Block(nn.Module):
             weight, bias = self.proj_out.weight, self.proj_out.bias
             dtype = torch.promote_types(weight.dtype, torch.float32)
             log_scale, shift = F.linear(h.to(dtype), weight.to(dtype), bias.to(dtype)).chunk(2, dim=-1)
+            log_scale = affine.bounded(log_scale, self.log_scale_bound)
         return shift, log_scale, states
 
     def predict(

@@ -63,8 +63,8 @@ class TARFlow(ImageModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        blocks = nn.ModuleList(Block(config, flip=index % 2 == 1) for index in range(config.blocks))
-        self.blocks = cast("Sequence[Block]", blocks)
+        blocks = [Block(config, depth, flip=index % 2 == 1) for index, depth in enumerate(config.depths)]
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
 
     def levels(self, noise: UserLevels, batch: int, trusted: bool = False) -> Float[Tensor, " b"] | None:
         """Noise levels from a user, checked, as a tensor on the flow's device; None for a flow of one level.

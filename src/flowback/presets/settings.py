@@ -1,7 +1,8 @@
 """The settings of every preset, one row each: a name, what it is, where it starts from, and what it changes.
 
-Sources: arXiv 2511.22345 (`imagenet64*`, `imagenet256*`) and, for `tarflow-*`, arXiv 2412.06329 with the
-training commands of its public code. The paper counts blocks from the data, 1, to the noise, 8.
+Sources: arXiv 2511.22345 (`imagenet64*`, `imagenet256*`); for `tarflow-*` arXiv 2412.06329, and for
+`itarflow-*` arXiv 2604.20041, each with the training commands of its public code; for `starflow-*` arXiv
+2506.06276. Blocks count from the data, 1, to the noise.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ DIGITS = RunConfig(
     ),
 )
 
-PHOTOS = RunConfig(
+PHOTOS_LARGE = RunConfig(
     model=ModelConfig(image_size=32, patch_size=4, width=192, blocks=4, layers=3, head_dim=32, noise_std=0.1),
     data=DataConfig(name="folder", flip=True),
     alignment=AlignmentConfig(locations=((3, 2), (4, 2)), hidden=256),
@@ -78,7 +79,11 @@ PHOTOS = RunConfig(
     ),
 )
 
-EMOJI = replace(PHOTOS, data=DataConfig("emoji", flip=True))
+PHOTOS = replace(PHOTOS_LARGE, model=replace(PHOTOS_LARGE.model, width=96, layers=2))
+"""0.38 GFLOP for an image in a step, a sixth of the larger one's: its 128,000 images are 49 TFLOP, 20 minutes
+for two cores at about 20 GFLOP/s each."""
+
+EMOJI = replace(PHOTOS_LARGE, data=DataConfig("emoji", flip=True))
 """Nine classes of 3,655 drawings; made from Debian's packages."""
 
 FASHION = RunConfig(
@@ -146,6 +151,31 @@ def _tarflow(epochs: int, batch: int, images: int, **model: Any) -> dict[str, An
             "warmup_steps": steps,
             "ema_decay": 0.0,
             "precision": "fp32" if model.get("noise") == "uniform" else "bf16",
+        },
+    }
+
+
+def _itarflow(epochs: int, noise_max: float, label_drop: float = 0.1, **model: Any) -> dict[str, Any]:
+    """A run of iTARFlow's code: a range of noise levels, most layers next to the noise, no averaging."""
+    steps = _IMAGENET // 512
+    return {
+        "model": {
+            "blocks": 4,
+            "layers": (4, 4, 4, 24),
+            "noise": "range",
+            "noise_min": 0.01,
+            "noise_max": noise_max,
+            **model,
+        },
+        "train": {
+            "steps": epochs * steps,
+            "batch_size": 512,
+            "warmup_steps": steps,
+            "min_lr": 1e-5,
+            "ema_decay": 0.0,
+            "label_drop": label_drop,
+            "levels": "uniform",
+            "level_weight": "level",
         },
     }
 
@@ -226,6 +256,33 @@ _TARFLOW: _Rows = (
         "tarflow-afhq256",
         "TARFlow [8-768-8-8], AFHQ 256×256, noise 0.07, 4,000 epochs of batch 256",
         _tarflow(4000, 256, _AFHQ, patch_size=8, width=768, image_size=256, noise_std=0.07, num_classes=None),
+    ),
+)
+
+_ITARFLOW: _Rows = (
+    # Four blocks of 4, 4, 4 and 24 layers, 1,281,167 images in batches of 512. Without published figures: the
+    # paper's are of samples in 30, 50 and 70 denoising steps, at the guidance named here.
+    (
+        "itarflow-imagenet64",
+        "iTARFlow [2-1280], levels 0.01 to 0.3, 300 epochs (guidance 2.1)",
+        _itarflow(300, 0.3, patch_size=2, width=1280),
+    ),
+    (
+        "itarflow-imagenet128",
+        "iTARFlow [4-1600], 128×128, levels 0.01 to 0.5, 450 epochs (guidance 3.7)",
+        _itarflow(450, 0.5, patch_size=4, width=1600, image_size=128),
+    ),
+    (
+        "itarflow-imagenet256",
+        "iTARFlow [8-2176], 256×256, levels 0.01 to 0.7, 600 epochs, labels always seen (guidance 4.2)",
+        _itarflow(600, 0.7, label_drop=0.0, patch_size=8, width=2176, image_size=256),
+    ),
+    # The layout of STARFlow's public 3B model, in pixels: its own experiments in pixels do not name theirs.
+    # Its shallow blocks see no label, and its scales are softplus; here both are TARFlow's.
+    (
+        "starflow-imagenet64",
+        "TARFlow [4-1024] in STARFlow's layout: 5 blocks of 2 layers, one of 24 next to the noise",
+        _tarflow(300, 480, _IMAGENET, patch_size=4, width=1024, blocks=6, layers=(2, 2, 2, 2, 2, 24)),
     ),
 )
 
@@ -324,15 +381,24 @@ _EMOJI: _Rows = (
 )
 
 _PHOTOS: _Rows = (
-    ("folder-32", "a folder of images at 32×32 (--data.path), likelihood alone"),
-    ("folder-32-reverse", "a folder of images at 32×32 with reverse alignment", _EXACT),
+    (
+        "folder-32",
+        "a folder of images at 32×32 (--data.path), likelihood alone; shapes in 20 minutes on two cores",
+    ),
+    ("folder-32-reverse", "the same with exact reverse alignment", _EXACT),
+)
+
+_PHOTOS_LARGE: _Rows = (
+    ("folder-32-large", "a folder of images at 32×32, likelihood alone; two hours on two cores, or a GPU"),
+    ("folder-32-large-reverse", "the same with exact reverse alignment", _EXACT),
 )
 
 
 def mini(config: RunConfig) -> RunConfig:
     """The small sibling on digits: the same strategy, blocks, relative depth, noise and share of steps.
 
-    4 blocks of 4 layers stand for 8 of 8, EfficientNet-Lite0 for any encoder; latents become pixels.
+    4 blocks of 4 layers stand for 8 of 8, a quarter of the layers for blocks of different depths,
+    EfficientNet-Lite0 for any encoder; latents become pixels.
     """
     model, latent = config.model, config.codec.vae is not None
     # Blocks 1, 2 and 7, 8 stay next to the data and next to the noise; all become all.
@@ -342,23 +408,38 @@ def mini(config: RunConfig) -> RunConfig:
         for t, layer in config.alignment.locations
     )
     steps = 600 * config.train.steps // 400_000
+    uneven, ranged = isinstance(model.layers, tuple), model.noise == "range"
+
+    def louder(level: float) -> float:
+        return DIGITS.model.noise_std * level / (0.2 if latent else 0.05)
+
     return RunConfig(
         model=replace(
             DIGITS.model,
             image_size=8 if latent else model.image_size // 8,
             patch_size=model.patch_size if latent else model.patch_size // 2,
-            layers=4,
+            blocks=model.blocks if uneven else DIGITS.model.blocks,
+            layers=tuple(max(1, depth // 4) for depth in model.depths) if uneven else 4,
             mlp=model.mlp,
             position=model.position,
             noise=model.noise,
-            noise_std=DIGITS.model.noise_std * model.noise_std / (0.2 if latent else 0.05),
+            noise_std=louder(model.noise_std),
+            noise_min=louder(model.noise_min) if ranged else model.noise_min,
+            noise_max=louder(model.noise_max) if ranged else model.noise_max,
             num_classes=0 if model.num_classes == 0 else None,
         ),
         data=DIGITS.data,
         alignment=replace(
             config.alignment, encoder=DIGITS.alignment.encoder, hidden=128, locations=tuple(locations)
         ),
-        train=replace(DIGITS.train, steps=steps, eval_every=300, save_every=300),
+        train=replace(
+            DIGITS.train,
+            steps=steps,
+            eval_every=300,
+            save_every=300,
+            levels=config.train.levels,
+            level_weight=config.train.level_weight,
+        ),
     )
 
 
@@ -366,6 +447,7 @@ def _settings() -> dict[str, tuple[str, RunConfig]]:
     groups = (
         (DIGITS, _DIGITS),
         (PHOTOS, _PHOTOS),
+        (PHOTOS_LARGE, _PHOTOS_LARGE),
         (FASHION, _FASHION),
         (
             replace(FASHION, alignment=AlignmentConfig(), train=replace(FASHION.train, frechet_every=0)),
@@ -376,6 +458,7 @@ def _settings() -> dict[str, tuple[str, RunConfig]]:
         (IMAGENET64, _IMAGENET64),
         (IMAGENET256, _IMAGENET256),
         (IMAGENET64, _TARFLOW),
+        (IMAGENET64, _ITARFLOW),
         (IMAGENET64, _ENCODERS),
     )
     rows = {
@@ -384,7 +467,7 @@ def _settings() -> dict[str, tuple[str, RunConfig]]:
         for name, about, *changes in group
     }
     # With one encoder in place of all, the encoders' rows would be copies of one run.
-    for name, *_ in (*_IMAGENET64, *_IMAGENET256, *_TARFLOW):
+    for name, *_ in (*_IMAGENET64, *_IMAGENET256, *_TARFLOW, *_ITARFLOW):
         about, config = rows[name]
         rows[f"{name}-mini"] = (f"small, on digits: {about}", mini(config))
     return rows

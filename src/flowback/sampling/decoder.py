@@ -8,10 +8,10 @@ A :class:`Decoder` hides how a step is computed (PyTorch, compiled code or a CUD
 from __future__ import annotations
 
 import copy
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flowback.checked import require_one_of
@@ -22,7 +22,7 @@ from flowback.sampling.cuda_graph import CapturedStep, captures
 from flowback.sampling.guidance import ImageGuide
 from flowback.sampling.native import NativeCache, NativeStep, NativeWeights
 
-__all__ = ["Decoder", "Engine", "Precision", "Step", "TorchStep", "sequential"]
+__all__ = ["Decoder", "Engine", "Kept", "Precision", "Step", "TorchStep", "sequential"]
 
 Precision = Literal["fp32", "bf16"]
 """``bf16``: weights, keys and values in bfloat16 (matrix products too, where PyTorch runs them); shift,
@@ -203,7 +203,8 @@ class Engine:
         elif new == 1 and captures(like.device):
             step = self._capture(index, rows, context, temperatures)
         else:
-            step = TorchStep(self._blocks[index - 1], self._rows(rows), context, temperature, self.precision)
+            cache = self._rows(rows, len(block.body.layers))
+            step = TorchStep(self._blocks[index - 1], cache, context, temperature, self.precision)
         return Decoder(block, images, step, guide)
 
     def _room(self, weights: NativeWeights, rows: int, new: int) -> NativeCache:
@@ -212,33 +213,36 @@ class Engine:
         if cache is None or rows > cache.rows or new > cache.new:
             most = (rows, new) if cache is None else (max(rows, cache.rows), max(new, cache.new))
             self._native_cache = None  # the old one is let go first
-            self._native_cache = cache = NativeCache.empty(weights, *most)
+            layers = max(self.flow.config.depths)
+            self._native_cache = cache = NativeCache.empty(weights, *most, layers)
         return cache
 
-    def _rows(self, rows: int) -> KVCache:
-        """So many rows of PyTorch's cache."""
+    def _rows(self, rows: int, layers: int) -> KVCache:
+        """So many rows and layers of PyTorch's cache, which has room for the deepest block."""
         if self._cache is None or rows > self._cache.keys.shape[1]:
             weight = self.flow.blocks[0].proj_in.weight
             dtype = torch.bfloat16 if self.precision == "bf16" else weight.dtype
             self._cache, self._captured = None, {}  # graphs hold the old one
-            self._cache = self.flow.blocks[0].body.empty_cache(
+            deepest = max(self.flow.blocks, key=lambda block: len(block.body.layers))
+            self._cache = deepest.body.empty_cache(
                 rows, self.flow.config.tokens, weight.new_empty(0, dtype=dtype)
             )
-        return KVCache(self._cache.keys[:, :rows], self._cache.values[:, :rows])
+        return KVCache(self._cache.keys[:layers, :rows], self._cache.values[:layers, :rows])
 
     def _capture(self, index: int, rows: int, context: Tensor | None, temperature: Tensor) -> CapturedStep:
         """The block's captured step, kept for the next batch of as many rows; all share one cache.
 
         Graphs of two numbers of rows are kept: those of whole batches, and of the rest of a call.
         """
-        cache = self._rows(rows)
+        block = self._blocks[index - 1]
+        cache = self._rows(rows, len(block.body.layers))
         if rows not in self._captured and len(self._captured) == 2:
             self._captured = {}
         kept = self._captured.setdefault(rows, {})
         if index in kept:
             return kept[index].restart(context, temperature)
         autocast = torch.bfloat16 if self.precision == "bf16" else None
-        kept[index] = CapturedStep(self._blocks[index - 1], cache, context, temperature, autocast)
+        kept[index] = CapturedStep(block, cache, context, temperature, autocast)
         return kept[index]
 
 
@@ -250,13 +254,32 @@ def _narrowed(block: Block) -> Block:
     return copy.deepcopy(block, memo)
 
 
+class Kept(NamedTuple):
+    """Tokens whose values are known before they are decoded, in the block's own order."""
+
+    tokens: Float[Tensor, "b n d"]
+    """Their values; those at other places are not read."""
+    places: Bool[Tensor, "b n"]
+    """True where the value is known."""
+
+
 @torch.no_grad()
-def sequential(decoder: Decoder, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """x of z = f(x): each token from the prediction of those before it; both in the block's own order."""
+def sequential(
+    decoder: Decoder, z: Float[Tensor, "b n d"], kept: Kept | None = None
+) -> Float[Tensor, "b n d"]:
+    """x of z = f(x): each token from the prediction of those before it; all in the block's own order.
+
+    Kept tokens get their value instead, and what follows them is predicted from it.
+    """
     x = torch.empty_like(z)
     x[:, 0] = z[:, 0]
     known, noise = x.split(1, dim=1), z.split(1, dim=1)  # views of each token
+    if kept is not None:
+        x[kept.places] = kept.tokens[kept.places]
     for i in range(z.shape[1] - 1):
         shift, log_scale = decoder.step(known[i], i)
-        known[i + 1].copy_(affine.inverse(noise[i + 1], shift, log_scale))
+        decoded = affine.inverse(noise[i + 1], shift, log_scale)
+        if kept is not None:
+            decoded = torch.where(kept.places[:, i + 1, None, None], known[i + 1], decoded)
+        known[i + 1].copy_(decoded)
     return x

@@ -129,7 +129,7 @@ def denoises(flow: TARFlow) -> bool:
 def images_at_once(flow: TARFlow) -> int:
     """Images whose activations fit the memory that denoising allows itself (1 GiB)."""
     config = flow.config
-    values = config.blocks * config.layers * config.tokens * config.width * _ACTIVATIONS
+    values = sum(config.depths) * config.tokens * config.width * _ACTIVATIONS
     return max(1, _BUDGET // (values * flow.dtype.itemsize))
 
 

@@ -109,7 +109,8 @@ def _written(names: Sequence[str], height: int, gap: int) -> UInt8[Tensor, "3 he
 
     def draw(part: Sequence[str], width: int) -> tuple[np.ndarray, int]:
         """The picture, and the width that its longest name takes."""
-        figure = Figure(figsize=(width / 100, len(part) * height / 100), dpi=100)
+        # A quarter of a pixel more, which is cut off: older versions round 2.34 * 100 down to 233.
+        figure = Figure(figsize=((width + 0.25) / 100, (len(part) * height + 0.25) / 100), dpi=100)
         canvas = FigureCanvasAgg(figure)
         texts = [
             figure.text(
@@ -144,7 +145,7 @@ def fonts() -> list[str]:
 
 
 def save_trajectory(states: Sequence[Float[Tensor, "b c h w"]], path: Path) -> None:
-    """Write the way from noise to image, one row an image: z, after each block, denoised.
+    """Write the way from noise to image, one row an image: z, after each block, after each step of denoising.
 
     Noise and intermediate values leave [-1, 1]; each picture but the last two is divided by its own
     largest value so that it can be seen.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowback.files import cache_folder
+from flowback.flow import affine
 from flowback.flow.block import Block
 from flowback.nn.transformer import Layer
 
@@ -211,6 +212,7 @@ class NativeWeights:
         bias = block.proj_out.bias.detach()
         self.output_bias = F.pad(bias, (0, self.columns - len(bias)))
         self.layers = [self._layer(layer) for layer in layers]
+        self.log_scale_bound = block.log_scale_bound
 
     def _layer(self, layer: Layer) -> tuple[Tensor | None, ...]:
         """The tensors of one layer, in the order of ``_LAYER``."""
@@ -260,9 +262,16 @@ class NativeCache:
     """Most tokens of each in a step."""
 
     @classmethod
-    def empty(cls, weights: NativeWeights, rows: int, new: int) -> NativeCache:
-        """Room for ``rows`` sequences and at most ``new`` tokens of each in a step."""
-        block, layers = 4 * weights.lanes, len(weights.layers)
+    def empty(cls, weights: NativeWeights, rows: int, new: int, layers: int | None = None) -> NativeCache:
+        """Room for ``rows`` sequences and at most ``new`` tokens of each in a step.
+
+        Args:
+            weights: of one of the blocks that use it.
+            rows: sequences.
+            new: tokens.
+            layers: of the deepest of these blocks; None: of this one.
+        """
+        block, layers = 4 * weights.lanes, layers or len(weights.layers)
         sizes = (weights.width, weights.width, max(3 * weights.width, weights.up), weights.width)
         like = weights.place
         stored = like.new_empty(0, dtype=weights.storage)
@@ -305,12 +314,14 @@ class NativeStep:
         assert loaded is not None
         self.rows, self.limit, self.dtype = len(scale), weights.tokens, weights.dtype
         fits = context is None or (context.shape, context.dtype) == ((self.rows, weights.width), self.dtype)
-        if self.rows > cache.rows or scale.dtype != self.dtype or not fits:
+        room = self.rows <= cache.rows and len(weights.layers) <= len(cache.keys)
+        if not room or scale.dtype != self.dtype or not fits:
             raise ValueError("Cache, context and scale do not fit the weights or each other.")
         number = ctypes.c_double if weights.dtype == torch.float64 else ctypes.c_float
         self.function = getattr(loaded, _STEPS[weights.dtype, weights.storage])
         self.cache, self.columns, self.dim = cache, weights.columns, weights.token_dim
-        caches = zip(weights.layers, cache.keys, cache.values, strict=True)
+        self.log_scale_bound = weights.log_scale_bound
+        caches = zip(weights.layers, cache.keys, cache.values, strict=False)  # the cache may be deeper
         layers = [_Layer(*map(_address, (*layer, keys, values))) for layer, keys, values in caches]
         self.layers = (_Layer * len(layers))(*layers)
         # The structure holds bare addresses: the tensors must live as long as it does.
@@ -354,7 +365,7 @@ class NativeStep:
         tokens.copy_(x)
         model, tokens_address, out = self.pointers
         self.function(model, tokens_address, which.data_ptr(), rows, n, start, out, self.columns)
-        return shift, log_scale
+        return shift, affine.bounded(log_scale, self.log_scale_bound)
 
     def _problem(self, x: Tensor, start: int, which: Tensor) -> str | None:
         """What is wrong with a call. The compiled code itself would read and write outside of its buffers."""

@@ -7,6 +7,7 @@ drawn in, on the device, or on how many processes draw.
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -274,8 +275,20 @@ class Sampler:
         broken = [step for step, state in enumerate(steps, start=1) if not state.isfinite().all()]
         return Overflow(None, None, broken[0] if len(steps) > 1 else None) if broken else None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    def follow(
+        self,
+        labels: UserLabels = None,
+        seeds: Sequence[int] | Int[Tensor, " b"] | None = None,
+        redraw: int = 0,
+    ) -> Iterator[tuple[slice, Float[Tensor, "_ c h w"]]]:
+        """The states of :meth:`trajectory`, each as soon as it is there: which images, and their state.
+
+        Images decoded together come together; a batch is done before the next one begins.
+        """
+        for part, states in self._batches(labels, seeds, redraw):
+            for state in states:
+                yield part, state
+
     def _parts(
         self,
         labels: UserLabels,
@@ -284,26 +297,46 @@ class Sampler:
         every_block: bool,
     ) -> list[list[Tensor]]:
         """The trajectories of batches, or their ends."""
+        batches = self._batches(labels, seeds, redraw)
+        return [list(states) if every_block else list(deque(states, maxlen=1)) for _, states in batches]
+
+    def _batches(
+        self, labels: UserLabels, seeds: Sequence[int] | Tensor | None, redraw: int
+    ) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+        """Batches of what is asked for, and the trajectory of each; one must be read before the next."""
         seeds = seeds_of(labels, seeds)
-        checked = self.flow.labels(labels, len(seeds))
-        self.check(checked is not None)
-        scales = self.guidance.scales(len(seeds), self.flow.blocks[0].proj_in.weight)
-        parts = []
+        with torch.inference_mode(False), torch.no_grad():
+            checked = self.flow.labels(labels, len(seeds))
+            self.check(checked is not None)
+            scales = self.guidance.scales(len(seeds), self.flow.blocks[0].proj_in.weight)
         for start in range(0, len(seeds), self.images_at_once):
             part = slice(start, start + self.images_at_once)
             part_labels = None if checked is None else checked[part]
-            z = noise(self.flow, seeds[part], redraw)
-            states = [z, *self.invert(z, part_labels, scales[part])]
-            states = [self.flow.images(x) for x in (states if every_block else states[-1:])]
-            for state in self._denoised(states[-1], part_labels, seeds[part], redraw):
-                states = [*states, state] if every_block else [state]
-            parts.append(states)
-        return parts
+            yield part, _step_by_step(self._states(seeds[part], part_labels, scales[part], redraw))
 
-    def _denoised(
-        self, images: Float[Tensor, "b c h w"], labels: Labels, seeds: Sequence[int], redraw: int
+    def _states(
+        self, seeds: Sequence[int], labels: Labels, scales: Float[Tensor, " b"], redraw: int
+    ) -> Iterator[Tensor]:
+        """The trajectory of one batch."""
+        z = noise(self.flow, seeds, redraw)
+        images = self.flow.images(z)
+        yield images
+        for tokens in self.invert(z, labels, scales):
+            images = self.flow.images(tokens)
+            yield images
+        yield from self.denoised(images, labels, seeds, redraw)
+
+    def denoised(
+        self, images: Float[Tensor, "b c h w"], labels: Labels, seeds: Sequence[int], redraw: int = 0
     ) -> Iterator[Float[Tensor, "b c h w"]]:
-        """The images after each step of denoising."""
+        """The images after each step of denoising; none where the sampler does not denoise.
+
+        Args:
+            images: with the noise of the sampler's level.
+            labels: checked ones.
+            seeds: of the noise between steps, one an image.
+            redraw: see :func:`noise`.
+        """
 
         def draw(step: int) -> Tensor:
             return self.flow.images(noise(self.flow, seeds, redraw, step))
@@ -354,6 +387,16 @@ class Sampler:
             temperature[count:] = self.guidance.temperature
         guide = self.guidance.guide(scales, config.tokens)
         return self.engine.decoder(index, count, context, guide, temperature, new)
+
+
+def _step_by_step(states: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The states, each computed outside of the caller's modes (inference mode, gradients), which stay on."""
+    while True:
+        with torch.inference_mode(False), torch.no_grad():
+            state = next(states, None)
+        if state is None:
+            return
+        yield state
 
 
 def drawing_level(flow: TARFlow, level: float | None) -> float | None:

@@ -1,13 +1,11 @@
 """The paper's tables, filled in: rows × seeds, trained, evaluated and compared."""
 
-from flowback.tables.fill import ReproduceConfig, Scale, reproduce, rows_of
+from flowback.tables.fill import reproduce, rows_of
 from flowback.tables.result import Difference, Row, Table, images_needed, paired_difference
 
 __all__ = [
     "Difference",
-    "ReproduceConfig",
     "Row",
-    "Scale",
     "Table",
     "images_needed",
     "paired_difference",

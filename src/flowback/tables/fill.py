@@ -18,15 +18,16 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from flowback.checked import Checked, require, to_dict
-from flowback.config import EvaluateConfig, RunConfig, SampleConfig
+from flowback.checked import require, to_dict
+from flowback.config import EvaluateConfig, ReproduceConfig, RunConfig, SampleConfig, Scale
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
+from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.folder_lock import folder_lock
 from flowback.presets import PRESETS, TABLES, Preset
@@ -37,57 +38,12 @@ from flowback.tables.result import Row, Table
 from flowback.tables.row_run import RowRun, run_rows
 from flowback.tables.summary import COLUMNS, DISTANCES, compared, mixed, summarise
 
-__all__ = ["ReproduceConfig", "Scale", "reproduce", "rows_of"]
+__all__ = ["reproduce", "rows_of"]
 
 log = logging.getLogger("flowback")
 
-Scale = Literal["paper", "mini", "fashion"]
-
 TESTED = 5000
 """Test images of an evaluation at small scales, at most."""
-
-
-@dataclass(frozen=True)
-class ReproduceConfig(Checked):
-    """How a table is filled in."""
-
-    rows: tuple[str, ...] = ()
-    """Only the rows of these presets; `*` and `?` are allowed. None given: all rows."""
-    baseline: str | None = None
-    """The row that all others are compared with. None: the last row above without alignment, or the first."""
-    data: Path | None = None
-    """The prepared set, or the folder of images; small scales know their own."""
-    latents: Path | None = None
-    """The prepared latents of 256×256 images, for the rows in latents."""
-    samples: int | None = None
-    """Samples of each evaluation; None: 1,000 at small scales, else as many as in the paper."""
-    guidance: float | None = None
-    """Guidance scale; None: 0.3 at small scales, else the best of 0, 0.5, ... 4, as in the paper."""
-    search: tuple[float, ...] = ()
-    """Guidance scales to try instead of one; the table shows the figures of the best."""
-    inception_weights: Path | None = None
-    """Local file of the Inception weights: adds ADM's FID, sFID and IS."""
-    steps: int | None = None
-    """Training steps instead of the preset's, to try the command out."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, ..."""
-    jobs: int = 1
-    """Rows that run at once, each in a process of its own with an equal share of the cores."""
-    redo: bool = False
-    """Remove runs with other settings, and train them again."""
-    any_code: bool = False
-    """Take runs and records of other versions of the code too; the table says which commits it is of."""
-    note: tuple[str, ...] = ()
-    """Sentences to print under the table: what it supports, and what it does not."""
-
-    def check(self) -> None:
-        """Refuse values out of range."""
-        require(self.jobs >= 1, "--jobs must be at least 1.")
-        require(self.samples is None or self.samples >= 2, "--samples must be at least 2.")
-        require(self.steps is None or self.steps >= 1, "--steps must be at least 1.")
-        require(
-            self.guidance is None or not self.search, "--guidance is one scale, --search several; give one."
-        )
 
 
 def rows_of(table: str, scale: str = "paper") -> dict[str, Preset]:
@@ -146,6 +102,7 @@ def reproduce(
         Interrupted: a signal came; the same call continues.
     """
     config = replace(config or ReproduceConfig(), **options)
+    pick_device(config.device, "--device")  # else each row would fail by it
     job = _Job(table, scale, seeds, Path(out), config, sampling or SampleConfig())
     if job.paper.kind == "shown":
         shown = job.shown()
@@ -284,6 +241,7 @@ class _Job:
                     search=tuple(search),
                     protocol="none" if weights is None else "adm",
                     inception_weights=weights,
+                    reference_limit=None,
                     seed=seed,
                 )
             ),

@@ -185,15 +185,19 @@ def shard(objective: Objective | StudentObjective, device: torch.device) -> None
     """Move each process's part of all weights to its device, and leave the rest.
 
     The Transformers that the objective names (of a flow: those of the blocks below the aligned ones) are
-    gathered when they run, and let go after. All else is gathered for the whole step.
+    gathered when they run, and let go after; in one that is deeper than others, each layer for itself. All
+    else is gathered for the whole step.
     """
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (get_world_size(),))
+    shallowest = min(len(body.layers) for body in objective.bodies)
     for body in objective.gathered_alone:
-        fully_shard(body, mesh=mesh)
+        # A deep block, gathered whole, would be most of the model: its layers come one by one.
+        for unit in body.layers if len(body.layers) > shallowest else [body]:
+            fully_shard(unit, mesh=mesh)
     fully_shard(objective, mesh=mesh)
 
 

@@ -53,7 +53,11 @@ def frechet_evaluator(config: RunConfig, images: ImageSet) -> Evaluator:
     The reference's statistics are made at the first call, and kept on disk for later runs.
     """
     options = EvaluateConfig(
-        samples=config.train.frechet_samples, likelihood=False, classification=False, protocol="none"
+        samples=config.train.frechet_samples,
+        likelihood=False,
+        classification=False,
+        protocol="none",
+        reference_limit=None,  # as in the tables
     )
 
     def call(step: int, flow: Flow | Student) -> dict[str, float | Tensor]:

@@ -20,7 +20,7 @@ from flowback.training.evaluators import Evaluator
 from flowback.training.objective import Targets
 from flowback.training.trainer import Trainer
 
-__all__ = ["train_loop"]
+__all__ = ["check_fit", "classes_shown", "train_loop"]
 
 log = logging.getLogger("flowback")
 
@@ -59,7 +59,9 @@ def train_loop(
         ProcessLostError: another process of the run died; the last checkpoint remains.
     """
     state = start(config.train)
-    _check(config, images, targets, state.num_processes)
+    check_fit(config, images, state.num_processes)
+    if config.alignment.active and targets is None:
+        raise InputError("Alignment is active, but no encoder features were given; pass targets.")
     trainer = None
     try:
         with noticing_loss(state), noticing_dead_workers():
@@ -125,14 +127,19 @@ def _loss(row: dict[str, Any]) -> tuple[str, float]:
     return name, row[name]
 
 
+def classes_shown(classes: Sequence[str]) -> str:
+    """Number of classes, and the ids and names of the first ones."""
+    named = [f"{number} = {name}" for number, name in enumerate(classes[:SHOWN])]
+    more = ", ..." if len(classes) > SHOWN else ""
+    return f"{len(classes)} classes ({', '.join(named)}{more})" if named else "no classes"
+
+
 def _announce(trainer: Trainer) -> None:
     """What the run is, before its first step."""
     config, images, train = trainer.config, trainer.images, trainer.config.train
     size = f"{config.model.image_size}x{config.model.image_size}x{config.model.channels}"
-    named = [f"{number} = {name}" for number, name in enumerate(images.classes[:SHOWN])]
-    more = ", ..." if len(images.classes) > SHOWN else ""
-    classes = f"{len(images.classes)} classes ({', '.join(named)}{more})" if named else "no classes"
-    if named and not config.model.num_classes:
+    classes = classes_shown(images.classes)
+    if images.classes and not config.model.num_classes:
         classes += ", not used: the model is unconditional"
     log.info("Images: %s of %s, %s, %s.", f"{len(images):,}", images.name, size, classes)
     counted = [f"{count:,} {name}" for name, count in trainer.weights.parameters.items()]
@@ -153,7 +160,8 @@ def _announce(trainer: Trainer) -> None:
     log.info("Run: %s, from step %s to %s.", trainer.folder.path, f"{trainer.step:,}", f"{train.steps:,}")
 
 
-def _check(config: RunConfig, images: ImageSet, targets: Targets | None, processes: int) -> None:
+def check_fit(config: RunConfig, images: ImageSet, processes: int = 1) -> None:
+    """Refuse other classes than the model's, and a batch that the processes cannot share evenly."""
     classes, count = config.model.num_classes, len(images.classes)
     if classes is None or classes not in (0, count):
         raise InputError(
@@ -165,5 +173,3 @@ def _check(config: RunConfig, images: ImageSet, targets: Targets | None, process
             f"--train.batch-size {config.train.batch_size} is not divisible by {processes} processes; "
             "choose a multiple."
         )
-    if config.alignment.active and targets is None:
-        raise InputError("Alignment is active, but no encoder features were given; pass targets.")

@@ -12,7 +12,7 @@ import torch
 
 from flowback.alignment.targets import make_targets
 from flowback.config import AlignmentConfig, RunConfig, StudentConfig
-from flowback.data.image_set import ImageSet, match_classes
+from flowback.data.image_set import AnyImages, ImageSet, as_image_set, labelled, match_classes
 from flowback.data.load import UNNAMED, load_images
 from flowback.errors import InputError
 from flowback.evaluation.held_out import held_out_batches, matched
@@ -32,7 +32,7 @@ from flowback.training.loop import train_loop
 from flowback.training.objective import Targets
 from flowback.training.run_folder import RunFolder
 
-__all__ = ["TrainResult", "distil", "student_config", "train"]
+__all__ = ["TrainResult", "distil", "open_images", "student_config", "train"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class TrainResult:
 
 def train(
     config: RunConfig,
-    images: ImageSet | None = None,
+    images: AnyImages | None = None,
     out: Path | str = "runs/train",
     *,
-    test: ImageSet | None = None,
+    test: AnyImages | None = None,
     targets: Targets | None = None,
     evaluators: Sequence[Evaluator] = (),
     description: str = "train",
@@ -117,7 +117,7 @@ def train(
 
 def distil(
     teacher: str | Path,
-    images: ImageSet | None = None,
+    images: AnyImages | None = None,
     out: Path | str = "runs/distil",
     *,
     config: RunConfig | None = None,
@@ -177,29 +177,19 @@ def student_config(flow: Flow) -> RunConfig:
 
 def _run(
     config: RunConfig,
-    images: ImageSet | None,
+    images: AnyImages | None,
     out: Path,
-    test: ImageSet | None,
+    test: AnyImages | None,
     targets: Targets | None,
     evaluators: Sequence[Evaluator],
     description: str,
     teacher: Flow | None = None,
 ) -> TrainResult:
     """Load what the settings name, complete them from it, and train."""
-    state, model = start(config.train), config.model
+    state = start(config.train)
     if state.is_main_process:
         RunFolder(out, config).check()
-    config = replace(config, **_placed(config, named=images is None))
-    if images is None:
-        images, own_test = (
-            load_images(config.data, model.image_size, model.channels, split) for split in ("train", "test")
-        )
-        test = own_test if test is None else test
-    config = _resolve(config, images)
-    for part in (images,) if test is None else (images, test):
-        _check_images(part, config)
-    if test is not None:
-        test = match_classes(test, config.classes)
+    config, images, test = open_images(config, images, test)
     if teacher is not None:
         config = replace(config, student=_measured(config.student, teacher, images))
     built_in = [] if test is None or teacher is not None else [likelihood_evaluator(config, test)]
@@ -213,6 +203,30 @@ def _run(
                 targets = make_targets(config, images, device=state.device)
         metrics = train_loop(config, images, out, targets, [*built_in, *evaluators], description)
     return TrainResult(config, out, images, test, metrics, state.device)
+
+
+def open_images(
+    config: RunConfig, images: AnyImages | None = None, test: AnyImages | None = None
+) -> tuple[RunConfig, ImageSet, ImageSet | None]:
+    """The images of a run, checked, and its settings completed from them; see :func:`train`.
+
+    Raises:
+        InputError: images that cannot be read or do not fit the model.
+    """
+    model = config.model
+    config = replace(config, **_placed(config, named=images is None))
+    if images is None:
+        images, own_test = (
+            load_images(config.data, model.image_size, model.channels, split) for split in ("train", "test")
+        )
+        test = own_test if test is None else test
+    images, test = as_image_set(images), None if test is None else as_image_set(test)
+    config = _resolve(config, images)
+    for part in (images,) if test is None else (images, test):
+        _check_images(part, config)
+    if config.data.labelled is not None and config.model.num_classes:
+        labelled(images, config.data.labelled)  # refuses numbers that leave a class without any
+    return config, images, None if test is None else match_classes(test, config.classes)
 
 
 def _placed(config: RunConfig, named: bool) -> dict[str, Any]:
