@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flowback import Flow, Sampler, Student
 from flowback.errors import InputError
-from flowback.evaluation.report import weights_of
+from flowback.evaluation.report import Report, weights_of
 from flowback.sampling.denoise import denoise
 from flowback.sampling.jacobi import jacobi
 from flowback.sampling.sampler import noise
@@ -49,6 +49,8 @@ class Options:
     """Of the matching student."""
     reference: Path | None = None
     """A checkout of apple/ml-tarflow to compare with."""
+    records: tuple[Path, ...] = ()
+    """Reports of ``flowback evaluate`` to keep beside the rows, by the names of their files."""
     batches: tuple[int, ...] = (16,)
     """Images drawn at once."""
     window: int = 16
@@ -156,7 +158,8 @@ def main() -> None:
     weights = {"teacher": weights_of(flow), "student": weights_of(inverse)}
     if matching is not None:
         weights["matching"] = weights_of(matching)
-    write_rows(options.json, flow.device, rows, settings=asdict(options), weights=weights)
+    records = {file.stem: Report.load(file).to_dict() for file in options.records}
+    write_rows(options.json, flow.device, rows, settings=asdict(options), weights=weights, records=records)
 
 
 if __name__ == "__main__":
