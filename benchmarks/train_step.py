@@ -87,7 +87,7 @@ def our_step(
     """A step of flowback from fixed weights; returns the loss."""
     train = TrainConfig(precision=precision, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, compile=compiled)
     objective = _objective(model, train).to(device)
-    set_up_bodies(objective.flow, objective.config)
+    set_up_bodies(objective.bodies, objective.config)
     optimiser = torch.optim.AdamW(
         objective.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )

@@ -101,17 +101,17 @@ def tiny_config():
 def losses(run: Path) -> list[tuple[int, float]]:
     """Step and loss of the rows of metrics."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["nll"]) for row in rows if "nll" in row]
+    return [(row["step"], row.get("nll", row.get("loss"))) for row in rows if "lr" in row]
 
 
 def assert_same_run(one: Path, two: Path) -> None:
     """Bit for bit: averaged weights, raw weights and the optimiser's state."""
     import torch
 
-    from flowback import Flow, checkpoint
+    from flowback import checkpoint, load
 
     first, second = (checkpoint.load_training_state(checkpoint.resolve(run)) for run in (one, two))
-    averages = (Flow.from_pretrained(run).state_dict() for run in (one, two))
+    averages = (load(run).state_dict() for run in (one, two))
     for before, after in ((first["objective"], second["objective"]), tuple(averages)):
         assert before.keys() == after.keys()
         for name in before:

@@ -109,7 +109,7 @@ def gradients(*configs) -> int:
                 parameter.add_(0.05 * torch.randn_like(parameter))
         objective = copy.deepcopy(plain)
         shard(objective, state.device)
-        set_up_bodies(objective.flow, config)
+        set_up_bodies(objective.bodies, config)
         batch = (
             torch.randn(8, 1, 8, 8).double(),
             torch.arange(8),

@@ -27,6 +27,7 @@ LEVELS = (
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},
     {"alignment", "classification", "model_card", "sampling", "tarflow_weights"},
+    {"named_model", "students"},
     {"model"},
     {"evaluation", "flow_pipeline", "sample_folder"},
     {"app", "training"},

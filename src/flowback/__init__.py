@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         ProbeConfig,
         RunConfig,
         SampleConfig,
+        StudentConfig,
         TrainConfig,
     )
     from flowback.data.image_set import ImageSet, PixelSet, image_set
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from flowback.evaluation.report import Report
     from flowback.flow import FlowOutput
     from flowback.flow_pipeline import FlowPipeline, FlowPipelineOutput
-    from flowback.model import Flow, create_flow, load
+    from flowback.model import Flow, Student, create_flow, load
     from flowback.model_card import Card
     from flowback.presets import get_preset, list_presets
     from flowback.processes import Processes
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
         sample,
     )
     from flowback.tables import reproduce
-    from flowback.training import Evaluator, TrainResult, Trial, train, try_run
+    from flowback.training import Evaluator, TrainResult, Trial, distil, train, try_run
 
 _MODULES = {
     "alignment.align": ("Alignment",),
@@ -86,6 +87,7 @@ _MODULES = {
         "ProbeConfig",
         "RunConfig",
         "SampleConfig",
+        "StudentConfig",
         "TrainConfig",
     ),
     "data.image_set": ("ImageSet", "PixelSet", "image_set"),
@@ -102,14 +104,14 @@ _MODULES = {
     "evaluation.report": ("Report",),
     "flow": ("FlowOutput",),
     "flow_pipeline": ("FlowPipeline", "FlowPipelineOutput"),
-    "model": ("Flow", "create_flow", "load"),
+    "model": ("Flow", "Student", "create_flow", "load"),
     "model_card": ("Card",),
     "presets": ("get_preset", "list_presets"),
     "processes": ("Processes",),
     "sample_folder": ("draw_folder",),
     "sampling": ("BlockPlan", "Denoising", "Guidance", "Inpainted", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
-    "training": ("Evaluator", "TrainResult", "Trial", "train", "try_run"),
+    "training": ("Evaluator", "TrainResult", "Trial", "distil", "train", "try_run"),
 }
 """Public names, by the module that defines them."""
 
@@ -147,6 +149,8 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "Sampler",
+    "Student",
+    "StudentConfig",
     "TrainConfig",
     "TrainResult",
     "Trial",
@@ -156,6 +160,7 @@ __all__ = [
     "classify",
     "create_encoder",
     "create_flow",
+    "distil",
     "draw_folder",
     "evaluate",
     "evaluate_images",

@@ -29,6 +29,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "Scale",
+    "StudentConfig",
     "TrainConfig",
 ]
 
@@ -483,6 +484,65 @@ class TrainConfig(Checked):
 
 
 @dataclass(frozen=True)
+class StudentConfig(Checked):
+    """A student: a Transformer that learns from a frozen flow, its teacher, to draw images in few passes."""
+
+    section: ClassVar[str] = "student"
+
+    method: Literal["none", "inverse", "matching"] = "none"
+    """`inverse`: the teacher's inverse in one evaluation (BiFlow, arXiv 2512.10953). `matching`: a velocity
+    from the teacher's noise to images (NFM, arXiv 2603.09014). `none`: the run trains a flow."""
+    teacher: str | None = None
+    """The teacher's run, checkpoint, or name on the Hub."""
+    teacher_weights: str | None = None
+    """SHA-256 of the teacher's weights, taken when the training began."""
+    width: int | None = None
+    """Width of the student's Transformer; None takes the teacher's."""
+    layers: int = 1
+    """Layers of each stage; there are as many stages as the teacher has blocks, and one more."""
+    hidden_weight: float = 1.0
+    """Weight of the hidden alignment beside the loss of the images (`inverse`)."""
+    clip: float = 4.0
+    """Largest value of the targets, in units of each state's root mean square (`inverse`)."""
+    guidance: float = 0.0
+    """Largest guidance scale that the student learns as an input (`inverse`); 0 learns none."""
+    features: str | None = None
+    """Encoder whose features of the predicted clean images shall be right too (`inverse`): named as in
+    `--alignment.encoder`. Figures in features of a network near this one then flatter the student."""
+    feature_weight: float = 1.0
+    """Weight of that loss."""
+    coupling: Literal["flow", "independent"] = "flow"
+    """Noise of an image in `matching`: the teacher's z of it, or drawn on its own: plain flow matching."""
+    rms: tuple[float, ...] = ()
+    """Root mean square of the teacher's states x⁰ … xᵀ = z; measured on training images where empty."""
+
+    def check(self) -> None:
+        """Refuse values out of range, and those that do not go together."""
+        for name in ("width", "layers"):
+            size = getattr(self, name)
+            require(size is None or 1 <= size <= _MOST[name], f"--student.{name} {size} is out of range.")
+        for name in ("hidden_weight", "feature_weight", "guidance"):
+            require(getattr(self, name) >= 0, f"--student.{name.replace('_', '-')} must not be negative.")
+        require(self.clip > 0, "--student.clip must be above 0.")
+        require(all(value > 0 for value in self.rms), "--student.rms must all be above 0.")
+        inverse_only = self.guidance > 0 or self.features is not None
+        require(
+            self.method != "matching" or not inverse_only,
+            "--student.guidance and --student.features belong to --student.method inverse; leave them out "
+            "(a matching student is guided by two evaluations, without having learned it).",
+        )
+        require(
+            self.method != "inverse" or self.coupling == "flow",
+            "--student.coupling independent belongs to --student.method matching; choose that method.",
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether a student is trained, and not a flow."""
+        return self.method != "none"
+
+
+@dataclass(frozen=True)
 class SampleConfig(Checked):
     """How images are drawn; the same for `sample`, `evaluate`, `plan` and `reproduce`."""
 
@@ -513,20 +573,31 @@ class SampleConfig(Checked):
     """Clamp each estimate of the clean image to [-1, 1]."""
     denoise_guidance: float = 0.0
     """Guidance scale of the estimates of the clean image, c + w·(c - u); 0 is off. It doubles their cost."""
-    sampler: Literal["auto", "sequential", "jacobi"] = "sequential"
-    """`auto`: the plan of `flowback plan` if it fits, else sequential; `jacobi`: windows in all blocks."""
+    sampler: Literal["auto", "sequential", "jacobi", "student+exact"] = "sequential"
+    """`auto`: the plan of `flowback plan` if it fits, else sequential; `jacobi`: windows in all blocks;
+    `student+exact`, of a student: its teacher's images, by windows that start from the student's."""
     tolerance: float = 1e-3
     """`auto`: largest difference from the sequential images; `jacobi`: largest change in a last sweep."""
     window: int = 16
-    """Tokens in a window of `--sampler jacobi`."""
+    """Tokens in a window of `--sampler jacobi` or `student+exact`."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and caches while decoding."""
     batch_size: int = 64
     """Images drawn at once by a process."""
+    evaluations: int | None = None
+    """Evaluations of a student for an image, guidance not counted; None: 1, or 4 of method matching."""
+    solver: Literal["euler", "heun"] | None = None
+    """Of a student of method matching; None: Euler up to 5 evaluations, Heun beyond."""
+    teacher: str | None = None
+    """A student's teacher, if it is no longer where the training found it."""
 
     def check(self) -> None:
         """Refuse values out of range."""
         require(self.batch_size >= 1, "--batch-size must be at least 1.")
+        require(
+            self.evaluations is None or self.evaluations >= 1,
+            f"--evaluations {self.evaluations} must be at least 1.",
+        )
         require(self.window >= 1, "--window must be at least 1.")
         require(
             self.formula != "starflow" or self.guidance >= -1,
@@ -552,6 +623,11 @@ class SampleConfig(Checked):
             first is None or last is None or last < first,
             f"Noise levels from --noise {first} to --denoise-last {last} do not decrease; lower the last.",
         )
+
+    @property
+    def exact(self) -> SampleConfig:
+        """The same of a flow, one token after another: what a student is compared with."""
+        return dataclasses.replace(self, sampler="sequential", evaluations=None, solver=None)
 
 
 @dataclass(frozen=True)
@@ -655,6 +731,9 @@ class FolderConfig(Checked):
     """Also write all images as the file that ADM's evaluator reads."""
     trajectory: Path | None = None
     """Also write the picture of the way from noise to image, for the first 8 images."""
+    compare: Path | None = None
+    """Of a student: also write its first 8 images beside those of its teacher, from the same noise, and the
+    difference (grey: none)."""
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
@@ -670,14 +749,14 @@ class FolderConfig(Checked):
             len(self.labels) <= self.count,
             f"{len(self.labels)} labels for {self.count} images; raise --count.",
         )
-        for name in ("grid", "npz", "trajectory"):
+        for name in ("grid", "npz", "trajectory", "compare"):
             path = getattr(self, name)
             if path is not None:
                 check_file(path, f"--{name}")
 
     def check_place(self, out: Path) -> None:
         """Refuse pictures among the images, where they would count as two of them."""
-        for name in ("grid", "trajectory"):
+        for name in ("grid", "trajectory", "compare"):
             path = getattr(self, name)
             if path is not None and out.resolve() in path.resolve().parents:
                 raise InputError(f"--{name} {path} lies in {out}, among the images; give another place.")
@@ -737,11 +816,20 @@ class RunConfig(Checked):
     codec: CodecConfig = field(default_factory=CodecConfig)
     classes: tuple[str, ...] = ()
     """Names of the classes, in the order of their ids; empty: unconditional, or not known."""
+    student: StudentConfig = field(default_factory=StudentConfig)
 
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
         if self.data.path is not None and self.data.name == "digits":
             object.__setattr__(self, "data", dataclasses.replace(self.data, name="folder"))
+        if self.student.active:
+            width = self.student.width or self.model.width
+            require(
+                width % self.model.head_dim == 0,
+                f"--student.width {width} is not divisible by --model.head-dim {self.model.head_dim}; choose "
+                "a multiple of it.",
+            )
+            require(not self.alignment.active, "A student is not aligned; give --alignment.strategy none.")
         if not self.alignment.active:
             return
         require(

@@ -1,11 +1,10 @@
-"""The public flow: TARFlow's density, with class names, files and sampling."""
+"""The public models: a flow and its students, with class names, files and sampling."""
 
 from __future__ import annotations
 
 import copy
 import json
 import tempfile
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,31 +16,31 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowback import checkpoint, hub
-from flowback.config import DataConfig, ModelConfig, RunConfig
-from flowback.data.load import UNNAMED
+from flowback.config import ModelConfig, RunConfig, SampleConfig, StudentConfig
 from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
-from flowback.flow.block import Labels
 from flowback.flow.cost import parameters
+from flowback.flow.image_model import UserLabels
 from flowback.flow.levels import UserLevels
 from flowback.flow.likelihood import add_noise
-from flowback.flow.tarflow import UserLabels
 from flowback.model_card import Card, about, card_text, public, public_config, read_record
+from flowback.named_model import NamedModel
 from flowback.presets import get_preset
-from flowback.sampling import Inpainted, Sampler, inpaint, interpolate, sample
+from flowback.sampling import BlockPlan, Inpainted, Sampler, inpaint, interpolate, sample
 from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.image_files import save_grid
+from flowback.students.network import StudentNetwork
+from flowback.students.refine import refined_sampler
+from flowback.students.sampler import StudentSampler
 
-__all__ = ["Flow", "create_flow", "load"]
+__all__ = ["Flow", "Student", "create_flow", "load", "load_teacher"]
 
 _PICTURED = 10
 """Most classes in the picture of a model card."""
-_SHOWN = 20
-"""Classes that a message names."""
 
 
-class Flow(TARFlow):
+class Flow(NamedModel, TARFlow):
     """A TARFlow with class names, files and sampling; the mathematics is in :class:`TARFlow`.
 
     Labels are class ids, class names, soft class weights (B, K), or None for unconditional.
@@ -67,48 +66,7 @@ class Flow(TARFlow):
 
     def __init__(self, config: ModelConfig, classes: Sequence[str] = ()) -> None:
         super().__init__(config)
-        self.classes = tuple(classes)
-        """Names of the classes; empty if unconditional or unknown."""
-        self.run: RunConfig | None = None
-        """All settings of the run that trained it; None for a new flow."""
-        self.folder: Path | None = None
-        """Checkpoint folder that its weights were read from; None for a new flow."""
-        if self.classes and len(self.classes) != (config.num_classes or 0):
-            raise InputError(
-                f"{len(self.classes)} class names for a model of {config.num_classes or 0} classes; "
-                "give one for each, in the order of their ids."
-            )
-
-    def labels(self, labels: UserLabels, batch: int) -> Labels:
-        """Labels as a tensor on the flow's device; names become ids, ids and weights stay as they are.
-
-        Raises:
-            InputError: an unknown name, ids out of range, a wrong count, or weights of another size.
-        """
-        if isinstance(labels, str):
-            labels = [labels] * batch
-        if isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
-            labels = [self.class_id(label) if isinstance(label, str) else label for label in labels]
-        return super().labels(labels, batch)
-
-    def class_id(self, name: str) -> int:
-        """The id of a class by its name; letters with accents match however they are composed.
-
-        Raises:
-            InputError: no class of this name, or several.
-        """
-        ids = [number for number, own in enumerate(self.classes) if own == name]
-        ids = ids or [number for number, own in enumerate(self.classes) if _composed(own) == _composed(name)]
-        if len(ids) > 1:
-            raise InputError(f"The model has {len(ids)} classes called {name}; give an id.")
-        if ids:
-            return ids[0]
-        if not self.classes:
-            raise InputError(f"The model does not know the names of its classes; give {name!r} as an id.")
-        close = nearest(name, self.classes, only_close=True)
-        known = ", ".join(f"{number} = {own}" for number, own in enumerate(self.classes[:_SHOWN]))
-        more = ", ..." if len(self.classes) > _SHOWN else ""
-        raise InputError(f"The model has no class {name!r}{close or f'; known: {known}{more}'}")
+        self.set_names(classes)
 
     def add_noise(
         self, images: Float[Tensor, "b c h w"], seeds: Sequence[int], *, noise: UserLevels = None
@@ -212,6 +170,11 @@ class Flow(TARFlow):
         device = pick_device(device)
         folder = checkpoint.resolve(checkpoint.fetch(name, revision))
         config, weights = checkpoint.load_weights(folder, device, ema)
+        if config.student.active:
+            raise InputError(
+                f"{folder} holds a student, not a flow; give its teacher, {config.student.teacher}, for what "
+                "only a flow can do."
+            )
         held, needed = sum(value.numel() for value in weights.values()), parameters(config.model)
         if held != needed:  # before a model of any size is built
             raise InputError(
@@ -220,23 +183,17 @@ class Flow(TARFlow):
             )
         with init_empty_weights(include_buffers=False):  # the weights are about to come
             flow = cls(config.model, config.classes)
-        try:
-            flow.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"The weights in {folder} do not fit its config.json: {reason}") from None
-        flow.run, flow.folder = config, folder
+        flow.take(folder, config, weights)
         return flow.to(device).eval()
+
+    def sampler(self, config: SampleConfig, plans: Sequence[BlockPlan] | None = None) -> Sampler:
+        """What draws images as the options say; see :meth:`flowback.Sampler.from_config`."""
+        return Sampler.from_config(self, config, plans)
 
     @property
     def about(self) -> str:
         """What the flow is, in one sentence: its size, images, data and training."""
-        return about(self._run())
-
-    def _run(self) -> RunConfig:
-        """Its settings as a checkpoint holds them."""
-        run = self.run or RunConfig(data=DataConfig(UNNAMED))
-        return RunConfig(self.config, run.data, run.alignment, run.train, run.codec, self.classes)
+        return about(self.settings())
 
     def save_pretrained(
         self, folder: str | Path, card: Card | None = None, dtype: torch.dtype | None = None
@@ -255,7 +212,7 @@ class Flow(TARFlow):
         Raises:
             InputError: the folder holds something else, or cannot be written, or the card's record is none.
         """
-        config, files = self._run(), {}
+        config, files = self.settings(), {}
         if card is not None:
             config = public_config(config)
             files = self._card_files(card, config, dtype)
@@ -328,14 +285,135 @@ class Flow(TARFlow):
             return hub.upload(Path(place, "flow"), name, private=private, revision=revision)
 
 
-def _composed(name: str) -> str:
-    """macOS writes an accent as a sign of its own, keyboards do not."""
-    return unicodedata.normalize("NFC", name)
+class Student(NamedModel, StudentNetwork):
+    """A student of a flow, with class names, files and sampling; see :func:`flowback.distil`.
+
+    Args:
+        config: the teacher's model.
+        student: the student's own settings.
+        classes: names of the classes, in the order of their ids; empty if unknown.
+
+    Raises:
+        InputError: the number of names is not the number of classes.
+
+    Example:
+        >>> import flowback
+        >>> model = flowback.ModelConfig(image_size=8, channels=1, patch_size=2, width=32, blocks=2, layers=1,
+        ...                              head_dim=16, num_classes=2)
+        >>> student = flowback.Student(model, flowback.StudentConfig("matching"), classes=("cat", "dog"))
+        >>> student.sample(labels=["dog", "cat"], seeds=[7, 8], evaluations=4).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, config: ModelConfig, student: StudentConfig, classes: Sequence[str] = ()) -> None:
+        super().__init__(config, student)
+        self.set_names(classes)
+
+    def settings(self) -> RunConfig:
+        """Its settings as a checkpoint holds them."""
+        return replace(super().settings(), student=self.student)
+
+    @property
+    def about(self) -> str:
+        """What the student is, in one sentence."""
+        count = sum(p.numel() for p in self.parameters())
+        return f"a student of method {self.student.method}, {count:,} parameters, of {self.student.teacher}"
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that :meth:`from_pretrained` reads: config.json and model.safetensors.
+
+        Raises:
+            InputError: the folder holds something else, or cannot be written.
+        """
+        checkpoint.save(Path(folder), self.settings(), self.state_dict())
+
+    def sample(
+        self, labels: UserLabels = None, seeds: Sequence[int] | Tensor | None = None, **options: Any
+    ) -> Float[Tensor, "b c h w"]:
+        """Draw images on [-1, 1], not clamped; the options are those of a ``StudentSampler``."""
+        return StudentSampler(self, **options)(labels, seeds)
+
+    def sampler(
+        self, config: SampleConfig, plans: Sequence[BlockPlan] | None = None
+    ) -> StudentSampler | Sampler:
+        """What draws images as the options say.
+
+        Raises:
+            InputError: options that are none of a student's.
+        """
+        del plans
+        if config.sampler == "student+exact":
+            return refined_sampler(load_teacher(self.student, self.device, config.teacher), self, config)
+        if config.sampler not in ("sequential", "auto"):
+            raise InputError(
+                f"--sampler {config.sampler} is of flows; a student draws without it, or with "
+                "--sampler student+exact."
+            )
+        return StudentSampler.from_config(self, config)
+
+    def teacher_sampler(self, config: SampleConfig) -> Sampler:
+        """What draws the teacher's own images, exactly, as the options say.
+
+        Raises:
+            InputError: see :func:`load_teacher`.
+        """
+        return load_teacher(self.student, self.device, config.teacher).sampler(config.exact)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: torch.device | str = "cpu",
+        ema: float | None = None,
+        revision: str | None = None,
+    ) -> Student:
+        """Load a student with its averaged weights, in eval mode; see :meth:`Flow.from_pretrained`.
+
+        Raises:
+            InputError: there is no such device, or no checkpoint of a student.
+        """
+        device = pick_device(device)
+        folder = checkpoint.resolve(checkpoint.fetch(name, revision))
+        config, weights = checkpoint.load_weights(folder, device, ema)
+        if not config.student.active:
+            raise InputError(f"{folder} holds a flow, not a student; make one with flowback distil.")
+        with init_empty_weights(include_buffers=False):
+            student = cls(config.model, config.student, config.classes)
+        student.take(folder, config, weights)
+        return student.to(device).eval()
 
 
-def load(name: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Flow:
-    """Load a model from a folder or the Hugging Face Hub; see :meth:`Flow.from_pretrained`."""
-    return Flow.from_pretrained(name, device, ema)
+def load_teacher(config: StudentConfig, device: torch.device | str = "cpu", where: str | None = None) -> Flow:
+    """The flow that a student learned from.
+
+    Args:
+        config: the student's.
+        device: where it goes.
+        where: its checkpoint now, if it has moved.
+
+    Raises:
+        InputError: it is not there, or its weights are not those that the student learned from.
+    """
+    name = where or config.teacher
+    if name is None:
+        raise InputError("The student does not say who its teacher is; give its checkpoint as --teacher.")
+    try:
+        teacher = Flow.from_pretrained(name, device)
+    except InputError as error:
+        raise InputError(f"The student's teacher cannot be used: {error} Give it as --teacher.") from None
+    if config.teacher_weights not in (None, found := weights_hash(teacher)):
+        raise InputError(
+            f"{name} is not the student's teacher: the SHA-256 of its weights is {found[:12]}..., not "
+            f"{str(config.teacher_weights)[:12]}...; give the right checkpoint as --teacher."
+        )
+    return teacher
+
+
+def load(name: str | Path, device: torch.device | str = "cpu", ema: float | None = None) -> Any:
+    """Load a :class:`Flow` or :class:`Student` from a folder or the Hub; see :meth:`Flow.from_pretrained`."""
+    folder = checkpoint.resolve(checkpoint.fetch(name))
+    kind = Student if checkpoint.load_config(folder).student.active else Flow
+    return kind.from_pretrained(folder, device, ema)
 
 
 def create_flow(

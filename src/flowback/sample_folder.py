@@ -28,7 +28,8 @@ from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
 from flowback.files import foreign_file, write_json
 from flowback.folder_lock import folder_lock
-from flowback.model import Flow
+from flowback.model import Flow, Student
+from flowback.named_model import NamedModel
 from flowback.progress import bar
 from flowback.provenance import environment
 from flowback.reading import read_json
@@ -37,6 +38,7 @@ from flowback.sampling.block_plan import weights_hash
 from flowback.sampling.denoise import denoises
 from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
 from flowback.sampling.sampler import Overflow
+from flowback.students.sampler import StudentSampler
 
 __all__ = [
     "Draw",
@@ -123,7 +125,7 @@ class SampleReport:
 
 
 def draw_folder(
-    flow: Flow,
+    flow: Flow | Student,
     out: Path | str,
     config: FolderConfig | None = None,
     *,
@@ -139,7 +141,7 @@ def draw_folder(
     writes what concerns all images.
 
     Args:
-        flow: the model.
+        flow: the model, or a student of one.
         out: the folder. Images in it must have been drawn with the same settings and weights.
         config: what to draw.
         sampling: how.
@@ -164,12 +166,13 @@ def draw_folder(
     sampling = replace(sampling or SampleConfig(), **{k: v for k, v in options.items() if k not in names})
     every = range(flow.config.num_classes or 0)
     labels = [] if config.unconditional else class_ids(flow, config.labels or every)
-    sampler = Sampler.from_config(flow, sampling, plans)
+    sampler = flow.sampler(sampling, plans)
     codec_config = (flow.run or RunConfig()).codec if codec is None else codec.config
     sampler.check(bool(labels), latent=codec_config.vae is not None)
+    teacher = _teacher_sampler(flow, sampling) if config.compare else None
     if codec is None:
         codec = open_codec(codec_config, flow.device)
-    job = _Job(flow, sampler, codec, labels, config)
+    job = _Job(flow, sampler, codec, labels, config, teacher)
     state = PartialState(cpu=flow.device.type == "cpu")
     settings = _settings(flow, sampler, sampling, codec, labels, config)
     folder = SampleFolder(Path(out), settings, config.count, sampling.batch_size)
@@ -187,7 +190,7 @@ def draw_folder(
         if state.is_main_process:
             _write_pictures(job, folder)
     notices = []
-    if sampling.denoise and not denoises(flow):
+    if sampling.denoise and isinstance(sampler, Sampler) and not denoises(sampler.flow):
         notices.append("Not denoised: this model was trained without Gaussian noise.")
     faults = functools.reduce(Faults.merge, (part.faults for part in parts), Faults())
     notices += faults.sentences()
@@ -216,7 +219,16 @@ def _draw_all(job: _Job, folder: SampleFolder, missing: Sequence[int], state: Pa
     return gather_object(done) if state.num_processes > 1 else done
 
 
-def class_ids(flow: Flow, labels: Sequence[str | int]) -> list[int]:
+def _teacher_sampler(model: Flow | Student, sampling: SampleConfig) -> Sampler:
+    """What draws the teacher's own images, exactly."""
+    if not isinstance(model, Student):
+        raise InputError(
+            "--compare shows a student beside its teacher, and this model is a flow; leave it out."
+        )
+    return model.teacher_sampler(sampling)
+
+
+def class_ids(flow: NamedModel, labels: Sequence[str | int]) -> list[int]:
     """Ids of classes given by name or id, as on the command line.
 
     A text is a name where a class has it, and else an id: of the classes 1, 2 and 10, ``"10"`` is that name,
@@ -234,8 +246,8 @@ def class_ids(flow: Flow, labels: Sequence[str | int]) -> list[int]:
 
 
 def _settings(
-    flow: Flow,
-    sampler: Sampler,
+    flow: Flow | Student,
+    sampler: Sampler | StudentSampler,
     sampling: SampleConfig,
     codec: Codec,
     labels: Sequence[int],
@@ -250,10 +262,22 @@ def _settings(
         "seed": config.seed,
         **{name: getattr(sampling, name) for name in keep},
         "plans": [asdict(plan) for plan in sampler.plans] if swept else None,
-        "denoising": _denoising(sampler),
-        **({} if sampler.noise is None else {"noise": sampler.noise}),
+        **(_student_settings(flow) if isinstance(flow, Student) else {}),
+        **_sampler_settings(sampler),
         **({"vae": codec.config.weights} if codec.config.vae else {}),
     }
+
+
+def _student_settings(student: Student) -> dict[str, Any]:
+    return {"student": student.student.method, "teacher_weights": student.student.teacher_weights}
+
+
+def _sampler_settings(sampler: Sampler | StudentSampler) -> dict[str, Any]:
+    """What only a flow's sampler has, or a student's."""
+    if isinstance(sampler, StudentSampler):
+        return {"evaluations": sampler.evaluations, "solver": sampler.solver}
+    level = {} if sampler.noise is None else {"noise": sampler.noise}
+    return {"denoising": _denoising(sampler), **level}
 
 
 def _denoising(sampler: Sampler) -> dict[str, Any] | None:
@@ -284,12 +308,14 @@ class Draw(Protocol):
 class _Job:
     """The images of :func:`draw_folder`, by number."""
 
-    flow: Flow
-    sampler: Sampler
+    flow: Flow | Student
+    sampler: Sampler | StudentSampler
     codec: Codec
     ids: list[int]
     """Classes in turn; empty for unconditional."""
     config: FolderConfig
+    teacher: Sampler | None = None
+    """Draws the teacher's images, if they are to be compared with."""
 
     def labels(self, numbers: Sequence[int]) -> list[int] | None:
         """Class ids of the images, or None."""
@@ -461,6 +487,12 @@ def _write_pictures(job: _Job, folder: SampleFolder) -> None:
             save_grid(to_unit_range(shown), config.grid, columns, names=names)
         if config.npz:
             save_npz(torch.stack([pixels[number] for number in there]), config.npz, job.labels(there))
+    if config.compare and job.teacher is not None:
+        numbers = range(min(_SHOWN, config.count))
+        labels, seeds = job.labels(numbers), job.seeds(numbers)
+        exact, own = (job.codec.decode(draw(labels, seeds)) for draw in (job.teacher, job.sampler))
+        rows = torch.cat([exact, own, (own - exact) / 2])
+        save_grid(rows, config.compare, len(numbers), names=["teacher", "student", "difference"])
     if config.trajectory:
         numbers = range(min(_SHOWN, config.count))
         states = job.sampler.trajectory(job.labels(numbers), job.seeds(numbers))

@@ -57,6 +57,7 @@ WORDS = {
     "demo": [["--steps", "3"], ["--out", "x"], ["--json=y"]],
     "prepare": [[POSITIONAL], ["--out", "x"], ["--download"], ["--image-size=8"]],
     "train": [[POSITIONAL], ["--dry-run"], ["--train.steps", "3"], ["--model.width=64"]],
+    "distil": [[POSITIONAL], ["--out", "x"], ["--method", "matching"], ["--train.steps=3"]],
     "sample": [[POSITIONAL], ["--out", "x"], ["--no-denoise"], ["--labels", "1", "2"], ["--seed=3"]],
     "plan": [[POSITIONAL], ["--ramp"], ["--guidance", "1"]],
     "classify": [[POSITIONAL], ["--no-noise"], ["--draws", "2"], ["--seed=3"]],

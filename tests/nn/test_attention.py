@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowback.nn.attention import CausalAttention, KVCache, Rotary, rotary_table
+from flowback.nn.attention import Attention, KVCache, Rotary, rotary_table
 
 WIDTH, HEAD, GRID = 32, 16, 3
 TOKENS = GRID**2
 
 
-def attention(qk_norm: bool = False) -> CausalAttention:
+def attention(qk_norm: bool = False) -> Attention:
     torch.manual_seed(0)
-    return CausalAttention(WIDTH, HEAD, qk_norm).double()
+    return Attention(WIDTH, HEAD, qk_norm).double()
 
 
 def rotary() -> Rotary:

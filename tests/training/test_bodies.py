@@ -32,7 +32,7 @@ def gradients(config):
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    set_up_bodies(objective.flow, config)
+    set_up_bodies(objective.bodies, config)
     images, targets = torch.randn(4, 1, 8, 8), torch.randn(4, 4, 6)
     objective(images, torch.arange(4), None, targets).loss.backward()
     return {name: parameter.grad for name, parameter in objective.named_parameters()}

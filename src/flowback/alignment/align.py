@@ -61,6 +61,14 @@ class Losses(NamedTuple):
     """Mean cosine of each image, whether it counts or not; without a graph."""
 
     @property
+    def figures(self) -> dict[str, Float[Tensor, ""]]:
+        """What a run records, by name."""
+        if self.alignment is None:
+            return {"nll": self.nll}
+        cosines = {f"cosine_{block}_{layer}": value for (block, layer), value in self.cosines.items()}
+        return {"nll": self.nll, "alignment": self.alignment, **cosines}
+
+    @property
     def cosine(self) -> Float[Tensor, ""] | None:
         """Mean cosine over all locations."""
         return None if self.alignment is None else -self.alignment

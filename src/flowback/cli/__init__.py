@@ -22,6 +22,7 @@ VERBS = {
     "demo": ("demo:run", "train on real digits without and with reverse alignment, and report"),
     "prepare": ("prepare:run", "bring a data set to the training size, once"),
     "train": ("train:run", "train a flow from a preset; the same command resumes"),
+    "distil": ("distil:run", "train a student that draws a checkpoint's images in one or a few passes"),
     "sample": ("sample:run", "draw images from a checkpoint, or from a flow that comes along"),
     "plan": ("plan:run", "measure how to sample a checkpoint fastest on this device"),
     "classify": ("classify:run", "classify images with a flow's own gradient"),

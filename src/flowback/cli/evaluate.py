@@ -59,7 +59,7 @@ def run(argv: list[str]) -> None:
     options = parse(Options, argv, "evaluate")
     from flowback.processes import Processes
 
-    beside = options.out is not None or is_checkpoint(options.subject)
+    beside = options.out is not None or names_flow(options.subject)
     folder = out_folder(options.out, options.subject) if beside else None  # images: nothing unasked
     processes = Processes(options.device)
     report = _report(options, processes)
@@ -86,11 +86,11 @@ def _report(options: Options, processes: Processes) -> Report:
 
     from flowback.evaluation.pipeline import evaluate, evaluate_images
     from flowback.evaluation.references import load_reference, open_images
-    from flowback.model import Flow
+    from flowback.model import load
 
     if names_flow(options.subject):
         return evaluate(
-            Flow.from_pretrained(options.subject, processes.device),
+            load(options.subject, processes.device),
             options.data,
             reference=options.reference,
             config=options.measure,

@@ -49,7 +49,6 @@ def run(argv: list[str]) -> None:
 def _of(name: str) -> dict[str, Any]:
     """What is known of a checkpoint and of the run that it belongs to."""
     from flowback import checkpoint
-    from flowback.flow.cost import parameters
 
     fetched = checkpoint.fetch(name)
     folder = checkpoint.resolve(fetched)
@@ -57,12 +56,26 @@ def _of(name: str) -> dict[str, Any]:
     files = sorted(file for file in folder.iterdir() if file.is_file())
     return {
         "checkpoint": str(folder),
-        "parameters": parameters(config.model),
+        "parameters": _parameters(config),
         "files": {file.name: file.stat().st_size for file in files},
         "classes": list(config.classes),
         "figures": _figures(fetched),
         "settings": to_dict(config),
     }
+
+
+def _parameters(config: RunConfig) -> int:
+    """Number of weights of the flow, or of the student."""
+    from accelerate import init_empty_weights
+
+    from flowback.flow.cost import parameters
+    from flowback.model import Student
+
+    if not config.student.active:
+        return parameters(config.model)
+    with init_empty_weights():
+        student = Student(config.model, config.student)
+    return sum(p.numel() for p in student.parameters())
 
 
 def _figures(run_folder: Path) -> dict[str, Any]:
@@ -71,7 +84,7 @@ def _figures(run_folder: Path) -> dict[str, Any]:
 
     figures: dict[str, Any] = {}
     for row in read_rows(run_folder / "metrics.jsonl"):
-        shown = ("step", "images", "seconds", "nll", "alignment", "test_", "fd_")
+        shown = ("step", "images", "seconds", "nll", "loss", "alignment", "test_", "fd_")
         figures |= {key: value for key, value in row.items() if key.startswith(shown)}
     return figures
 
@@ -82,7 +95,7 @@ def _show(found: dict[str, Any]) -> None:
     say(f"{found['checkpoint']}: {len(found['files'])} files, {size / 1e6:.3g} MB")
     say(
         f"Images of {model['image_size']}x{model['image_size']}x{model['channels']}; "
-        f"{found['parameters']:,} parameters in {model['blocks']} blocks."
+        f"{found['parameters']:,} parameters in {_places(found['settings'])}."
     )
     classes = found["classes"]
     if classes:
@@ -100,6 +113,13 @@ def _show(found: dict[str, Any]) -> None:
         if value != defaults[section][name]
     ]
     show_table("Settings that are not the defaults", ["option", "value"], rows)
+
+
+def _places(settings: dict[str, Any]) -> str:
+    blocks, student = settings["model"]["blocks"], settings["student"]
+    if student["method"] == "none":
+        return f"{blocks} blocks"
+    return f"{blocks + 1} stages, a student of {student['teacher']}"
 
 
 def _text(value: Any) -> str:

@@ -50,24 +50,28 @@ def run(argv: list[str]) -> None:
     options = parse(Options, argv, "sample")
     from flowback import checkpoint as checkpoints
     from flowback.data.vae import open_codec
-    from flowback.model import Flow
+    from flowback.model import Flow, load
     from flowback.processes import Processes
     from flowback.sample_folder import class_ids, draw_folder
     from flowback.sampling.block_plan import resolve_plan
 
     processes = Processes(options.device)
     checkpoint = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
-    flow = Flow.from_pretrained(checkpoint, processes.device)
+    model = load(checkpoint, processes.device)
     out, images = _places(options)
     if processes.is_main:
-        say(f"{options.checkpoint}: {flow.about}")
-    codec = open_codec(checkpoints.load_config(checkpoint).codec, flow.device, options.vae, options.force_vae)
-    plans, notice = resolve_plan(flow, options.sampling, checkpoint)
+        say(f"{options.checkpoint}: {model.about}")
+    codec = open_codec(
+        checkpoints.load_config(checkpoint).codec, model.device, options.vae, options.force_vae
+    )
+    plans, notice = None, None
+    if isinstance(model, Flow):
+        plans, notice = resolve_plan(model, options.sampling, checkpoint)
     if options.images.labels and processes.is_main:
-        ids = dict.fromkeys(class_ids(flow, options.images.labels))
-        named = (f"{flow.classes[k]} (id {k})" if flow.classes else f"id {k}" for k in ids)
+        ids = dict.fromkeys(class_ids(model, options.images.labels))
+        named = (f"{model.classes[k]} (id {k})" if model.classes else f"id {k}" for k in ids)
         say(f"Classes drawn: {', '.join(named)}")
-    report = draw_folder(flow, out, images, sampling=options.sampling, plans=plans, codec=codec)
+    report = draw_folder(model, out, images, sampling=options.sampling, plans=plans, codec=codec)
     if processes.is_main:
         for sentence in (*([notice] if notice else []), *report.notices):
             say(sentence)

@@ -62,7 +62,12 @@ class Options:
 def run(argv: list[str]) -> None:
     """Train, and show where it ended."""
     options = parse(Options, argv, "train", _settings)
-    config = RunConfig(options.model, options.data, options.alignment, options.train, options.codec)
+    from flowback.presets import get_preset
+
+    student = get_preset(options.preset).config.student
+    config = RunConfig(
+        options.model, options.data, options.alignment, options.train, options.codec, student=student
+    )
     if options.dry_run:
         _dry_run(config)
         return

@@ -29,6 +29,7 @@ from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
 from flowback.flow.likelihood import add_noise, bits_per_dim, nll_per_dim
 from flowback.model import Flow
+from flowback.named_model import NamedModel
 from flowback.progress import track
 
 __all__ = [
@@ -102,7 +103,7 @@ class HeldOutBatch(NamedTuple):
         return add_noise(self.images, config, self.seeds, draw, self.levels)
 
 
-def run_images(flow: Flow, split: Literal["train", "test"], data: DataConfig | None = None) -> ImageSet:
+def run_images(flow: NamedModel, split: Literal["train", "test"], data: DataConfig | None = None) -> ImageSet:
     """The training or test images of a data set, by default of the run that the flow comes from.
 
     The log says which data these are, if it is the run that names them.
@@ -123,7 +124,7 @@ def run_images(flow: Flow, split: Literal["train", "test"], data: DataConfig | N
     return images
 
 
-def matched(flow: Flow, images: AnyImages) -> ImageSet:
+def matched(flow: NamedModel, images: AnyImages) -> ImageSet:
     """The images with labels that are the model's class ids.
 
     Classes go by their names where the model knows them, and otherwise by their order.

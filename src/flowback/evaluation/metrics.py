@@ -10,7 +10,7 @@ after that network.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "PrecisionRecall",
     "Score",
     "frechet_distance",
+    "jackknife",
     "pooled_moments",
     "precision_recall",
 ]
@@ -144,6 +145,25 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     product = torch.linalg.eigvalsh(factor.T @ second @ factor)
     cross = product.clamp(min=0).sqrt().sum()
     return float(gap @ gap + first.trace() + second.trace() - 2 * cross)
+
+
+def jackknife(groups: Sequence[Moments], reference: Moments) -> float:
+    """Standard error of the Fréchet distance of all samples, by leaving out one of g groups at a time.
+
+    s² = (g − 1)/g · Σᵢ (dᵢ − d̄)² (Efron and Stein 1981).
+
+    Args:
+        groups: statistics of g ≥ 2 groups of about as many samples each.
+        reference: what the samples are compared with, taken as it is.
+    """
+    distances = []
+    for left_out in range(len(groups)):
+        first, *others = [group for index, group in enumerate(groups) if index != left_out]
+        for group in others:
+            first = first.merge(group)
+        distances.append(frechet_distance(first, reference))
+    values, count = torch.tensor(distances, dtype=torch.float64), len(groups)
+    return float(((count - 1) / count * (values - values.mean()).square().sum()).sqrt())
 
 
 def pooled_moments(encoder: Encoder, images: Iterable[UInt8[Tensor, "_ c h w"]]) -> Moments:

@@ -18,10 +18,12 @@ from flowback.config import CodecConfig, DataConfig, EvaluateConfig, SampleConfi
 from flowback.data.image_set import AnyImages, ImageSet, as_image_set, evenly, in_batches
 from flowback.data.pixels import Faults, Rounding, quantise
 from flowback.data.vae import Codec, open_codec
+from flowback.evaluation.distilled import draw_pairs, under_teacher
 from flowback.evaluation.held_out import (
     LoopOptions,
     accuracy,
     default_methods,
+    held_out_batches,
     likelihood,
     matched,
     run_images,
@@ -31,7 +33,7 @@ from flowback.evaluation.judge import Judge
 from flowback.evaluation.protocol import Protocol
 from flowback.evaluation.references import BadImages, Reference, load_reference, open_images
 from flowback.evaluation.report import Report, weights_of
-from flowback.model import Flow
+from flowback.model import Flow, Student, load_teacher
 from flowback.processes import Processes
 from flowback.progress import track
 from flowback.provenance import environment
@@ -39,12 +41,13 @@ from flowback.sampling import BlockPlan, Denoising, Guidance, Sampler
 from flowback.sampling.block_plan import resolve_plan
 from flowback.sampling.denoise import denoises
 from flowback.sampling.sampler import drawing_level
+from flowback.students.sampler import StudentSampler
 
 __all__ = ["deciding_figure", "evaluate", "evaluate_images", "reference_limit"]
 
 
 def evaluate(
-    flow: Flow,
+    flow: Flow | Student,
     images: AnyImages | DataConfig | None = None,
     *,
     reference: Reference | AnyImages | Path | str | None = None,
@@ -57,8 +60,12 @@ def evaluate(
 ) -> Report:
     """Likelihood and classification of held-out images, and the quality of samples.
 
+    A student has no likelihood: in its place, its images are compared with those of its teacher from the same
+    noise, and the teacher says how likely they are, and whether it knows their classes
+    (:mod:`flowback.evaluation.distilled`).
+
     Args:
-        flow: the model.
+        flow: the model, or a student.
         images: held-out images, or the data set whose test images they are; None: the data that the flow
             was trained on.
         reference: images to compare samples with: a set, a folder or an ``.npz`` in ADM's format; None: the
@@ -149,7 +156,7 @@ def evaluate_images(
 class _Data:
     """The images of an evaluation, read when they are needed."""
 
-    def __init__(self, flow: Flow, images: Any, reference: Any) -> None:
+    def __init__(self, flow: Flow | Student, images: Any, reference: Any) -> None:
         self.flow, self._reference = flow, reference
         self._images = None if isinstance(images, DataConfig) else images
         run = flow.run.data if flow.run is not None else None
@@ -197,7 +204,7 @@ class _Part(NamedTuple):
 class _Evaluation:
     """Everything that the parts of an evaluation need."""
 
-    flow: Flow
+    flow: Flow | Student
     data: _Data
     config: EvaluateConfig
     sampling: SampleConfig
@@ -207,16 +214,19 @@ class _Evaluation:
 
     def report(self) -> Report:
         """Check, measure, put together."""
-        images = judge = codec = None  # all are made first: what is missing is known at once
-        self.flow.levels(self._level, 1)
-        drawing_level(self.flow, self.sampling.noise)
+        images = judge = codec = teacher = None  # all are made first: what is missing is known at once
+        if isinstance(self.flow, Flow):
+            self.flow.levels(self._level, 1)
+            drawing_level(self.flow, self.sampling.noise)
+        elif self.config.likelihood:
+            teacher = load_teacher(self.flow.student, self.flow.device, self.sampling.teacher)
         if self.config.likelihood or self.config.classification:
             images = matched(self.flow, self.data.held_out)
         if self.config.samples:
             for scale in self._scales:
                 guidance = Guidance.from_config(replace(self.sampling, guidance=scale))
                 guidance.check(bool(self.flow.config.num_classes))
-            if self._denoise_levels:
+            if self._flow_settings()["denoise_levels"]:
                 denoising = Denoising.from_config(self.sampling)
                 denoising.check(bool(self.flow.config.num_classes), self.data.codec.vae is not None)
             judge = _judge(
@@ -226,16 +236,19 @@ class _Evaluation:
             codec = open_codec(self.data.codec, self.flow.device, self.config.vae, self.config.force_vae)
         data = to_dict(self.data.config) if self.data.config is not None else None
         parts = [_Part({}, {**weights_of(self.flow), "data": data, "seed": self.config.seed}, [])]
-        if images is not None:
-            parts.append(self._held_out(images))
+        if isinstance(self.flow, Flow) and images is not None:
+            parts.append(self._held_out(self.flow, images))
         if judge is not None and codec is not None:
             parts.append(self._quality(judge, codec))
+            if teacher is not None and images is not None:
+                scale = parts[-1].figures.get("best_guidance", self._scales[0])
+                parts.append(self._distilled(teacher, scale, images, judge, codec))
         figures = {name: value for part in parts for name, value in part.figures.items()}
         settings = {name: value for part in parts for name, value in part.settings.items()}
         warnings = tuple(sentence for part in parts for sentence in part.warnings)
         return Report("evaluate", figures, settings, warnings, environment(self.flow.device))
 
-    def _held_out(self, images: ImageSet) -> _Part:
+    def _held_out(self, flow: Flow, images: ImageSet) -> _Part:
         """Likelihood and classification."""
         config = self.config
         loop: LoopOptions = {
@@ -246,18 +259,18 @@ class _Evaluation:
             "progress": self.progress,
             "level": config.level,
         }
-        labelled = bool(self.flow.config.num_classes) and images.labels is not None
+        labelled = bool(flow.config.num_classes) and images.labels is not None
         figures: dict[str, Any] = {}
         if config.likelihood:
-            result_of_likelihood = self.processes.merged(likelihood(self.flow, images, config.draws, **loop))
+            result_of_likelihood = self.processes.merged(likelihood(flow, images, config.draws, **loop))
             estimates = {"nll": result_of_likelihood.nll, "bits_per_dim": result_of_likelihood.bits_per_dim}
             if images.in_pixels is not images:
                 del estimates["bits_per_dim"]  # of 8-bit pixels, which latents are not
             for name, estimate in estimates.items():
                 figures[name] = estimate.mean
                 figures[f"{name}_error"], figures[f"{name}_draw_error"] = estimate.error, estimate.draw_error
-        for method in default_methods(self.flow) if config.classification and labelled else ():
-            result = self.processes.merged(accuracy(self.flow, images, method, **loop))
+        for method in default_methods(flow) if config.classification and labelled else ():
+            result = self.processes.merged(accuracy(flow, images, method, **loop))
             figures[f"top1_{method}"], figures[f"top5_{method}"] = result.top1, result.top5
         settings = {
             "images": images.name,
@@ -278,14 +291,14 @@ class _Evaluation:
         for scale in self._scales:
             options = replace(self.sampling, guidance=scale)
             plans, notice = self.plans, None
-            if plans is None:
+            if plans is None and isinstance(self.flow, Flow):
                 plans, notice = resolve_plan(self.flow, options, self.flow.folder)
-            sampler = Sampler.from_config(self.flow, options, plans)
+            sampler = self.flow.sampler(options, plans)
             faults = Faults()
             drawn = self._draw(sampler, codec, numbers, faults, f"sampling, guidance {scale:g}")
             samples = self.processes.merged(judge.gather(drawn, self.config.samples, _start(numbers)))
             rows.append({"guidance": scale, **judge.figures(samples)})
-            samplers.append("sequential" if plans is None else [asdict(plan) for plan in plans])
+            samplers.append(_named(sampler, plans))
             note = f"At guidance {scale:g}, " if len(self._scales) > 1 else ""
             sentences = [*([notice] if notice else []), *self.processes.merged(faults).sentences()]
             warnings += [note + sentence for sentence in sentences]
@@ -300,18 +313,47 @@ class _Evaluation:
         settings = self._sampling_settings(samplers) | judged
         return _Part(figures, settings, warnings + judge.warnings(self.config.samples))
 
+    def _distilled(self, teacher: Flow, scale: float, images: ImageSet, judge: Judge, codec: Codec) -> _Part:
+        """A student beside its teacher, from the same noise."""
+        assert isinstance(self.flow, Student)
+        config, faults, share = self.config, Faults(), self.processes.share
+        options = replace(self.sampling, guidance=scale)
+
+        def to_pixels(drawn: Tensor) -> Tensor:
+            return quantise(codec.decode(drawn), ["a sample"] * len(drawn), faults, "nearest")
+
+        parts = in_batches(evenly(config.samples, share=share), options.batch_size)
+        shown = track(parts, len(parts), "beside the teacher", "batches") if self.progress else parts
+        level = self._level if teacher.config.noise == "range" else None
+        drawing, exact = self.flow.sampler(options), teacher.sampler(options.exact)
+        pairs = draw_pairs(teacher, drawing, exact, judge, to_pixels, shown, config.seed, level)
+        loop: LoopOptions = {
+            "limit": config.limit or config.samples,
+            "seed": config.seed,
+            "batch_size": options.batch_size,
+            "share": share,
+            "progress": self.progress,
+            "level": level,
+        }
+        test = under_teacher(teacher, held_out_batches(teacher, images, "test images", **loop))
+        figures = self.processes.merged(pairs).figures(judge.encoded)
+        figures |= self.processes.merged(test).figures("test")
+        settings = {"teacher": weights_of(teacher), "student": to_dict(self.flow.student)}
+        return _Part(figures, settings, [])
+
     @property
     def _level(self) -> float | None:
         """Noise level of the test images."""
         return self.flow.config.noise_level if self.config.level is None else self.config.level
 
-    @property
-    def _denoise_levels(self) -> tuple[float, ...]:
-        """Of the steps that samples are denoised in."""
-        if not self.sampling.denoise:
-            return ()
-        first = drawing_level(self.flow, self.sampling.noise)
-        return Denoising.from_config(self.sampling).levels(self.flow, first)
+    def _flow_settings(self) -> dict[str, Any]:
+        """Levels that a flow draws and denoises at; a student draws clean images."""
+        if not isinstance(self.flow, Flow):
+            return {"noise": None, "denoise": False, "denoise_levels": []}
+        first, denoise = drawing_level(self.flow, self.sampling.noise), self.sampling.denoise
+        levels = Denoising.from_config(self.sampling).levels(self.flow, first) if denoise else ()
+        denoise = denoise and denoises(self.flow)
+        return {"noise": first, "denoise": denoise, "denoise_levels": list(levels)}
 
     @property
     def _scales(self) -> tuple[float, ...]:
@@ -319,7 +361,7 @@ class _Evaluation:
 
     def _draw(
         self,
-        sampler: Sampler,
+        sampler: Sampler | StudentSampler,
         codec: Codec,
         numbers: Int64[Tensor, " n"],
         faults: Faults,
@@ -349,10 +391,17 @@ class _Evaluation:
             "guidance": self._scales[0] if one else list(self._scales),
             "sampler": samplers[0] if one else samplers,
             "tolerance": 0 if exact else self.sampling.tolerance,
-            "noise": drawing_level(self.flow, self.sampling.noise),
-            "denoise": self.sampling.denoise and denoises(self.flow),
-            "denoise_levels": list(self._denoise_levels),
+            **self._flow_settings(),
         }
+
+
+def _named(sampler: Sampler | StudentSampler, plans: Sequence[BlockPlan] | None) -> Any:
+    """How images were drawn, for the record."""
+    if isinstance(sampler, StudentSampler):
+        return {"evaluations": sampler.evaluations, "solver": sampler.solver}
+    return (
+        "sequential" if plans is None and sampler.guess is None else [asdict(plan) for plan in sampler.plans]
+    )
 
 
 def deciding_figure(figures: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flowback.errors import InputError
 from flowback.files import plain, write_json
-from flowback.model import Flow
+from flowback.named_model import NamedModel
 from flowback.provenance import environment
 from flowback.reading import read_json
 from flowback.sampling.block_plan import weights_hash
@@ -16,8 +16,8 @@ from flowback.sampling.block_plan import weights_hash
 __all__ = ["Comparison", "Report", "compare", "weights_of"]
 
 
-def weights_of(flow: Flow) -> dict[str, str | None]:
-    """For the settings: the checkpoint that a flow comes from, if any, and the hash of its weights."""
+def weights_of(flow: NamedModel) -> dict[str, str | None]:
+    """For the settings: the checkpoint that a model comes from, if any, and the hash of its weights."""
     folder = str(flow.folder) if flow.folder is not None else None
     return {"checkpoint": folder, "weights_sha256": weights_hash(flow)}
 

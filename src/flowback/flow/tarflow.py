@@ -11,19 +11,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flowback.config import ModelConfig
-from flowback.errors import InputError
 from flowback.flow.block import Block, BlockOutput, Labels
+from flowback.flow.image_model import ImageModel, UserLabels
 from flowback.flow.levels import UserLevels, checked_levels
 from flowback.flow.likelihood import log_prior
-from flowback.nn.patch import patchify, unpatchify
 
 __all__ = ["FlowOutput", "Location", "TARFlow", "UserLabels"]
 
 Location = tuple[int, int]
 """(block, layer), counted from 1; block 1 is next to the data."""
-
-UserLabels = Tensor | Sequence[int] | Sequence[str] | int | str | None
-"""Labels as users give them, not yet checked; a single one stands for all images."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class FlowOutput:
         return log_prior(self.z) + self.log_det
 
 
-class TARFlow(nn.Module):
+class TARFlow(ImageModel):
     """A class-conditional or unconditional TARFlow.
 
     Images are (B, C, H, W) on [-1, 1]. Labels are class ids (B,), soft class weights (B, K), or None for
@@ -66,77 +62,9 @@ class TARFlow(nn.Module):
     """Block 1 (next to the data) first."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         blocks = [Block(config, depth, flip=index % 2 == 1) for index, depth in enumerate(config.depths)]
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.blocks[0].proj_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.blocks[0].proj_in.weight.dtype
-
-    @property
-    def data_dtype(self) -> torch.dtype:
-        """Dtype of images, noise and likelihoods: that of the weights, but at least fp32."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def tokens(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Images as tokens in raster order.
-
-        Raises:
-            InputError: images of another shape than the model's.
-        """
-        shape = (self.config.channels, self.config.image_size, self.config.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != shape:
-            raise InputError(
-                f"The flow takes images of shape (B, {', '.join(map(str, shape))}), "
-                f"not {tuple(images.shape)}; resize them, or load another checkpoint."
-            )
-        return patchify(images, self.config.patch_size)
-
-    def images(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
-        """Tokens in raster order as images."""
-        return unpatchify(tokens, self.config.patch_size)
-
-    def labels(self, labels: UserLabels, batch: int) -> Labels:
-        """Labels from a user, checked, as a tensor on the flow's device.
-
-        Raises:
-            InputError: ids out of range, a wrong count, or weights of another number of classes.
-        """
-        if labels is None:
-            return None
-        classes = self.config.num_classes or 0
-        if not classes:
-            raise InputError("This model is unconditional: it has no classes. Leave the labels out.")
-        values = torch.as_tensor(labels, device=self.device)
-        if values.ndim == 0:
-            values = values.expand(batch)
-        if values.shape[0] != batch:
-            raise InputError(f"{values.shape[0]} labels for {batch} images; give one label per image.")
-        if values.is_floating_point():
-            if values.shape[1:] != (classes,):
-                raise InputError(
-                    f"Class weights have shape {tuple(values.shape)}; the model has {classes} classes."
-                )
-            if not bool(values.isfinite().all()):
-                raise InputError("The class weights are not all finite; give numbers that sum to 1.")
-            return values.to(self.dtype)
-        if values.ndim != 1:
-            raise InputError(f"Labels have shape {tuple(values.shape)}; give one id per image.")
-        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < classes:
-            wrong = int(values.max() if int(values.max()) >= classes else values.min())
-            raise InputError(
-                f"Label {wrong} is out of range: "
-                f"the model's classes go from 0 to {classes - 1} (None is unconditional)."
-            )
-        return values.long()
 
     def levels(self, noise: UserLevels, batch: int, trusted: bool = False) -> Float[Tensor, " b"] | None:
         """Noise levels from a user, checked, as a tensor on the flow's device; None for a flow of one level.

@@ -1,4 +1,4 @@
-"""Causal self-attention. Keys and values of earlier tokens live in a cache that the caller owns.
+"""Self-attention, causal or over all tokens. Keys and values live in a cache that the caller owns.
 
 Letters in shapes: b images, n tokens of the call, m tokens known so far, h heads, e head width, w width.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CausalAttention", "KVCache", "Rotary", "rotary_table"]
+__all__ = ["Attention", "KVCache", "Rotary", "rotary_table"]
 
 
 class Rotary(NamedTuple):
@@ -59,12 +59,12 @@ class KVCache:
         return cls(like.new_empty(shape), like.new_empty(shape))
 
 
-class CausalAttention(nn.Module):
-    """Pre-normalised multi-head causal self-attention."""
+class Attention(nn.Module):
+    """Pre-normalised multi-head self-attention; with ``causal``, no token sees those after it."""
 
-    def __init__(self, width: int, head_dim: int, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, head_dim: int, qk_norm: bool = False, causal: bool = True) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.causal = head_dim, causal
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -80,6 +80,8 @@ class CausalAttention(nn.Module):
         temperature: float | Tensor = 1.0,
     ) -> Float[Tensor, "b n w"]:
         """Attend from tokens ``start``, ``start`` + 1, ... to themselves and all before them.
+
+        Without ``causal`` the call holds the whole sequence, and every token sees all.
 
         Args:
             x: the tokens of this call.
@@ -99,7 +101,7 @@ class CausalAttention(nn.Module):
         if isinstance(temperature, Tensor) or temperature != 1.0:
             q = q / temperature
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and n > 1)
         elif isinstance(start, Tensor):
             keys, values = cache
             keys.index_copy_(2, start, k.type_as(keys))

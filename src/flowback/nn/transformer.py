@@ -1,4 +1,4 @@
-"""A causal Transformer: tokens to tokens, and the hidden states of chosen layers."""
+"""A Transformer: tokens to tokens, and the hidden states of chosen layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flowback.nn.attention import CausalAttention, KVCache, Rotary
+from flowback.nn.attention import Attention, KVCache, Rotary
 
 __all__ = ["MLP", "Layer", "SwiGLU", "Transformer"]
 
@@ -113,9 +113,11 @@ class SwiGLU(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each added to the residual stream."""
 
-    def __init__(self, width: int, head_dim: int, mlp: str, ratio: int, qk_norm: bool) -> None:
+    def __init__(
+        self, width: int, head_dim: int, mlp: str, ratio: int, qk_norm: bool, causal: bool = True
+    ) -> None:
         super().__init__()
-        self.attention = CausalAttention(width, head_dim, qk_norm)
+        self.attention = Attention(width, head_dim, qk_norm, causal)
         self.mlp = (SwiGLU if mlp == "swiglu" else MLP)(width, ratio)
 
     def forward(
@@ -131,13 +133,22 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of causal layers; arguments as in :class:`~flowback.nn.attention.CausalAttention`."""
+    """A stack of layers, causal or not; arguments as in :class:`~flowback.nn.attention.Attention`."""
 
     def __init__(
-        self, width: int, layers: int, head_dim: int, mlp: str = "gelu", ratio: int = 4, qk_norm: bool = False
+        self,
+        width: int,
+        layers: int,
+        head_dim: int,
+        mlp: str = "gelu",
+        ratio: int = 4,
+        qk_norm: bool = False,
+        causal: bool = True,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(width, head_dim, mlp, ratio, qk_norm) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            Layer(width, head_dim, mlp, ratio, qk_norm, causal) for _ in range(layers)
+        )
         self.heads, self.head_dim = width // head_dim, head_dim
         self.checkpointing = False
         """Keep the input of each layer only, and compute the layer again for the gradient."""

@@ -27,6 +27,7 @@ from flowback.errors import InputError
 from flowback.files import write_json
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
+from flowback.flow.image_model import ImageModel
 from flowback.provenance import environment
 from flowback.reading import read_json
 from flowback.sampling.decoder import Decoder, Precision
@@ -126,8 +127,8 @@ _SEED = 2**31
 """First seed of the noise that is measured on: far from those that people sample with."""
 
 
-def weights_hash(flow: TARFlow) -> str:
-    """SHA-256 of a flow's weights: that of the ``model.safetensors`` which a checkpoint of them holds."""
+def weights_hash(flow: ImageModel) -> str:
+    """SHA-256 of a model's weights: that of the ``model.safetensors`` which a checkpoint of them holds."""
     weights = {name: value.detach().cpu().contiguous() for name, value in flow.state_dict().items()}
     return hashlib.sha256(save(weights, metadata={"format": "pt"})).hexdigest()
 

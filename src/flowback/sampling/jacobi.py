@@ -39,11 +39,14 @@ class Solution:
     """Mean sweeps a window, for each image."""
 
 
-def first_guess(z: Float[Tensor, "b n d"], init: Init) -> Float[Tensor, "b n d"]:
+def first_guess(z: Float[Tensor, "b n d"], init: Init | Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     """What the sweeps start from; the first token is exact, as it passes the block unchanged."""
-    if init == "z":
+    if isinstance(init, Tensor):
+        x = init.to(z, copy=True)
+    elif init == "z":
         return z.clone()
-    x = torch.zeros_like(z)
+    else:
+        x = torch.zeros_like(z)
     x[:, 0] = z[:, 0]
     return x
 
@@ -54,7 +57,7 @@ def jacobi(
     z: Float[Tensor, "b n d"],
     window: int,
     tolerance: float | None = None,
-    init: Init = "z",
+    init: Init | Float[Tensor, "b n d"] = "z",
     sweeps: int | None = None,
 ) -> Solution:
     """x of z = f(x), window after window; both in the block's own order.
@@ -65,7 +68,7 @@ def jacobi(
         window: tokens solved together.
         tolerance: an image is done with a window when no value changed by more in the last sweep; None
             sweeps to exactness.
-        init: what the sweeps start from.
+        init: what the sweeps start from, by name or as values.
         sweeps: most sweeps a window, whatever the error; None sets no limit but exactness.
 
     Raises:

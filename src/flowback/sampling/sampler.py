@@ -10,6 +10,7 @@ import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,13 +22,13 @@ from flowback.config import SampleConfig
 from flowback.errors import InputError, shorten
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
-from flowback.flow.tarflow import UserLabels
+from flowback.flow.image_model import ImageModel, UserLabels
 from flowback.sampling.decoder import Decoder, Engine, Precision, sequential
 from flowback.sampling.denoise import Denoising, denoised_states
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.jacobi import Init, jacobi
 
-__all__ = ["BlockPlan", "Overflow", "Sampler", "drawing_level", "noise", "sample"]
+__all__ = ["BlockPlan", "Guess", "Overflow", "Sampler", "drawing_level", "noise", "sample", "seeds_of"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class BlockPlan:
         """Most tokens in one step: a window, and a window before it whose keys and values are stale."""
         return 1 if self.window == 1 else 2 * self.window
 
-    def solve(self, decoder: Decoder, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """The inverse of a block, in the block's own order."""
+    def solve(
+        self, decoder: Decoder, z: Float[Tensor, "b n d"], guess: Float[Tensor, "b n d"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """The inverse of a block, in the block's own order; ``guess`` takes the place of ``init``."""
         if self.window == 1:
             return sequential(decoder, z)
-        return jacobi(decoder, z, self.window, self.tolerance, self.init).x
+        return jacobi(decoder, z, self.window, self.tolerance, self.init if guess is None else guess).x
 
     @classmethod
     def windows(cls, flow: TARFlow, config: SampleConfig) -> tuple[BlockPlan, ...] | None:
@@ -63,6 +66,23 @@ class BlockPlan:
             return None
         every = cls(min(config.window, flow.config.tokens), "z", config.tolerance)
         return (every,) * flow.config.blocks
+
+
+@runtime_checkable
+class Guess(Protocol):
+    """Estimates of the outputs of all blocks, for sweeps to start from."""
+
+    def __call__(
+        self, z: Float[Tensor, "b n d"], labels: Labels, scales: Float[Tensor, " b"]
+    ) -> Sequence[Float[Tensor, "b n d"]]:
+        """Outputs of blocks T ... 1, tokens in raster order.
+
+        Args:
+            z: the noise.
+            labels: checked ones.
+            scales: guidance scale of each image.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,7 @@ class Sampler:
         precision: of the Transformers' weights and caches while decoding.
         plans: how each block is inverted, from block 1 (:func:`flowback.plan_sampling` measures it); None is
             sequential, which is exact.
+        guess: what the sweeps of a block start from, in place of what its plan says.
         noise: level to draw at, for a flow with a range of them; None is its highest (arXiv 2604.20041).
 
     Raises:
@@ -127,9 +148,10 @@ class Sampler:
         batch_size: int = 64,
         precision: Precision = "fp32",
         plans: Sequence[BlockPlan] | None = None,
+        guess: Guess | None = None,
         noise: float | None = None,
     ) -> None:
-        self.flow = flow
+        self.flow, self.guess = flow, guess
         self.noise = drawing_level(flow, noise)
         """Level that images are drawn at; None for a flow that has only one."""
         self.denoising = Denoising() if isinstance(denoise, bool) else denoise
@@ -162,7 +184,17 @@ class Sampler:
             config: the options. Without a plan, ``auto`` is sequential;
                 :func:`flowback.sampling.block_plan.resolve_plan` finds a checkpoint's.
             plan: how each block is inverted, from block 1, in place of what ``config.sampler`` says.
+
+        Raises:
+            InputError: options that do not fit the flow, or are none of a flow's.
         """
+        for option, given in (
+            ("--sampler student+exact", config.sampler == "student+exact"),
+            ("--evaluations", config.evaluations is not None),
+            ("--solver", config.solver is not None),
+        ):
+            if given:
+                raise InputError(f"{option} is of students, and this model is a flow; leave it out.")
         return cls(
             flow,
             Guidance.from_config(config),
@@ -272,7 +304,7 @@ class Sampler:
         self, labels: UserLabels, seeds: Sequence[int] | Tensor | None, redraw: int
     ) -> Iterator[tuple[slice, Iterator[Tensor]]]:
         """Batches of what is asked for, and the trajectory of each; one must be read before the next."""
-        seeds = _seeds(labels, seeds)
+        seeds = seeds_of(labels, seeds)
         with torch.inference_mode(False), torch.no_grad():
             checked = self.flow.labels(labels, len(seeds))
             self.check(checked is not None)
@@ -327,10 +359,12 @@ class Sampler:
             scales: guidance scale of each image.
             plans: one a block, from block 1; None is the sampler's own.
         """
+        guesses = None if self.guess is None else self.guess(z, labels, scales)
         for index in range(self.flow.config.blocks, 0, -1):
             block, plan = self.flow.blocks[index - 1], (plans or self.plans)[index - 1]
             decoder = self.decoder(index, labels, scales, plan.new)
-            z = block.reorder(plan.solve(decoder, block.reorder(z)))
+            start = None if guesses is None else block.reorder(guesses[self.flow.config.blocks - index])
+            z = block.reorder(plan.solve(decoder, block.reorder(z), start))
             yield z
 
     def decoder(self, index: int, labels: Labels, scales: Float[Tensor, " b"], new: int = 1) -> Decoder:
@@ -379,7 +413,7 @@ def drawing_level(flow: TARFlow, level: float | None) -> float | None:
 _SEEDS = 2**32
 
 
-def noise(flow: TARFlow, seeds: Sequence[int], redraw: int = 0, step: int = 0) -> Float[Tensor, "b n d"]:
+def noise(flow: ImageModel, seeds: Sequence[int], redraw: int = 0, step: int = 0) -> Float[Tensor, "b n d"]:
     """Standard normal tokens, drawn in fp32 on the CPU from one generator per image.
 
     Args:
@@ -436,7 +470,12 @@ def sample(
     return sampler(labels, seeds, redraw)
 
 
-def _seeds(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
+def seeds_of(labels: object, seeds: Sequence[int] | Tensor | None) -> list[int]:
+    """Seeds as whole numbers; None counts from 0, one for each label.
+
+    Raises:
+        InputError: no seeds, not whole numbers, or not as many as labels.
+    """
     count = len(labels) if isinstance(labels, (Sequence, Tensor)) and np.ndim(labels) else None
     if seeds is None:
         return list(range(1 if count is None else count))

@@ -73,6 +73,10 @@ class Batch:
     labels: Int64[Tensor, " b"] | None
     drop: Bool[Tensor, " b"] | None
     """True where the label is replaced by the unconditional embedding."""
+    chance: Float[Tensor, " b"] | None = None
+    """Uniform on [0, 1), for what a student draws in a step; None in the training of a flow."""
+    noise: Float[Tensor, "b c h w"] | None = None
+    """Normal noise of a student that does not take the teacher's."""
     levels: Float[Tensor, " b"] | None = None
     """Noise levels, of a flow with a range of them."""
     alignment_weights: Float[Tensor, " b"] | None = None
@@ -202,22 +206,29 @@ def batches(
         levels = weights = None
         if model.noise == "range":
             whole = levels_at(torch.rand(train.batch_size, generator=host), model, train)
+            if config.student.active:  # it learns what the teacher draws from noise: its highest level
+                whole = torch.full_like(whole, model.noise_max)
             levels, weights = send(whole[share], device), alignment_weights(whole, config.alignment)
             weights = None if weights is None else send(weights[share], device)
             noised = clean + levels[:, None, None, None] * normal()
         elif model.noise == "gaussian":
             noised = clean + model.noise_std * normal()
         else:
-            noise = torch.rand(shape, generator=random, device=device)[share]
-            noised = dequantise(clean, noise)
+            noised = dequantise(clean, torch.rand(shape, generator=random, device=device)[share])
         labels = None
         if model.num_classes:
             assert images.labels is not None
             labels = send(images.labels[indices], device)
             if unlabelled is not None:
                 drop = drop | send(unlabelled[indices], device)
+        chance = noise = None
+        if config.student.active:
+            chance = torch.rand(train.batch_size, generator=random, device=device)[share]
+            noise = normal() if config.student.coupling == "independent" else None
         drop_or_none = drop if labels is not None else None
-        yield Batch(indices, flipped, clean, seen, noised, labels, drop_or_none, levels, weights)
+        yield Batch(
+            indices, flipped, clean, seen, noised, labels, drop_or_none, chance, noise, levels, weights
+        )
 
 
 def _normal(shape: tuple[int, ...], random: torch.Generator, share: slice) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor, distributed, nn
 from flowback.config import TrainConfig
 from flowback.devices import pick_device
 from flowback.errors import InputError, ProcessLostError
+from flowback.training.distillation import StudentObjective
 from flowback.training.objective import Objective
 
 __all__ = [
@@ -180,28 +181,22 @@ def sharded(train: TrainConfig, processes: int) -> bool:
     return processes > 1 and (train.shard or launcher_engine() == "FSDP2")
 
 
-def shard(objective: Objective, device: torch.device) -> None:
+def shard(objective: Objective | StudentObjective, device: torch.device) -> None:
     """Move each process's part of all weights to its device, and leave the rest.
 
-    The Transformer of a block below the aligned ones is gathered when it runs, and let go after; in a block
-    that is deeper than others, each layer for itself. All else
-    is gathered for the whole step: the blocks from the lowest aligned one on, the projector, and the small
-    layers around the Transformers. The backward pass of the aligned blocks goes over their graphs several
-    times (:mod:`flowback.alignment.strategies`), and FSDP2 would take the first time for the last.
+    The Transformers that the objective names (of a flow: those of the blocks below the aligned ones) are
+    gathered when they run, and let go after; in one that is deeper than others, each layer for itself. All
+    else is gathered for the whole step.
     """
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (get_world_size(),))
-    config, blocks = objective.config.alignment, list(objective.flow.blocks)
-    if objective.projector is not None and config.strategy != "forward":
-        blocks = blocks[: min(block for block, _ in config.locations) - 1]
-    shallowest = min(objective.config.model.depths)
-    for block in blocks:
+    shallowest = min(len(body.layers) for body in objective.bodies)
+    for body in objective.gathered_alone:
         # A deep block, gathered whole, would be most of the model: its layers come one by one.
-        deep = len(block.body.layers) > shallowest
-        for unit in block.body.layers if deep else [block.body]:
+        for unit in body.layers if len(body.layers) > shallowest else [body]:
             fully_shard(unit, mesh=mesh)
     fully_shard(objective, mesh=mesh)
 

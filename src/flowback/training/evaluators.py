@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,8 +14,7 @@ from flowback.data.image_set import ImageSet
 from flowback.data.vae import open_codec
 from flowback.evaluation.held_out import held_out_figures
 from flowback.evaluation.pipeline import evaluate
-from flowback.model import Flow
-from flowback.sampling import sample
+from flowback.model import Flow, Student
 from flowback.sampling.image_files import grid, save_png
 
 __all__ = ["Evaluator", "frechet_evaluator", "likelihood_evaluator", "picture_evaluator"]
@@ -30,9 +30,9 @@ class Evaluator:
 
     every: int
     """Steps between two calls; it is also called after the last step."""
-    call: Callable[[int, Flow], Mapping[str, float | Tensor]]
-    """Takes the step and the averaged flow in eval mode, in the main process. The numbers that it returns go
-    into metrics.jsonl, and pictures, (c, h, w) of 8-bit values, to the trackers."""
+    call: Callable[[int, Any], Mapping[str, float | Tensor]]
+    """Takes the step and the averaged flow (or student) in eval mode, in the main process. The numbers that
+    it returns go into metrics.jsonl, and pictures, (c, h, w) of 8-bit values, to the trackers."""
 
 
 def likelihood_evaluator(config: RunConfig, test: ImageSet) -> Evaluator:
@@ -60,7 +60,7 @@ def frechet_evaluator(config: RunConfig, images: ImageSet) -> Evaluator:
         reference_limit=None,  # as in the tables
     )
 
-    def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
+    def call(step: int, flow: Flow | Student) -> dict[str, float | Tensor]:
         del step
         figures = evaluate(flow, images, reference=images, config=options).figures
         return {"fd_efficientnet_lite0": figures["fd_efficientnet_lite0"]}
@@ -71,10 +71,10 @@ def frechet_evaluator(config: RunConfig, images: ImageSet) -> Evaluator:
 def picture_evaluator(config: RunConfig, folder: Path) -> Evaluator:
     """Samples of the same noise every ``--train.sample-every`` steps, as a file and for the trackers."""
 
-    def call(step: int, flow: Flow) -> dict[str, float | Tensor]:
+    def call(step: int, flow: Flow | Student) -> dict[str, float | Tensor]:
         classes = min(flow.config.num_classes or 0, 8)
         labels = [k for k in range(classes) for _ in range(8)] or None
-        drawn = sample(flow, labels, seeds=range(8 * (classes or 8)))
+        drawn = flow.sample(labels, seeds=range(8 * (classes or 8)))
         images = open_codec(config.codec, flow.device).decode(drawn)
         names = [flow.classes[k] if flow.classes else str(k) for k in range(classes)]
         sheet = grid(images, columns=8, names=names)

@@ -36,10 +36,10 @@ def train_loop(
     evaluators: Sequence[Evaluator] = (),
     description: str = "train",
 ) -> dict[str, Any]:
-    """Train a flow until ``config.train.steps``; continues the run in ``out``, if there is one.
+    """Train a flow or a student until ``config.train.steps``; continues the run in ``out``, if there is one.
 
-    :func:`flowback.train` calls it with everything that it needs. All processes of a run call it with the
-    same arguments, and see the same folder.
+    :func:`flowback.train` and :func:`flowback.distil` call it with everything that it needs. All
+    processes of a run call it with the same arguments, and see the same folder.
 
     Args:
         config: all settings, with the number of classes known.
@@ -94,8 +94,8 @@ def _loop(trainer: Trainer, evaluators: Sequence[Evaluator], description: str) -
             trainer.seconds += time.perf_counter() - started  # looking and saving are not training
             row, pictures = trainer.look(batch, losses, gradient, evaluators)
             progress.advance(task, train.batch_size)
-            if "nll" in row:
-                progress.update(task, note=f"nll {row['nll']:.4f}")
+            if "lr" in row:
+                progress.update(task, note="{} {:.4f}".format(*_loss(row)))
                 if trainer.rank == 0 and not on_terminal():
                     log.info("%s", _line(row, train.steps, train.batch_size))
             trainer.write(row, pictures)
@@ -116,9 +116,15 @@ def _line(row: dict[str, Any], steps: int, batch_size: int) -> str:
     speed = row["images_per_second"]
     left = (steps - row["step"]) * batch_size / speed if speed else 0.0
     return (
-        f"Step {row['step']:,} of {steps:,}: nll {row['nll']:.4f}, {speed:.3g} images/s, "
+        "Step {:,} of {:,}: {} {:.4f}, ".format(row["step"], steps, *_loss(row)) + f"{speed:.3g} images/s, "
         f"{timedelta(seconds=round(left))} left"
     )
+
+
+def _loss(row: dict[str, Any]) -> tuple[str, float]:
+    """The loss that is shown while a run goes on: a flow's nll, or a student's."""
+    name = "nll" if "nll" in row else "loss"
+    return name, row[name]
 
 
 def classes_shown(classes: Sequence[str]) -> str:

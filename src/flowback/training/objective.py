@@ -1,9 +1,9 @@
-"""What a run trains: the losses of a batch, and where the encoder's features come from."""
+"""What a run trains, a flow: the losses of a batch, and where the encoder's features come from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -16,6 +16,8 @@ from flowback.data.image_set import ImageSet
 from flowback.flow.block import Labels
 from flowback.flow.levels import loss_weights
 from flowback.model import Flow
+from flowback.nn.transformer import Transformer
+from flowback.training.monitoring import block_statistics, step_flops
 
 __all__ = ["Objective", "Targets", "weighted_mean"]
 
@@ -41,23 +43,26 @@ class Targets(Protocol):
         ...
 
 
+Means = TypeVar("Means", bound=tuple[Any, ...])
+"""A named tuple of means over images, values of each image, dicts of them, None."""
+
+
 @torch.no_grad()
-def weighted_mean(parts: Sequence[tuple[float, Losses]]) -> Losses:
+def weighted_mean(parts: Sequence[tuple[float, Means]]) -> Means:
     """Losses of a batch from those of its parts, in order, and shares that sum to 1; without a graph."""
+    shares = [share for share, _ in parts]
 
-    def mean(value: Callable[[Losses], Tensor]) -> Tensor:
-        return torch.stack([share * value(part) for share, part in parts]).sum()
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Tensor):
+            if values[0].ndim:  # a value of each image
+                return torch.cat(list(values))
+            return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
+        if isinstance(values[0], dict):
+            return {name: mean([value[name] for value in values]) for name in values[0]}
+        return None
 
-    first = parts[0][1]
-    cosines = [cast(Tensor, part.image_cosine) for _, part in parts]
-    return Losses(
-        mean(lambda part: part.loss),
-        mean(lambda part: part.nll),
-        None if first.alignment is None else mean(lambda part: cast(Tensor, part.alignment)),
-        {place: mean(lambda part: part.cosines[place]) for place in first.cosines},  # noqa: B023 - called at once
-        torch.cat([part.image_nll for _, part in parts]),
-        None if first.image_cosine is None else torch.cat(cosines),
-    )
+    kind: Any = type(parts[0][1])
+    return cast("Means", kind(*map(mean, zip(*(part for _, part in parts), strict=True))))
 
 
 class Objective(nn.Module):
@@ -77,6 +82,43 @@ class Objective(nn.Module):
         self.projector = None
         if target_dim is not None:
             self.projector = make_projector(config.alignment, config.model.width, target_dim)
+
+    @property
+    def trained(self) -> Flow:
+        """What is averaged, kept and used later."""
+        return self.flow
+
+    @property
+    def bodies(self) -> list[Transformer]:
+        """The Transformers, from the data on."""
+        return [block.body for block in self.flow.blocks]
+
+    @property
+    def gathered_alone(self) -> list[Transformer]:
+        """Of a sharded run, the bodies that are whole only while they run.
+
+        The backward pass of the blocks from the lowest aligned one on goes over their graphs several times
+        (:mod:`flowback.alignment.strategies`), and FSDP2 would take the first time for the last.
+        """
+        config = self.config.alignment
+        if self.projector is None or config.strategy == "forward":
+            return self.bodies
+        return self.bodies[: min(block for block, _ in config.locations) - 1]
+
+    @property
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of weights, by what they are in."""
+        counted = {"in the flow": self.flow, "in the projector": self.projector}
+        return {name: sum(p.numel() for p in m.parameters()) for name, m in counted.items() if m is not None}
+
+    @property
+    def step_flops(self) -> int:
+        """Floating-point operations of one step of the whole batch."""
+        return step_flops(self.config)
+
+    def statistics(self, batch: Noised) -> dict[str, float]:
+        """The health of the blocks on a batch."""
+        return block_statistics(self.flow, batch)
 
     def weights(self, levels: Float[Tensor, " b"] | None) -> Float[Tensor, " b"] | None:
         """Weights of the images' likelihoods in the loss; None: all 1."""

@@ -1,4 +1,4 @@
-"""Training as one call: data, class names, targets and held-out figures in, a trained flow out."""
+"""Training as one call: data, class names, targets and held-out figures in, a trained flow or student out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from flowback.alignment.targets import make_targets
-from flowback.config import RunConfig
+from flowback.config import AlignmentConfig, RunConfig, StudentConfig
 from flowback.data.image_set import AnyImages, ImageSet, as_image_set, labelled, match_classes
 from flowback.data.load import UNNAMED, load_images
 from flowback.errors import InputError
+from flowback.evaluation.held_out import held_out_batches, matched
 from flowback.files import located
 from flowback.folder_lock import folder_lock
-from flowback.model import Flow
+from flowback.model import Flow, Student
+from flowback.sampling.block_plan import weights_hash
+from flowback.students.losses import encode_states, state_rms
 from flowback.training.distributed import noticing_loss, start
 from flowback.training.evaluators import (
     Evaluator,
@@ -29,7 +32,7 @@ from flowback.training.loop import train_loop
 from flowback.training.objective import Targets
 from flowback.training.run_folder import RunFolder
 
-__all__ = ["TrainResult", "open_images", "train"]
+__all__ = ["TrainResult", "distil", "open_images", "student_config", "train"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class TrainResult:
     def flow(self) -> Flow:
         """The flow with its averaged weights, its class names and its settings, read from the folder."""
         return Flow.from_pretrained(self.folder, self.device)
+
+    @cached_property
+    def student(self) -> Student:
+        """The student that :func:`flowback.distil` trained, likewise."""
+        return Student.from_pretrained(self.folder, self.device)
 
 
 def train(
@@ -100,17 +108,97 @@ def train(
         >>> result.metrics["step"], result.flow.classes[:3]
         (2, ('0', '1', '2'))
     """
-    state, out = start(config.train), Path(out)
+    if config.student.active:
+        raise InputError(
+            f"These settings train a student (--student.method {config.student.method}); use flowback distil."
+        )
+    return _run(config, images, Path(out), test, targets, evaluators, description)
+
+
+def distil(
+    teacher: str | Path,
+    images: AnyImages | None = None,
+    out: Path | str = "runs/distil",
+    *,
+    config: RunConfig | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    description: str = "distil",
+    **student: Any,
+) -> TrainResult:
+    """Train a student of a flow until ``config.train.steps``: what ``flowback distil`` does.
+
+    The flow only encodes, and is not changed. All else is as in :func:`flowback.train`.
+
+    Args:
+        teacher: run, checkpoint, or name on the Hub.
+        images: the training images; None loads those that ``config.data`` names.
+        out: the student's run.
+        config: the settings; None takes :func:`student_config`, those of the teacher's own training.
+        evaluators: called at their intervals with the averaged student, beside those of ``config.train``.
+        description: shown beside the progress bar.
+        **student: fields of :class:`flowback.StudentConfig` that replace those of ``config.student``.
+
+    Raises:
+        InputError: a teacher that cannot be read or is a student itself, images that do not fit it, or what
+            :func:`flowback.train` refuses.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        ProcessLostError: another process of the run died; the last checkpoint remains.
+
+    Example:
+        >>> import tempfile, flowback
+        >>> model = flowback.ModelConfig(image_size=8, channels=1, patch_size=4, width=16, blocks=2, layers=1,
+        ...                              head_dim=8)
+        >>> steps = flowback.TrainConfig(steps=2, batch_size=8, device="cpu")
+        >>> run = flowback.train(flowback.RunConfig(model, train=steps), out=tempfile.mkdtemp()).folder
+        >>> result = flowback.distil(run, out=tempfile.mkdtemp(), method="inverse")
+        >>> result.student.sample([3, 7], seeds=[0, 1]).shape
+        torch.Size([2, 1, 8, 8])
+    """
+    flow = Flow.from_pretrained(teacher)
+    config = config or student_config(flow)
+    options = replace(config.student, **{"teacher": located(str(teacher)), **student})
+    if not options.active:
+        options = replace(options, method="inverse")
+    config = replace(config, model=flow.config, classes=flow.classes, student=options)
+    return _run(config, images, Path(out), None, None, evaluators, description, flow)
+
+
+def student_config(flow: Flow) -> RunConfig:
+    """Settings of a student's training: data, codec, steps and batch are those of the flow's own run.
+
+    Raises:
+        InputError: the flow does not come from a run.
+    """
+    if flow.run is None:
+        raise InputError("The flow does not come from a run; give the settings of the training as config=...")
+    train = replace(flow.run.train, init_from=None, diagnose_every=0, compile=False)
+    return replace(flow.run, alignment=AlignmentConfig(), train=train, student=StudentConfig("inverse"))
+
+
+def _run(
+    config: RunConfig,
+    images: AnyImages | None,
+    out: Path,
+    test: AnyImages | None,
+    targets: Targets | None,
+    evaluators: Sequence[Evaluator],
+    description: str,
+    teacher: Flow | None = None,
+) -> TrainResult:
+    """Load what the settings name, complete them from it, and train."""
+    state = start(config.train)
     if state.is_main_process:
         RunFolder(out, config).check()
     config, images, test = open_images(config, images, test)
-    built_in = [] if test is None else [likelihood_evaluator(config, test)]
+    if teacher is not None:
+        config = replace(config, student=_measured(config.student, teacher, images))
+    built_in = [] if test is None or teacher is not None else [likelihood_evaluator(config, test)]
     if config.train.frechet_every:
         built_in.append(frechet_evaluator(config, images))
     if config.train.sample_every:
         built_in.append(picture_evaluator(config, out / "samples"))
     with folder_lock(out, state.is_main_process):
-        if targets is None:
+        if targets is None and teacher is None:
             with noticing_loss(state), state.main_process_first():  # it computes the features that all read
                 targets = make_targets(config, images, device=state.device)
         metrics = train_loop(config, images, out, targets, [*built_in, *evaluators], description)
@@ -153,6 +241,37 @@ def _placed(config: RunConfig, named: bool) -> dict[str, Any]:
         "codec": replace(codec, vae=codec.vae and located(codec.vae)),
         "train": replace(train, init_from=train.init_from and located(train.init_from)),
     }
+
+
+_MEASURED = 1024
+"""Images on which the teacher's states are measured."""
+
+
+def _measured(config: StudentConfig, teacher: Flow, images: ImageSet) -> StudentConfig:
+    """The student's settings with the hash of its teacher, and the sizes of the teacher's states.
+
+    Raises:
+        InputError: the settings name other weights.
+    """
+    found = weights_hash(teacher)
+    if config.teacher_weights not in (None, found):
+        raise InputError(
+            f"--student.teacher-weights is {config.teacher_weights}, and {config.teacher} has {found}; "
+            "leave it out."
+        )
+    rms = config.rms
+    if not rms:
+        part = matched(teacher, images)
+        highest = teacher.config.noise_max if teacher.config.noise == "range" else None
+        batches = held_out_batches(teacher, part, limit=_MEASURED, batch_size=256, level=highest)
+        states = [encode_states(teacher, batch.noised(teacher.config), batch.labels) for batch in batches]
+        rms = state_rms([torch.cat(parts) for parts in zip(*states, strict=True)])
+    elif len(rms) != teacher.config.blocks + 1:
+        raise InputError(
+            f"--student.rms has {len(rms)} values, and the teacher {teacher.config.blocks + 1} states; leave "
+            "it out."
+        )
+    return replace(config, teacher_weights=found, rms=rms)
 
 
 def _resolve(config: RunConfig, images: ImageSet) -> RunConfig:

@@ -49,6 +49,7 @@ MAY_CHANGE = {
     "data": {"path", "workers", "download", "bad_images"},
     "alignment": {"weights"},
     "codec": {"vae", "revision"},
+    "student": {"teacher"},
 }
 """Options that a resumed run may change; all others would make it another run."""
 

@@ -1,4 +1,4 @@
-"""What a run trains and keeps: objective, optimiser, schedule, and averages of the flow's weights."""
+"""What a run trains and keeps: objective, optimiser, schedule, and averages of the trained weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from flowback.config import RunConfig, TrainConfig
 from flowback.errors import InputError
-from flowback.model import Flow
+from flowback.model import Flow, Student
+from flowback.nn.transformer import Transformer
+from flowback.training.distillation import StudentObjective
 from flowback.training.distributed import gathered, held_bytes, local, scattered, shard
 from flowback.training.objective import Objective
 from flowback.training.warm_start import take_weights
@@ -50,7 +52,7 @@ def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: 
     torch._foreach_lerp_(list(average), list(weights), 1 - decay)
 
 
-def set_up_bodies(flow: Flow, config: RunConfig) -> None:
+def set_up_bodies(bodies: Sequence[Transformer], config: RunConfig) -> None:
     """Checkpoint activations and compile, as the settings ask.
 
     Checkpointing changes no bit of a gradient: each layer is computed twice by the same code. Only the
@@ -60,19 +62,19 @@ def set_up_bodies(flow: Flow, config: RunConfig) -> None:
     Raises:
         InputError: there is no C++ compiler, and the CPU needs one.
     """
-    for block in flow.blocks:
-        block.body.checkpointing = config.train.checkpoint_activations
+    for body in bodies:
+        body.checkpointing = config.train.checkpoint_activations
     if not config.train.compile:
         return
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if flow.device.type == "cpu" and not any(map(shutil.which, compilers)):
+    if next(bodies[0].parameters()).device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise InputError(
             "--train.compile needs a C++ compiler, and none was found: install g++, or leave it out."
         )
     if config.alignment.active and config.alignment.strategy != "forward":
         functorch.donated_buffer = False  # their backward goes over a block's graph more than once
-    for block in flow.blocks:
-        block.body.compile()
+    for body in bodies:
+        body.compile()
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -99,9 +101,9 @@ class Weights:
     ) -> None:
         self.config, self.sharded, self.device = config, sharded, accelerator.device
         torch.manual_seed(config.train.seed)
-        self.objective = Objective(config, target_dim)
+        self.objective = StudentObjective(config) if config.student.active else Objective(config, target_dim)
         if init_from is not None:
-            take_weights(self.objective.flow, init_from)
+            take_weights(self.objective.trained, init_from)
         # A copy without memory for weights; it is filled with those that are to be looked at.
         nothing = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.objective.parameters()
@@ -121,12 +123,12 @@ class Weights:
             fused=True,
         )
         self._optimizer = accelerator.prepare(self._adamw)
-        weights = dict(self.objective.flow.named_parameters())
+        weights = dict(self.objective.trained.named_parameters())
         self._averages = {
             decay: {name: weight.detach().clone() for name, weight in weights.items()}
             for decay in train.averages
         }
-        set_up_bodies(self.objective.flow, config)
+        set_up_bodies(self.objective.bodies, config)
 
     # --- a step ---
 
@@ -143,7 +145,7 @@ class Weights:
         self._adamw.found_inf = bad  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        weights = local(self.objective.flow.parameters())
+        weights = local(self.objective.trained.parameters())
         for decay, average in self._averages.items():
             update_average(local(average.values()), weights, average_decay(decay, step))
 
@@ -152,10 +154,7 @@ class Weights:
     @property
     def parameters(self) -> dict[str, int]:
         """Number of trained parameters, over all processes."""
-        counted = {"in the flow": sum(p.numel() for p in self.objective.flow.parameters())}
-        if self.objective.projector is not None:
-            counted["in the projector"] = sum(p.numel() for p in self.objective.projector.parameters())
-        return counted
+        return self.objective.parameter_counts
 
     @property
     def held_bytes(self) -> int:
@@ -164,16 +163,16 @@ class Weights:
         averages = [value for average in self._averages.values() for value in average.values()]
         return held_bytes(self.objective.parameters(), moments, averages)
 
-    def averaged(self, keep: bool) -> Flow | None:
-        """The flow with averaged weights, in eval mode; None unless ``keep``."""
+    def averaged(self, keep: bool) -> Flow | Student | None:
+        """The flow or student with averaged weights, in eval mode; None unless ``keep``."""
         weights = gathered(self._averages[self.config.train.ema_decay], keep)
         if not keep:
             return None
-        flow = self._filled(self._shell.flow, weights).eval().requires_grad_(False)
-        flow.classes, flow.run = self.config.classes, self.config
-        return flow
+        model = self._filled(self._shell.trained, weights).eval().requires_grad_(False)
+        model.classes, model.run = self.config.classes, self.config
+        return model
 
-    def whole(self) -> Objective:
+    def whole(self) -> Objective | StudentObjective:
         """The objective with all weights in this process, for gradients that are not joined."""
         return (
             self._filled(self._shell, gathered(self.objective.state_dict()))

@@ -19,23 +19,22 @@ from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.errors import InputError
 from flowback.training.batches import Batch, batches
+from flowback.training.distillation import StudentLosses
 from flowback.training.distributed import Vote, gathered, root_whole, sharded, start
 from flowback.training.evaluators import Evaluator
 from flowback.training.monitoring import (
     Guard,
-    block_statistics,
     check_trackers,
     gradient_balance,
     open_trackers,
     peak_flops,
     peak_memory,
     show,
-    step_flops,
     sums_by_level,
     tracker_settings,
     vanished,
 )
-from flowback.training.objective import Targets, weighted_mean
+from flowback.training.objective import Objective, Targets, weighted_mean
 from flowback.training.run_folder import RunFolder, Stored, Writer
 from flowback.training.state import Weights, learning_rate
 
@@ -125,29 +124,18 @@ class Trainer:
         """Weight of the alignment loss at the next step; 0 once it has stopped."""
         return 0.0 if self.stopped else weight_at(self.config.alignment, self.step)
 
-    def update(self, batch: Batch) -> tuple[Losses, Tensor]:
+    def update(self, batch: Batch) -> tuple[Losses | StudentLosses, Tensor]:
         """One optimiser step; returns the losses of this process's share and the gradient norm."""
         train = self.config.train
         share, alignment = len(batch.noised), self.alignment_weight
-        over = self.config.alignment.active and not alignment
         micro = train.micro_batch or share
         starts = range(0, share, micro)
-        parts: list[tuple[float, Losses]] = []
+        parts: list[tuple[float, Any]] = []
         for first in starts:
             part = slice(first, first + micro)
             last = first + micro >= share
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.weights.model):
-                losses = self.weights.model(
-                    batch.noised[part],
-                    None if batch.labels is None else batch.labels[part],
-                    None if batch.drop is None else batch.drop[part],
-                    None
-                    if self.targets is None or over
-                    else self.targets(batch.indices[part], batch.flipped[part], batch.seen[part]),
-                    alignment,
-                    None if batch.levels is None else batch.levels[part],
-                    None if batch.alignment_weights is None else batch.alignment_weights[part],
-                )
+                losses = self.weights.model(*self._inputs(batch, part, alignment))
                 weight = len(batch.noised[part]) / share
                 (losses.loss * weight).backward()
             parts.append((weight, losses))
@@ -158,6 +146,21 @@ class Trainer:
         if self.device.type == "cpu" or self.due(train.log_every) or self.due(train.save_every):
             self._check_health()
         return weighted_mean(parts), gradient
+
+    def _inputs(self, batch: Batch, part: slice, alignment: float) -> tuple[Any, ...]:
+        """What the objective takes of a part of the batch."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[part]
+
+        images = (batch.noised[part], cut(batch.labels), cut(batch.drop))
+        if self.config.student.active:
+            return (*images, batch.clean[part], cut(batch.chance), cut(batch.noise))
+        over = self.config.alignment.active and not alignment
+        targets = None
+        if self.targets is not None and not over:
+            targets = self.targets(batch.indices[part], batch.flipped[part], batch.seen[part])
+        return (*images, targets, alignment, cut(batch.levels), cut(batch.alignment_weights))
 
     def _check_health(self) -> None:
         """Count and record bad steps; stop when there are too many."""
@@ -196,7 +199,7 @@ class Trainer:
     # --- looking ---
 
     def look(
-        self, batch: Batch, losses: Losses, gradient: Tensor, evaluators: Sequence[Evaluator]
+        self, batch: Batch, losses: Losses | StudentLosses, gradient: Tensor, evaluators: Sequence[Evaluator]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that is due after the last step: a row of metrics (empty if nothing is), and pictures."""
         row: dict[str, Any] = {}
@@ -216,18 +219,21 @@ class Trainer:
             self.warned.add(sentence)
         return row, pictures
 
-    def _measure(self, batch: Batch, losses: Losses, gradient: Tensor) -> dict[str, Any]:
+    def _measure(self, batch: Batch, losses: Losses | StudentLosses, gradient: Tensor) -> dict[str, Any]:
         """Figures of the last step."""
         train = self.config.train
         steps, seconds = self.step - self.shown[0], self.seconds - self.shown[1]
         self.shown = (self.step, self.seconds)
         rate = steps / seconds if seconds else 0.0
+        figures, aligned = losses.figures, batch.alignment_weights
+        if aligned is not None and not self._mean(aligned.mean()):
+            figures = {"nll": figures["nll"]}  # the step had no image of an aligned level
         row = {
-            "nll": self._mean(losses.nll),
+            **{name: self._mean(value) for name, value in figures.items()},
             "lr": learning_rate(train, self.step - 1),
             "grad_norm": float(gradient),
             "images_per_second": rate * train.batch_size,
-            "tflops": rate * step_flops(self.config) / 1e12,
+            "tflops": rate * self.weights.objective.step_flops / 1e12,
             "peak_memory": peak_memory(self.device),
             "state_memory": self.weights.held_bytes,
             "seconds": self.seconds,
@@ -240,11 +246,7 @@ class Trainer:
                 row["mfu"] = row["tflops"] * 1e12 / (peak * self.processes)
         if self.config.alignment.active:
             row["alignment_weight"] = self.alignment_weight
-        weights = batch.alignment_weights
-        if losses.alignment is not None and (weights is None or self._mean(weights.mean()) > 0):
-            row["alignment"] = self._mean(losses.alignment)
-            row |= {f"cosine_{t}_{layer}": self._mean(value) for (t, layer), value in losses.cosines.items()}
-        if batch.levels is not None:
+        if batch.levels is not None and isinstance(losses, Losses):
             row |= self._by_level(batch.levels, losses)
         return row
 
@@ -264,21 +266,19 @@ class Trainer:
     def _mean(self, value: Tensor) -> float:
         return float(self.accelerator.reduce(value.float(), "mean"))
 
-    def _noised(self, batch: Batch) -> Noised:
-        weights = self.weights.objective.weights(batch.levels)
-        return Noised(batch.noised, batch.labels, batch.drop, batch.levels, weights, batch.alignment_weights)
-
     def _own_statistics(self, batch: Batch) -> dict[str, float]:
         with root_whole(self.weights.objective):
-            return block_statistics(self.weights.objective.flow, self._noised(batch))
+            return self.weights.objective.statistics(
+                Noised(batch.noised, batch.labels, batch.drop, batch.levels)
+            )
 
     def _block_statistics(self, batch: Batch) -> dict[str, float]:
         """Those of the whole batch."""
         statistics = self._own_statistics(batch)
         values = torch.tensor([list(statistics.values())], device=self.device)
         rows = self.accelerator.gather(values).cpu().double()  # (processes, statistics); MPS has no float64
-        joined = {"min": rows.amin(0), "max": rows.amax(0), "z2": rows.mean(0)}
-        kinds = (next(kind for kind in joined if kind in name) for name in statistics)
+        joined = {"min": rows.amin(0), "max": rows.amax(0), "mean": rows.mean(0)}
+        kinds = (next((kind for kind in ("min", "max") if kind in name), "mean") for name in statistics)
         return {
             name: float(joined[kind][i]) for i, (name, kind) in enumerate(zip(statistics, kinds, strict=True))
         }
@@ -286,19 +286,24 @@ class Trainer:
     def _evaluate(self, evaluator: Evaluator) -> dict[str, float | Tensor]:
         """Call an evaluator in the main process."""
         figures: dict[str, float | Tensor] = {}
-        flow = self.weights.averaged(keep=self.rank == 0)
-        if flow is not None:
-            figures |= evaluator.call(self.step, flow)
+        model = self.weights.averaged(keep=self.rank == 0)
+        if model is not None:
+            figures |= evaluator.call(self.step, model)
         self.accelerator.wait_for_everyone()
         return figures
 
     def _diagnose(self, batch: Batch) -> dict[str, float]:
         """How the gradients of likelihood and alignment compare on this process's share of the batch."""
         objective, config = self.weights.whole(), self.config.alignment
+        assert isinstance(objective, Objective)
         assert objective.projector is not None
         assert self.targets is not None
         targets = self.targets(batch.indices, batch.flipped, batch.seen)
-        balance = gradient_balance(objective.flow, objective.projector, self._noised(batch), targets, config)
+        weights = objective.weights(batch.levels)
+        noised = Noised(
+            batch.noised, batch.labels, batch.drop, batch.levels, weights, batch.alignment_weights
+        )
+        balance = gradient_balance(objective.flow, objective.projector, noised, targets, config)
         if config.stop_below is not None:
             self._stop_below(
                 config.stop_below, [v for k, v in balance.items() if k.startswith("grad_cosine_")]
