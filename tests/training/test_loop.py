@@ -130,13 +130,12 @@ def test_steps_none_of_whose_images_count_align_nothing(config, digits, targets,
         strategy="reverse", locations=((2, 1),), hidden=8, levels=(0.0, 0.0101), stop_below=1.0
     )
     train_loop(plain, digits, tmp_path / "plain")
-    train_loop(
-        replaced(dataclasses.replace(plain, alignment=alignment), micro_batch=1), digits, tmp_path, targets
-    )
-    assert runs.losses(tmp_path) == [
+    aligned = replaced(dataclasses.replace(plain, alignment=alignment), micro_batch=1)
+    train_loop(aligned, digits, tmp_path / "aligned", targets)
+    assert runs.losses(tmp_path / "aligned") == [
         (step, pytest.approx(nll, rel=1e-4)) for step, nll in runs.losses(tmp_path / "plain")
     ]
-    for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+    for row in map(json.loads, (tmp_path / "aligned" / "metrics.jsonl").read_text().splitlines()):
         assert row["alignment_weight"] == 0.1
         assert not {"alignment", "cosine_2_1", "grad_alignment_2", "grad_cosine_2"} & row.keys()
         by_level = [value for name, value in row.items() if name.startswith("nll_level_")]
