@@ -47,7 +47,7 @@ TASKS = {
     "Try it out": ("flowback demo", ("demo", "presets")),
     "Train": (
         "flowback train digits-mini --out runs/mini",
-        ("prepare", "train", "plot", "reproduce"),
+        ("prepare", "train", "distil", "plot", "reproduce"),
     ),
     "Draw images": ("flowback sample fashion --count 64", ("sample", "app", "plan")),
     "Classify": ("flowback classify fashion --images photo.png", ("classify", "probe")),
