@@ -12,7 +12,6 @@ import tyro
 
 from flowback.cli.console import say
 from flowback.cli.options import parse
-from flowback.errors import InputError
 
 if TYPE_CHECKING:
     from flowback.app.flows import Flows
@@ -21,7 +20,7 @@ __all__ = ["Options", "is_loopback", "run"]
 
 
 COMES_ALONG = "fashion"
-"""Name of the flow that comes with flowback."""
+"""The flow that comes with flowback; the others whose names begin with it are of the same data."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,12 @@ def run(argv: list[str]) -> None:
 
 
 def _flows(options: Options) -> Flows:
+    from flowback import checkpoint
     from flowback.app.flows import Flows
     from flowback.devices import pick_device
 
-    device = pick_device(options.device)
-    if options.runs:
-        return Flows(options.runs, device)
-    try:
-        return Flows([COMES_ALONG], device)
-    except InputError:
-        raise InputError("Which flow? Give a run: flowback app runs/mini.") from None
+    along = [name for name in checkpoint.packaged() if name.startswith(COMES_ALONG)]
+    return Flows(options.runs or along, pick_device(options.device))
 
 
 def is_loopback(host: str) -> bool:
