@@ -168,7 +168,7 @@ def test_images_of_other_noise_levels_are_not_aligned():
     torch.nn.init.normal_(flow.blocks[1].proj_out.weight, std=0.1)
     align = Alignment(model, target_dim=4, levels=(0.1, 0.3), hidden=8, weight=0.5).double()
     images, features = torch.randn(3, 1, 8, 8).double(), torch.randn(3, 4, 4)
-    noise = torch.tensor([0.05, 0.2, 0.3]).double()
+    noise = torch.tensor([0.05, 0.2, 0.3], dtype=torch.float64)
     out = align(flow, images, [0, 1, 2], targets=features, noise=noise)
     some = align(flow, images[1:], [1, 2], targets=features[1:], noise=noise[1:])
     assert out.alignment.item() == pytest.approx(some.alignment.item(), abs=1e-6)  # cosines are fp32

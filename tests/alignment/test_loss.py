@@ -183,5 +183,5 @@ def test_where_no_image_counts_the_loss_is_0_and_has_a_graph():
         {(1, 1): torch.randn(2, 4, 5)}, torch.randn(2, 4, 5), projector, weights=torch.zeros(2)
     )
     found.loss.backward()
-    assert float(found.loss) == 0
+    assert found.loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())
