@@ -10,6 +10,7 @@ Letters in shapes: b images, n tokens, d values of a token, w width, k classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -153,7 +154,7 @@ class StudentNetwork(ImageModel):
                 F.linear(
                     h.to(self.data_dtype), head.weight.to(self.data_dtype), head.bias.to(self.data_dtype)
                 )
-                for head, h in zip(self.heads, hidden, strict=True)
+                for head, h in zip(cast("Iterable[nn.Linear]", self.heads), hidden, strict=True)
             ]
 
     @property
