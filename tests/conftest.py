@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 CHECKED = (
     "alignment checkpoint classification data evaluation flow flow_pipeline hub model model_card named_model "
-    "nn sampling students tables tarflow_weights training app.flows app.inputs app.pictures app.reading"
+    "nn sampling students tables tarflow_weights training app.flows app.inputs app.pictures app.image_figures"
 )
 hook = install_import_hook([f"flowback.{name}" for name in CHECKED.split()], "beartype.beartype")
 hook.__enter__()

@@ -91,6 +91,7 @@ def gradients(*configs) -> int:
     import torch
     from torch import nn
 
+    from flowback.alignment.loss import alignment_weights
     from flowback.config import TrainConfig
     from flowback.nn.transformer import Transformer
     from flowback.training import start
@@ -115,9 +116,15 @@ def gradients(*configs) -> int:
             torch.arange(8) < 3,
             torch.randn(8, 4, 6).double(),
         )
-        plain(*batch).loss.backward()
+        more = {}
+        if config.model.noise == "range":
+            more["levels"] = torch.linspace(config.model.noise_min, config.model.noise_max, 8).double()
+            more["alignment_weights"] = alignment_weights(more["levels"], config.alignment)
+        plain(*batch, **more).loss.backward()
         for part in torch.arange(8).chunk(2)[state.process_index].chunk(2):
-            losses = objective(*(values[part] for values in batch))
+            losses = objective(
+                *(values[part] for values in batch), **{name: values[part] for name, values in more.items()}
+            )
             whole = [
                 type(p) is nn.Parameter
                 for p in (b.body.layers[0].mlp.up.weight for b in objective.flow.blocks)

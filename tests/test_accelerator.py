@@ -121,9 +121,11 @@ def trainer(monkeypatch):
     optimizer = importlib.import_module("torch.optim.optimizer")
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
 
-    def make(alignment, targets=None, **train):
+    def make(alignment, targets=None, noise="gaussian", **train):
         base = runs.tiny_config()
-        model = dataclasses.replace(base.model, width=16, head_dim=8, blocks=2, layers=1, num_classes=10)
+        model = dataclasses.replace(
+            base.model, width=16, head_dim=8, blocks=2, layers=1, num_classes=10, noise=noise
+        )
         train = dataclasses.replace(base.train, spike=10.0, ema_more=(0.5,), grad_clip=1.0, **train)
         config = dataclasses.replace(base, model=model, alignment=alignment, train=train)
         machine = Here()
@@ -187,6 +189,12 @@ def test_a_training_step_waits_for_nothing(name, trainer, monkeypatch):
 def test_nor_does_one_with_other_options(train, trainer, monkeypatch):
     made = trainer(STRATEGIES["order 2"], Told(), **train)
     assert steps(made, monkeypatch) == []
+
+
+def test_nor_does_one_over_noise_levels(trainer, monkeypatch):
+    """With alignment at some of them, and the values of each image that figures by level take."""
+    alignment = dataclasses.replace(STRATEGIES["order 2"], levels=(0.05, 0.2))
+    assert steps(trainer(alignment, Told(), noise="range", micro_batch=8), monkeypatch) == []
 
 
 def test_cached_features_are_looked_up_without_waiting(trainer, monkeypatch, tmp_path):

@@ -86,6 +86,8 @@ def test_a_path_alone_means_a_folder_of_images():
         (AlignmentConfig, {"order": -1}, "--alignment.order -1 must be 0, 1, 2, ... or exact."),
         (AlignmentConfig, {"tolerance": 0.0}, "--alignment.tolerance must be above 0."),
         (AlignmentConfig, {"hidden": 0}, "--alignment.hidden must be at least 1."),
+        (AlignmentConfig, {"levels": (0.2, 0.1)}, "--alignment.levels (0.2, 0.1) must rise from at least 0"),
+        (AlignmentConfig, {"levels": (-0.1, 0.1)}, "must rise from at least 0"),
         (AlignmentConfig, {"stop_at": 0}, "--alignment.stop-at must be at least 1."),
         (AlignmentConfig, {"decay": "cosine"}, "--alignment.decay cosine needs --alignment.stop-at"),
         (AlignmentConfig, {"stop_below": -2.0}, "--alignment.stop-below must be in [-1, 1]"),
@@ -227,6 +229,20 @@ def test_places_in_uneven_blocks():
 def test_a_bound_is_positive():
     with pytest.raises(InputError, match=r"--model\.log-scale-bound must be above 0"):
         ModelConfig(log_scale_bound=0.0)
+
+
+def test_aligned_levels_are_some_of_the_flows():
+    alignment = AlignmentConfig(strategy="detach", levels=(0.3, 0.5))
+    with pytest.raises(
+        InputError, match=r"--alignment\.levels 0\.3 0\.5 needs .*--model\.noise range; leave"
+    ):
+        RunConfig(alignment=alignment)
+    with pytest.raises(InputError, match=r"holds none of the flow's noise levels, 0\.01 to 0\.3; choose"):
+        RunConfig(ModelConfig(noise="range"), alignment=alignment)
+    with pytest.raises(InputError, match="holds none"):
+        RunConfig(ModelConfig(noise="range", noise_min=0.5, noise_max=0.6), alignment=alignment)
+    RunConfig(ModelConfig(noise="range", noise_max=0.31), alignment=alignment)
+    RunConfig(alignment=AlignmentConfig(levels=(0.3, 0.5)))  # nothing is aligned: nothing to refuse
 
 
 def test_a_trigger_needs_looks():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from fake_hub import COMMIT, FakeHub
-from flowback import Flow, InputError, ModelConfig, checkpoint, hub
+from flowback import Flow, InputError, ModelConfig, checkpoint, create_encoder, hub
+from flowback.config import CodecConfig
+from flowback.data.vae import open_codec
 from flowback.model_card import Card
 
 CONFIG = ModelConfig(
@@ -94,6 +96,19 @@ def test_a_silent_hub_is_asked_once(silent):
         "No checkpoint at someone/cats: there is no such folder, and the Hub does not answer, nor has its "
         "cache a copy; connect, and try again."
     )
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # diffusers still gives it
+def test_a_silent_hub_costs_others_no_time(silent):
+    """File by file, as timm and diffusers fetch, the client repeats each request, and sleeps in between."""
+    from huggingface_hub import errors, hf_hub_download
+
+    with hub.quick(), pytest.raises(errors.LocalEntryNotFoundError):
+        hf_hub_download("someone/cats", "config.json")
+    with pytest.raises(InputError, match=r"cannot be downloaded \(the Hub does not answer.*encoder-weights"):
+        create_encoder("timm:test_vit")
+    with pytest.raises(InputError, match=r"The VAE someone/vae cannot be loaded \(the Hub does not answer"):
+        open_codec(CodecConfig("someone/vae"))
 
 
 def test_a_hub_that_is_switched_off(fake, monkeypatch):

@@ -290,6 +290,8 @@ class AlignmentConfig(Checked):
     measured every `--train.diagnose-every` steps, in the blocks that alignment reaches. None: never."""
     locations: tuple[tuple[int, int], ...] = ((7, 6), (8, 6))
     """(block, layer) pairs whose features are aligned, counted from 1."""
+    levels: tuple[float, float] | None = None
+    """Lowest and highest noise level of the images that are aligned, for `--model.noise range`; None: all."""
     encoder: str = "efficientnet_lite0"
     """Frozen encoder: `efficientnet_lite0`, or `timm:NAME`."""
     weights: Path | None = None
@@ -331,6 +333,10 @@ class AlignmentConfig(Checked):
         )
         require(self.tolerance > 0, "--alignment.tolerance must be above 0.")
         require(self.hidden > 0, "--alignment.hidden must be at least 1.")
+        require(
+            self.levels is None or 0 <= self.levels[0] < self.levels[1],
+            f"--alignment.levels {self.levels} must rise from at least 0: the lowest and the highest level.",
+        )
         require(
             self.spatial_norm is None or 0 <= self.spatial_norm <= 1,
             "--alignment.spatial-norm must be in [0, 1]; None leaves the targets as they are.",
@@ -830,6 +836,7 @@ class RunConfig(Checked):
             self.alignment.stop_below is None or self.train.diagnose_every > 0,
             "--alignment.stop-below needs --train.diagnose-every, the steps between two measurements.",
         )
+        self._check_aligned_levels()
         known = set(self.model.locations)
         for block, layer in self.alignment.locations:
             require(
@@ -837,3 +844,18 @@ class RunConfig(Checked):
                 f"--alignment.locations: ({block}, {layer}) is outside the model; "
                 f"{self.model.locations_in_words}.",
             )
+
+    def _check_aligned_levels(self) -> None:
+        if self.alignment.levels is None:
+            return
+        low, high = self.alignment.levels
+        require(
+            self.model.noise == "range",
+            f"--alignment.levels {low:g} {high:g} needs a flow with a range of noise levels, --model.noise "
+            "range; leave it out to align all images.",
+        )
+        require(
+            low < self.model.noise_max and high > self.model.noise_min,
+            f"--alignment.levels {low:g} {high:g} holds none of the flow's noise levels, "
+            f"{self.model.noise_min:g} to {self.model.noise_max:g}; choose an interval that overlaps them.",
+        )

@@ -88,7 +88,7 @@ class FlowPipeline:
             InputError: labels, generators or options that do not fit the model or each other.
         """
         require_one_of(output_type, OutputType, "output_type")
-        labels = [class_labels] * batch_size if isinstance(class_labels, (int, str)) else class_labels
+        labels: Any = [class_labels] * batch_size if isinstance(class_labels, (int, str)) else class_labels
         count = batch_size if labels is None else len(labels)
         require(count >= 1, "There is nothing to draw; give class_labels, or a batch_size of at least 1.")
         seeds = _seeds(generator, count)

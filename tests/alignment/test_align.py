@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -158,3 +159,25 @@ def test_options_of_projector_and_targets_reach_the_loss(flow):
 def test_means_of_unknown_images_cannot_be_subtracted():
     with pytest.raises(InputError, match=r"does not know your training images.*as targets="):
         Alignment(MODEL, target_dim=4, subtract="place")
+
+
+def test_images_of_other_noise_levels_are_not_aligned():
+    """Those inside the levels make the loss; figures are of all."""
+    model = dataclasses.replace(MODEL, noise="range", noise_min=0.05, noise_max=0.5)
+    flow = Flow(model).double()
+    torch.nn.init.normal_(flow.blocks[1].proj_out.weight, std=0.1)
+    align = Alignment(model, target_dim=4, levels=(0.1, 0.3), hidden=8, weight=0.5).double()
+    images, features = torch.randn(3, 1, 8, 8).double(), torch.randn(3, 4, 4)
+    noise = torch.tensor([0.05, 0.2, 0.3], dtype=torch.float64)
+    out = align(flow, images, [0, 1, 2], targets=features, noise=noise)
+    some = align(flow, images[1:], [1, 2], targets=features[1:], noise=noise[1:])
+    assert out.alignment.item() == pytest.approx(some.alignment.item(), abs=1e-6)  # cosines are fp32
+    assert out.alignment.item() == pytest.approx(-out.image_cosine[1:].mean().item(), abs=1e-6)
+    assert out.loss.item() == pytest.approx(out.nll.item() + 0.5 * out.alignment.item(), abs=1e-6)
+    assert out.image_nll.mean().item() == pytest.approx(out.nll.item(), abs=1e-12)
+    assert torch.equal(out.image_nll[1:], some.image_nll)
+    assert not out.image_nll.requires_grad
+    assert not out.image_cosine.requires_grad
+    none = align(flow, images, [0, 1, 2], targets=features, noise=0.4)
+    assert none.alignment == 0
+    none.loss.backward()

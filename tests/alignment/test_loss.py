@@ -11,6 +11,7 @@ from flowback.alignment.loss import (
     ConvProjector,
     Projector,
     alignment_loss,
+    alignment_weights,
     make_projector,
     resample,
     spatially_normalised,
@@ -141,3 +142,46 @@ def test_the_loss_takes_the_targets_as_asked():
 def test_the_projector_is_the_one_asked_for():
     assert isinstance(make_projector(AlignmentConfig(), 8, 5), Projector)
     assert isinstance(make_projector(AlignmentConfig(projector="conv"), 8, 5), ConvProjector)
+
+
+LEVELS = torch.tensor([0.05, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "weights"),
+    [((0.1, 0.2), [0, 2, 2, 0]), ((0.0, 0.05), [4, 0, 0, 0]), ((0.0, 1.0), [1] * 4), ((0.4, 0.5), [0] * 4)],
+)
+def test_images_count_by_their_noise_level(bounds, weights):
+    """Both ends are inside; those that count weigh as much as all together."""
+    assert alignment_weights(LEVELS, AlignmentConfig(levels=bounds)).tolist() == weights
+    assert alignment_weights(LEVELS, AlignmentConfig()) is None
+    assert alignment_weights(None, AlignmentConfig(levels=bounds)) is None
+
+
+def test_the_loss_is_the_mean_over_the_images_that_count():
+    hidden, targets = {(1, 1): torch.randn(4, 4, 5), (2, 1): torch.randn(4, 4, 5)}, torch.randn(4, 4, 5)
+    weights = alignment_weights(LEVELS, AlignmentConfig(levels=(0.1, 0.2)))
+    found = alignment_loss(hidden, targets, torch.nn.Identity(), weights=weights)
+    some = {place: state[1:3] for place, state in hidden.items()}
+    expected = alignment_loss(some, targets[1:3], torch.nn.Identity())
+    assert found.loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
+    assert found.cosine[2, 1].item() == pytest.approx(expected.cosine[2, 1].item(), abs=1e-6)
+    of_images = [
+        float(
+            alignment_loss(
+                {p: s[i : i + 1] for p, s in hidden.items()}, targets[i : i + 1], torch.nn.Identity()
+            ).loss
+        )
+        for i in range(4)
+    ]
+    assert found.image_cosine.tolist() == pytest.approx([-value for value in of_images], abs=1e-6)
+
+
+def test_where_no_image_counts_the_loss_is_0_and_has_a_graph():
+    projector = Projector(5, 8, 5)
+    found = alignment_loss(
+        {(1, 1): torch.randn(2, 4, 5)}, torch.randn(2, 4, 5), projector, weights=torch.zeros(2)
+    )
+    found.loss.backward()
+    assert found.loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())

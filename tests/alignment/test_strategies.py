@@ -151,6 +151,29 @@ def test_order_k_equals_k_plus_one_sweeps(locations, order):
     assert_same(case.both(config("reverse", locations, order)), case.expected(locations, sweeps))
 
 
+@pytest.mark.parametrize(
+    ("strategy", "order"), [("forward", 0), ("detach", 0), ("reverse", 2), ("reverse", "exact")]
+)
+def test_images_that_do_not_count_take_no_part(strategy, order):
+    """The gradient is that of a batch of the others alone; 0, not None, if none counts."""
+    case, some = Case(noise="range"), Case(noise="range")
+    for name in ("images", "targets", "labels", "drop", "levels"):
+        setattr(some, name, getattr(case, name)[1:])
+    settings = config(strategy, TWO, order)
+
+    def found(*weights):
+        hidden = case.encode(settings).hidden
+        weighted = alignment_loss(
+            hidden, case.targets, case.projector, weights=torch.tensor(weights).double()
+        )
+        return case.gradients(WEIGHT * weighted.loss)
+
+    assert_same(found(0, 1.5, 1.5), some.gradients(some.alignment(some.encode(settings).hidden)))
+    nothing = found(0, 0, 0)
+    assert nothing["flow.blocks.3.level_embedding.up.weight"] is not None
+    assert not any(gradient is not None and gradient.any() for gradient in nothing.values())
+
+
 def test_order_2_with_a_noise_level_for_each_image():
     case, sweeps = Case(noise="range"), functools.partial(decode_with_sweeps, sweeps=3)
     assert_same(case.both(config("reverse", TWO, 2)), case.expected(TWO, sweeps))

@@ -2,7 +2,6 @@ import sys
 
 import pytest
 
-from flowback import InputError
 from flowback.cli import serve_app
 
 
@@ -21,22 +20,13 @@ def test_the_runs_are_those_named_or_the_one_that_comes_along(flowback, monkeypa
     def stop(runs, device):
         raise Found(*runs)
 
-    monkeypatch.setattr(serve_app, "load_gradio", lambda: None)
-    monkeypatch.setattr(serve_app, "Flows", stop)
-    for words, runs in ((["a", "b"], ("a", "b")), ([], ("fashion",))):
+    monkeypatch.setattr("flowback.app.server.load_gradio", lambda: None)
+    monkeypatch.setattr("flowback.app.flows.Flows", stop)
+    monkeypatch.setattr("flowback.checkpoint.packaged", lambda: ["digits", "fashion", "fashion-reverse"])
+    for words, runs in ((["a", "b"], ("a", "b")), ([], ("fashion", "fashion-reverse"))):
         with pytest.raises(Found) as found:
             flowback("app", *words)
         assert found.value.args == runs
-
-
-def test_where_nothing_comes_along_it_asks_for_a_run(flowback, monkeypatch):
-    def missing(runs, device):
-        raise InputError(f"No checkpoint at {runs[0]}.")
-
-    monkeypatch.setattr(serve_app, "load_gradio", lambda: None)
-    monkeypatch.setattr(serve_app, "Flows", missing)
-    assert flowback("app")[0::2] == (2, "flowback: Which flow? Give a run: flowback app runs/mini.\n")
-    assert flowback("app", "x")[0::2] == (2, "flowback: No checkpoint at x.\n")
 
 
 def test_who_can_open_the_page_is_said(monkeypatch):

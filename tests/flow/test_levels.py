@@ -46,12 +46,14 @@ def test_each_image_has_its_own_level_in_both_directions():
         torch.testing.assert_close(together.z[row], alone.z[0], atol=1e-12, rtol=0)
         torch.testing.assert_close(together.log_prob[row], alone.log_prob[0], atol=1e-10, rtol=0)
     assert not torch.allclose(together.z[0], together.z[1], atol=1e-3)
+    assert torch.equal(flow.log_prob(images, 1, noise=LEVELS), together.log_prob)
 
 
 def test_the_embedding_is_the_stated_one():
     """By hand, one level: sines of log t, then cosines, frequencies 10000^(-k/half); GELU by erf."""
     flow = ranged()
     embedding, t = flow.blocks[1].level_embedding, 0.3
+    assert set(embedding.state_dict()) == {"up.weight", "up.bias", "down.weight", "down.bias"}
     half = flow.config.width // 2
     angles = [math.log(t) * 10_000 ** (-k / half) for k in range(half)]
     waves = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float64)
@@ -88,6 +90,7 @@ def test_a_flow_of_one_level_is_as_it_was():
     flow, images = random_flow(noise_std=0.1), random_images(random_flow(), 3)
     assert not any("level" in name for name in flow.state_dict())
     plain = flow(images, LABELS)
+    assert flow.levels(0.1, 3) is None
     assert torch.equal(flow(images, LABELS, noise=0.1).z, plain.z)
     assert torch.equal(flow.inverse(plain.z, LABELS, noise=LEVELS * 0 + 0.1), flow.inverse(plain.z, LABELS))
     assert torch.equal(flow.add_noise(images, [1, 2, 3], noise=0.1), flow.add_noise(images, [1, 2, 3]))
@@ -180,6 +183,14 @@ def test_levels_have_the_stated_distribution(kind):
     single = levels_at(torch.rand(1000), MODEL, train)
     assert single.dtype == torch.float32
     random_flow(noise="range", noise_min=0.05, noise_max=0.5).levels(single, 1000)  # all inside
+
+
+def test_levels_stay_in_a_range_that_the_distribution_hardly_reaches():
+    """The share of log-normal levels below 1e-20 is 0 in float64, and its quantile 0."""
+    model = dataclasses.replace(MODEL, noise_min=1e-20)
+    assert levels_at(torch.zeros(1), model, TrainConfig(levels="log-normal")).tolist() == [
+        pytest.approx(1e-20)
+    ]
 
 
 def test_weights_are_the_stated_ones():

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from flowback.config import AlignmentConfig
 from flowback.data.image_set import labelled
 from flowback.data.load import load_images
 from flowback.data.pixels import to_unit_range
@@ -156,3 +157,17 @@ def test_levels_are_drawn_as_asked(ranged, digits):
         ).levels
         is None
     )
+
+
+def test_images_are_aligned_by_their_level_in_the_whole_step(ranged, digits):
+    """So that the mean over all images is 1, in however many processes."""
+    alignment = AlignmentConfig(levels=(0.2, 0.4))
+    some = dataclasses.replace(ranged, alignment=alignment)
+    whole = first(digits, some, step=5)
+    inside = (whole.levels >= 0.2) & (whole.levels <= 0.4)
+    assert 0 < inside.sum() < 16
+    torch.testing.assert_close(whole.alignment_weights, inside * (16 / inside.sum()))
+    halves = [first(digits, some, step=5, rank=r, processes=2) for r in range(2)]
+    assert torch.equal(torch.cat([half.alignment_weights for half in halves]), whole.alignment_weights)
+    assert torch.equal(whole.noised, first(digits, ranged, step=5).noised)
+    assert first(digits, ranged).alignment_weights is None

@@ -13,11 +13,16 @@ from flowback.config import AlignmentConfig, TrainConfig
 from flowback.training import distributed, train_loop
 
 
-@pytest.mark.parametrize(("strategy", "micro"), [("none", 4), ("reverse", None)])
-def test_two_processes_are_one_but_for_the_order_of_sums(config, digits, tmp_path, strategy, micro):
+@pytest.mark.parametrize(
+    ("strategy", "micro", "noise"), [("none", 4, "gaussian"), ("reverse", None, "range")]
+)
+def test_two_processes_are_one_but_for_the_order_of_sums(config, digits, tmp_path, strategy, micro, noise):
+    """With a range of noise levels, some of which are aligned: so are the figures by level."""
+    alignment = AlignmentConfig(strategy=strategy, order="exact", locations=((1, 1), (2, 1)), hidden=8)
     config = dataclasses.replace(
         config,
-        alignment=AlignmentConfig(strategy=strategy, order="exact", locations=((1, 1), (2, 1)), hidden=8),
+        model=dataclasses.replace(config.model, noise=noise),
+        alignment=dataclasses.replace(alignment, levels=(0.1, 0.3) if noise == "range" else None),
         train=dataclasses.replace(config.train, micro_batch=micro),
     )
     train_loop(config, digits, tmp_path / "one", runs.RandomTargets())

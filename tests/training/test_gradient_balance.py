@@ -52,6 +52,18 @@ def test_numbers_are_those_of_two_separate_backward_passes():
     assert "grad_cosine_3" not in found  # the encode pass does not lead from block 2 to block 3
 
 
+def test_only_images_that_count_are_compared():
+    """With all weight on the first image, its alignment alone; with none, nothing to compare."""
+    flow, projector, batch, targets, config = setting("forward")
+    first = batch._replace(alignment_weights=torch.tensor([2.0, 0.0]).double())
+    found = gradient_balance(flow, projector, first, targets, config)
+    alone = gradient_balance(flow, projector, Noised(batch.images[:1], batch.labels[:1]), targets[:1], config)
+    assert found["grad_alignment_1"] == pytest.approx(alone["grad_alignment_1"], rel=1e-9)
+    none = batch._replace(alignment_weights=torch.zeros(2).double())
+    nothing = gradient_balance(flow, projector, none, targets, config)
+    assert nothing == {f"grad_nll_{t}": found[f"grad_nll_{t}"] for t in (1, 2, 3)}
+
+
 @pytest.mark.parametrize(("strategy", "reached"), [("forward", [1, 2]), ("detach", [2]), ("reverse", [2, 3])])
 def test_reach_and_weight_of_each_strategy(strategy, reached):
     found = gradient_balance(*setting(strategy))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import runs
 from flowback import AlignmentConfig, Flow, checkpoint
 from flowback.alignment.align import Noised
 from flowback.training import train_loop
-from flowback.training.monitoring import Guard, block_statistics, vanished
+from flowback.training.monitoring import Guard, block_statistics, sums_by_level, vanished
 from flowback.training.trainer import BadGradientError
 
 CPU = torch.device("cpu")
@@ -178,3 +179,16 @@ def test_what_vanished(row, words):
     found = vanished(row)
     assert len(found) == len(words)
     assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
+def test_sums_by_level_by_hand(config):
+    """A third of all levels in each part; what is not finite stays there."""
+    model = dataclasses.replace(config.model, noise="range", noise_min=0.1, noise_max=0.4)
+    levels = torch.tensor([0.1, 0.15, 0.25, 0.35, 0.4])
+    values = torch.tensor([1.0, 2.0, 3.0, math.nan, 5.0]), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    found = sums_by_level(levels, values, dataclasses.replace(config, model=model))
+    expected = torch.tensor([[2, 3, 0.3], [1, 3, 0.3], [2, math.nan, 0.9]])
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    square = dataclasses.replace(config.train, levels="square")  # its thirds end at 0.245 and 0.332
+    found = sums_by_level(levels - 0.01, (), dataclasses.replace(config, model=model, train=square))
+    assert found[:, 0].tolist() == [3, 0, 2]

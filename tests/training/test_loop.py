@@ -101,18 +101,47 @@ def test_killed_and_run_again_equals_the_run_that_was_not(config, digits, target
 
 def test_a_run_over_noise_levels_goes_on_where_it_was_killed(config, digits, targets, tmp_path):
     model = dataclasses.replace(config.model, noise="range")
-    alignment = AlignmentConfig(strategy="reverse", order="exact", locations=((1, 1), (2, 1)), hidden=8)
-    config = dataclasses.replace(config, model=model, alignment=alignment)
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, diagnose_every=4, micro_batch=8)
+    alignment = AlignmentConfig(
+        strategy="reverse", order="exact", locations=((1, 1), (2, 1)), hidden=8, levels=(0.1, 0.2)
     )
+    config = replaced(
+        dataclasses.replace(config, model=model, alignment=alignment),
+        steps=4, log_every=2, save_every=2, diagnose_every=2, micro_batch=8,
+    )  # fmt: skip
     train_loop(config, digits, tmp_path / "whole", targets)
     with pytest.raises(Kill):
-        train_loop(config, digits, tmp_path / "killed", targets, [killer(6)])
+        train_loop(config, digits, tmp_path / "killed", targets, [killer(3)])
     train_loop(config, digits, tmp_path / "killed", targets)
     runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
     whole = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert {"grad_cosine_1", "z2_2", "nll"} <= whole[-1].keys()
+    by_level = {f"{name}_level_{part}" for name in ("nll", "cosine") for part in (1, 2, 3)}
+    assert {"grad_cosine_1", "z2_2", "nll", "alignment"} | by_level <= whole[-1].keys()
+    assert min(whole[-1][f"nll_level_{part}"] for part in (1, 2, 3)) < whole[-1]["nll"]
+
+
+def test_steps_none_of_whose_images_count_align_nothing(config, digits, targets, tmp_path, caplog):
+    """They train as without alignment, and show none; nor does it stop, or do warnings say it is broken.
+
+    Two images a step, in parts of one: those of low, middle and high noise are never all there.
+    """
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, noise="range"))
+    plain = replaced(plain, steps=3, batch_size=2, log_every=1, diagnose_every=1)
+    alignment = AlignmentConfig(
+        strategy="reverse", locations=((2, 1),), hidden=8, levels=(0.0, 0.0101), stop_below=1.0
+    )
+    train_loop(plain, digits, tmp_path / "plain")
+    aligned = replaced(dataclasses.replace(plain, alignment=alignment), micro_batch=1)
+    train_loop(aligned, digits, tmp_path / "aligned", targets)
+    assert runs.losses(tmp_path / "aligned") == [
+        (step, pytest.approx(nll, rel=1e-4)) for step, nll in runs.losses(tmp_path / "plain")
+    ]
+    for row in map(json.loads, (tmp_path / "aligned" / "metrics.jsonl").read_text().splitlines()):
+        assert row["alignment_weight"] == 0.1
+        assert not {"alignment", "cosine_2_1", "grad_alignment_2", "grad_cosine_2"} & row.keys()
+        by_level = [value for name, value in row.items() if name.startswith("nll_level_")]
+        assert sum(by_level) / len(by_level) == pytest.approx(row["nll"], rel=1e-5)
+        assert len(by_level) == len([name for name in row if name.startswith("cosine_level_")])
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_accumulation_equals_one_batch_up_to_rounding(config, digits, tmp_path):

@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 import torch
 
+from flowback.alignment.loss import alignment_weights
 from flowback.config import AlignmentConfig
 from flowback.flow.likelihood import nll_per_dim
-from flowback.training.objective import Objective
+from flowback.training.objective import Objective, weighted_mean
 
 ALIGNMENT = AlignmentConfig(strategy="detach", locations=((2, 1),), hidden=8, weight=0.3)
 
@@ -66,3 +67,26 @@ def test_each_images_likelihood_counts_by_its_level(config, targets):
     objective.config = dataclasses.replace(ranged, train=dataclasses.replace(train, level_weight="none"))
     plain = objective(images, labels, drop, features, None, levels)
     assert plain.loss.item() == pytest.approx((nll.mean() + 0.3 * losses.alignment).item(), abs=1e-6)
+
+
+def test_parts_of_a_batch_align_the_images_that_count_in_all_of_it(config, targets):
+    """In float64: parts of 1, 2 and 1 images, of which none, 2 and 1 count, by the weights of the batch."""
+    alignment = dataclasses.replace(ALIGNMENT, levels=(0.1, 0.5))
+    model = dataclasses.replace(config.model, noise="range", noise_min=0.05, noise_max=0.5)
+    objective = Objective(dataclasses.replace(config, model=model, alignment=alignment), 6).double()
+    images, labels, drop, features = inputs(targets)
+    levels = torch.tensor([0.05, 0.1, 0.3, 0.5]).double()
+    batch = [images.double(), labels, drop, features, levels, alignment_weights(levels, alignment)]
+
+    def call(part):
+        images, labels, drop, features, levels, weights = (value[part] for value in batch)
+        return objective(images, labels, drop, features, None, levels, weights)
+
+    whole = call(slice(None))
+    found = weighted_mean([(len(levels[s]) / 4, call(s)) for s in (slice(0, 1), slice(1, 3), slice(3, 4))])
+    for one, two in zip(found[:3], whole[:3], strict=True):
+        torch.testing.assert_close(one, two.detach(), atol=1e-6, rtol=0)  # targets and cosines are fp32
+    torch.testing.assert_close(found.cosines, whole.cosines, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.image_nll, whole.image_nll)
+    torch.testing.assert_close(found.image_cosine, whole.image_cosine, atol=1e-6, rtol=0)
+    assert whole.alignment.item() == pytest.approx(-whole.image_cosine[1:].mean().item(), abs=1e-6)

@@ -55,8 +55,13 @@ def test_classes_without_names_go_by_number(source, tmp_path):
         ({"blocks": 3}, ("cat", "dog"), r"is another flow: its blocks\.2.* is not there"),
         ({"num_classes": 0}, (), r"has 2 classes, this run none; a flow with classes"),
         ({"num_classes": 3}, (), r"has 2 classes, this run 3, and their names are not known"),
+        (
+            {"noise": "range"},
+            ("cat", "dog"),
+            r"has the noise gaussian, this run range: a flow of one .*; give --model\.noise gaussian\.$",
+        ),
     ],
-    ids=["width", "blocks", "unconditional", "more"],
+    ids=["width", "blocks", "unconditional", "more", "levels"],
 )
 def test_another_flow_is_refused(source, model, classes, said):
     with pytest.raises(InputError, match=said):
@@ -81,3 +86,15 @@ def test_a_run_begins_with_them_once(config, source, tmp_path, monkeypatch):
     assert flowback.train(longer, images, tmp_path / "run").metrics["step"] == 2
     with pytest.raises(InputError):
         flowback.train(longer, images, tmp_path / "another")
+
+
+def test_a_flow_with_a_range_of_levels_begins_one_with_another_range_alone(tmp_path):
+    theirs, ours = flow_of(0, noise="range"), flow_of(1, noise="range", noise_max=0.5)
+    theirs.save_pretrained(tmp_path)
+    take_weights(ours, str(tmp_path))
+    weight = ours.blocks[1].level_embedding.up.weight
+    assert torch.equal(weight, theirs.blocks[1].level_embedding.up.weight)
+    with pytest.raises(
+        InputError, match=r"has the noise range, this run gaussian.*give --model\.noise range"
+    ):
+        take_weights(flow_of(1), str(tmp_path))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flowback.alignment.encoders import Encoder
-from flowback.alignment.loss import alignment_loss, make_projector
+from flowback.alignment.loss import alignment_loss, alignment_weights, make_projector
 from flowback.alignment.strategies import encode
 from flowback.config import AlignmentConfig, ModelConfig, RunConfig
 from flowback.errors import InputError
@@ -39,19 +39,26 @@ class Noised(NamedTuple):
     """Noise levels, for a flow with a range of them."""
     weights: Float[Tensor, " b"] | None = None
     """Of each image's likelihood in the loss; None: all 1."""
+    alignment_weights: Float[Tensor, " b"] | None = None
+    """Of each image in the alignment loss; None: all 1."""
 
 
 class Losses(NamedTuple):
-    """Means over the images of a batch; call ``loss.backward()`` once."""
+    """Means over the images of a batch, and values of each; call ``loss.backward()`` once."""
 
     loss: Float[Tensor, ""]
     """Weighted nll + weight · alignment: what is differentiated."""
     nll: Float[Tensor, ""]
     """Nats per dimension of the noised images, unweighted, all constants included; without a graph."""
     alignment: Float[Tensor, ""] | None
-    """Minus the mean cosine between projected features and targets, without its weight; without a graph."""
+    """Minus the mean cosine between projected features and targets, over the images whose noise level counts,
+    without its weight; without a graph."""
     cosines: dict[Location, Float[Tensor, ""]]
     """Mean cosine at each location; without a graph."""
+    image_nll: Float[Tensor, " b"]
+    """nll of each image; without a graph."""
+    image_cosine: Float[Tensor, " b"] | None
+    """Mean cosine of each image, whether it counts or not; without a graph."""
 
     @property
     def figures(self) -> dict[str, Float[Tensor, ""]]:
@@ -103,22 +110,22 @@ def losses(
         targets: the encoder's features of the clean images.
         weight: of the alignment loss at this step; None is ``config.weight``.
     """
-    images, labels, drop, levels, weights = batch
+    images, labels, drop, levels, weights = batch[:5]
     if projector is None or targets is None or config.strategy == "none":
-        loss, nll = _likelihood(flow, flow(images, labels, drop, noise=levels), weights)
-        return Losses(loss, nll, None, {})
+        loss, nll, image_nll = _likelihood(flow, flow(images, labels, drop, noise=levels), weights)
+        return Losses(loss, nll, None, {}, image_nll, None)
     out = encode(flow, images, labels, drop, config, levels)
-    loss, nll = _likelihood(flow, out, weights)
-    aligned = alignment_loss(out.hidden, targets, projector, config.spatial_norm)
+    loss, nll, image_nll = _likelihood(flow, out, weights)
+    aligned = alignment_loss(out.hidden, targets, projector, config.spatial_norm, batch.alignment_weights)
     total = loss + (config.weight if weight is None else weight) * aligned.loss
-    return Losses(total, nll, aligned.loss.detach(), aligned.cosine)
+    return Losses(total, nll, aligned.loss.detach(), aligned.cosine, image_nll, aligned.image_cosine)
 
 
-def _likelihood(flow: TARFlow, out: FlowOutput, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Means of the nll per dimension: weighted, and as it is without a graph."""
+def _likelihood(flow: TARFlow, out: FlowOutput, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The nll per dimension: its weighted mean; without a graph, its mean, and that of each image."""
     values = nll_per_dim(out.log_prob, flow.config.dims)
     nll = values.mean()
-    return nll if weights is None else (weights * values).mean(), nll.detach()
+    return nll if weights is None else (weights * values).mean(), nll.detach(), values.detach()
 
 
 class Alignment(nn.Module):
@@ -216,7 +223,7 @@ class Alignment(nn.Module):
         if labels is not None and not isinstance(labels, Tensor):
             labels = flow.labels(labels, len(images))
         levels = flow.levels(noise, len(images), trusted=True)
-        batch = Noised(images, labels, drop, levels, weights)
+        batch = Noised(images, labels, drop, levels, weights, alignment_weights(levels, self.settings))
         return losses(flow, self.projector, self.settings, batch, targets)
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "ConvProjector",
     "Projector",
     "alignment_loss",
+    "alignment_weights",
     "make_projector",
     "resample",
     "spatially_normalised",
@@ -92,6 +93,23 @@ class AlignmentLoss:
     """-mean cosine over images, tokens and locations; in [-1, 1], 0 for unrelated features."""
     cosine: dict[Location, Float[Tensor, ""]]
     """Mean cosine of each location, without a graph."""
+    image_cosine: Float[Tensor, " b"]
+    """Mean cosine of each image over tokens and locations, whatever its weight; without a graph."""
+
+
+def alignment_weights(
+    levels: Float[Tensor, " b"] | None, config: AlignmentConfig
+) -> Float[Tensor, " b"] | None:
+    """Weights of a batch's images in the alignment loss, by their noise levels; None: all 1.
+
+    If c of b images are inside ``config.levels``, ends included, their weight is b / c and that of the others
+    0: the mean over b images of weight · cosine is the mean cosine over those c. If c is 0, it is 0.
+    """
+    if config.levels is None or levels is None:
+        return None
+    low, high = config.levels
+    inside = ((levels >= low) & (levels <= high)).to(levels.dtype)
+    return inside * (len(levels) / inside.sum().clamp_min(1))
 
 
 def resample(features: Float[Tensor, "b m f"], grid: int) -> Float[Tensor, "b n f"]:
@@ -123,8 +141,9 @@ def alignment_loss(
     targets: Float[Tensor, "b m f"],
     projector: nn.Module,
     spatial_norm: float | None = None,
+    weights: Float[Tensor, " b"] | None = None,
 ) -> AlignmentLoss:
-    """-mean over locations and tokens of cos(v, projector(h)) (arXiv 2511.22345).
+    """-mean over images, locations and tokens of cos(v, projector(h)) (arXiv 2511.22345).
 
     The cosine is computed in fp32 at least, whatever the autocast dtype.
 
@@ -133,6 +152,7 @@ def alignment_loss(
         targets: encoder features of the same images, brought to the flow's grid by :func:`resample`.
         projector: maps hidden states to the width of the targets.
         spatial_norm: γ of :func:`spatially_normalised` targets; None takes them as they are.
+        weights: of the images, from :func:`alignment_weights`; None: all 1.
 
     Raises:
         InputError: the targets' grid cannot be resampled.
@@ -143,12 +163,16 @@ def alignment_loss(
         features = spatially_normalised(features, spatial_norm)
     directions = resample(features, math.isqrt(tokens))
     cosines: dict[Location, Tensor] = {}
+    of_images = []
     for location, state in hidden.items():
         projected = projector(state)
         with torch.autocast(projected.device.type, enabled=False):
-            cosines[location] = F.cosine_similarity(_at_least_fp32(projected), directions, dim=-1).mean()
+            values = F.cosine_similarity(_at_least_fp32(projected), directions, dim=-1)  # (b, n)
+        of_images.append(values.detach().mean(1))
+        cosines[location] = values.mean() if weights is None else (weights * values.mean(1)).mean()
     loss = -torch.stack(list(cosines.values())).mean()
-    return AlignmentLoss(loss, {location: value.detach() for location, value in cosines.items()})
+    without_graph = {location: value.detach() for location, value in cosines.items()}
+    return AlignmentLoss(loss, without_graph, torch.stack(of_images).mean(0))
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

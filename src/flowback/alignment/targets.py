@@ -170,8 +170,8 @@ def _write(path: Path, encoder: Encoder, images: ImageSet, grid: int, shape: lis
         temporary.replace(path)
         note.unlink(missing_ok=True)
     except Exception:  # but not Ctrl-C, after which the same run goes on with it
-        for file in (temporary, note):
-            file.unlink(missing_ok=True)
+        for left in (temporary, note):
+            left.unlink(missing_ok=True)
         raise
 
 

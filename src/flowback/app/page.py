@@ -13,6 +13,7 @@ from torch import Tensor
 from flowback.app import pictures
 from flowback.app.fields import class_names, connect, given, picture_field, result, sample_fields, words
 from flowback.app.flows import Flows
+from flowback.app.image_figures import DRAWS, read
 from flowback.app.inputs import (
     MOST_IMAGES,
     guidance_scale,
@@ -21,7 +22,6 @@ from flowback.app.inputs import (
     read_seed,
     whole,
 )
-from flowback.app.reading import DRAWS, read
 from flowback.checked import require
 from flowback.model import Flow
 from flowback.sampling import Sampler
@@ -122,9 +122,9 @@ def _trajectory_tab(flow: Flow) -> None:
     button = gr.Button("Follow", variant="primary", elem_id="trajectory-button")
     states = result("trajectory-result")
 
-    def follow(*sample: Any) -> Iterator[str]:
+    def follow(label: Any, seed: Any, guidance: Any) -> Iterator[str]:
         shown, names = [], []
-        for stage, images, _ in _draw(flow, *sample, count=1):
+        for stage, images, _ in _draw(flow, label, seed, guidance, 1):
             shown.append(images.clone())
             names.append(stage)
             yield pictures.tiles(torch.cat(shown), names, large=True)
@@ -148,13 +148,13 @@ def _read_tab(flow: Flow) -> None:
         image, _ = given(text, flow, sample)
         found = read(flow, image, None, method)
         shown = pictures.sentence(
-            f"{found.bits_per_dim:.3f} bits/dim as 8-bit pixels, {found.nll:.3f} nats/dim with the noise of "
-            f"training; unconditional, mean of {DRAWS} draws of the noise."
+            f"{found.bits_per_dim:.3f} bits/dim as 8-bit pixels, {pictures.number(found.nll)} nats/dim with "
+            f"the noise of training; unconditional, mean of {DRAWS} draws of the noise."
         )
         if found.scores is not None:
             shown += pictures.bars(found.scores, class_names(flow), f"Class scores: {UNITS[method]}")
         images = torch.cat([image, found.noised, pictures.stretched(found.z), found.again])
-        exact = f"Decoded from z, the largest difference is {found.error:.1g} on [-1, 1]."
+        exact = f"Decoded from z, the largest difference is {found.error:.7f} on [-1, 1]."
         return shown + pictures.tiles(
             images, ["image", "with noise", "its z", "decoded from z"], exact, large=True
         )
@@ -182,12 +182,12 @@ def _interpolate_tab(flow: Flow) -> None:
         ids = [read_label(sample[0], flow.config) for _, sample in ends]
         require((ids[0] is None) == (ids[1] is None), "Give both images a class, or neither of them one.")
         level = _drawing_level(flow)
-        images = [
+        first, second = (
             flow.add_noise(given(held, flow, sample)[0].to(flow.device), [seed], noise=level)
             for seed, (held, sample) in enumerate(ends)
-        ]
+        )
         labels = [None if label is None else [label] for label in ids]
-        found = flow.interpolate(*images, steps, labels[0], labels[1], denoise=True, noise=level)[0]
+        found = flow.interpolate(first, second, steps, labels[0], labels[1], denoise=True, noise=level)[0]
         return pictures.tiles(found, [f"{index / (steps - 1):.0%}" for index in range(steps)])
 
     connect(button, answer, [first, second, steps, *first_sample, *second_sample], way)
@@ -254,13 +254,12 @@ def _compare_tab(flows: Flows) -> None:
     button = gr.Button("Compare", variant="primary", elem_id="compare-button")
     compared = result("compare-result")
 
-    def answer(one: Any, other: Any, *values: Any) -> Iterator[str]:
-        *sample, count = values
+    def answer(one: Any, other: Any, label: Any, seed: Any, guidance: Any, count: Any) -> Iterator[str]:
         count = whole(count, "The number of images", 1, MOST_COMPARED)
         require(isinstance(one, str) and isinstance(other, str), "Choose two flows.")
         done = latest = ""
         for name in (one, other):
-            for stage, images, names in _draw(flows[name], *sample, count=count):
+            for stage, images, names in _draw(flows[name], label, seed, guidance, count):
                 latest = done + pictures.tiles(images, names, f"{name}: {stage}.")
                 yield latest
             done = latest

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowback.data.pixels import to_bytes
 
-__all__ = ["bars", "data_url", "error", "sentence", "stretched", "tiles"]
+__all__ = ["bars", "data_url", "error", "number", "sentence", "stretched", "tiles"]
 
 _SHOWN = 10
 """Classes with a bar; of more, the highest."""
@@ -56,6 +56,11 @@ def error(text: str) -> str:
     return f'<p class="fb-error" role="alert">{html.escape(text)}</p>'
 
 
+def number(value: float) -> str:
+    """Four digits, and a minus that is one."""
+    return f"{value:.4g}".replace("-", "−")
+
+
 def bars(scores: Float[Tensor, " k"], names: Sequence[str], caption: str) -> str:
     """Scores as a table with bars from the lowest to the highest; of many classes, the highest ten."""
     low, high = float(scores.min()), float(scores.max())
@@ -69,6 +74,6 @@ def bars(scores: Float[Tensor, " k"], names: Sequence[str], caption: str) -> str
         rows += (
             f'<tr{" class=fb-best" if k == best else ""}><th scope="row">{html.escape(names[k])}</th>'
             f'<td class="fb-bar"><div style="width:{100 * (score - low) / max(high - low, 1e-9):.1f}%"></div>'
-            f"</td><td>{score:.4g}</td></tr>"
+            f"</td><td>{number(score)}</td></tr>"
         )
     return f'<table class="fb-bars"><caption>{html.escape(caption)}</caption>{rows}</table>'

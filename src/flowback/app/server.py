@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowback.app.flows import Flows
 from flowback.app.inputs import MOST_BYTES
+from flowback.checked import require
 from flowback.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,10 +86,11 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address cannot be used.
     """
+    require(0 <= port < 2**16, f"--port is {port}; ports go from 0 to {2**16 - 1}.")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise InputError(
             f"The app cannot listen on {host}:{port} ({reason}); choose another --port or --host."
         ) from None

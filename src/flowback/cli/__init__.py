@@ -47,10 +47,10 @@ TASKS = {
     "Try it out": ("flowback demo", ("demo", "presets")),
     "Train": (
         "flowback train digits-mini --out runs/mini",
-        ("prepare", "train", "plot", "reproduce"),
+        ("prepare", "train", "distil", "plot", "reproduce"),
     ),
-    "Draw images": ("flowback sample fashion --count 64", ("sample", "plan")),
-    "Classify": ("flowback classify runs/mini --images photo.png", ("classify", "probe")),
+    "Draw images": ("flowback sample fashion --count 64", ("sample", "app", "plan")),
+    "Classify": ("flowback classify fashion --images photo.png", ("classify", "probe")),
     "Measure": ("flowback evaluate runs/mini --samples 1000", ("evaluate", "compare")),
 }
 """What people do: an example, and the verbs for it. All other verbs are shown after these."""

@@ -120,12 +120,15 @@ def run(argv: list[str]) -> None:
         choices = _choices(options, flow, images, processes)
         results = [choice.accuracy for choice in choices]
     else:
-        loop = _loop(options, processes) | {"level": options.noise[0] if options.noise else None}
-        rule = {"draws": options.draws, "steps": options.steps, "step_size": options.step_size}
         results = [
-            processes.merged(accuracy(flow, images, method, noise=not options.no_noise, **rule, **loop))
+            processes.merged(
+                accuracy(
+                    flow, images, method, noise=not options.no_noise, draws=options.draws,
+                    steps=options.steps, step_size=options.step_size, **_at_one_level(options, processes),
+                )
+            )
             for method in _methods(options, flow)
-        ]
+        ]  # fmt: skip
     if processes.is_main:
         _write(results, choices, images, options, flow, folder)
     processes.close()
@@ -140,6 +143,11 @@ def _loop(options: Options, processes: Processes) -> LoopOptions:
         "share": processes.share,
         "progress": True,
     }
+
+
+def _at_one_level(options: Options, processes: Processes) -> LoopOptions:
+    """The same, at the level of --noise or the flow's own."""
+    return {**_loop(options, processes), "level": options.noise[0] if options.noise else None}
 
 
 def _choices(options: Options, flow: Flow, images: ImageSet, processes: Processes) -> list[LevelChoice]:
@@ -178,13 +186,8 @@ def _predict(options: Options, path: Path, flow: Flow, processes: Processes, fol
     method: Method | None = None if options.method == "auto" else options.method
     images = open_pictures(flow, path, options.data.bad_images)
     found = processes.merged(
-        Predictions(
-            predict(
-                flow, images, method, options.draws, **_loop(options, processes),
-                level=options.noise[0] if options.noise else None,
-            )
-        )
-    )  # fmt: skip
+        Predictions(predict(flow, images, method, options.draws, **_at_one_level(options, processes)))
+    )
     if processes.is_main:
         found.save(folder, {**weights_of(flow), "method": options.method, "seed": options.seed})
         rows = [list(astuple(each)) for each in found.rows[:SHOWN]]

@@ -72,7 +72,8 @@ def _choices(kind: type[Any], prefix: str) -> Choices:
     found: Choices = {}
     hints = get_type_hints(kind, include_extras=True)
     for one in fields(kind):
-        hint, marks = hints[one.name], ()
+        hint: Any = hints[one.name]
+        marks: tuple[Any, ...] = ()
         while hasattr(hint, "__metadata__"):
             hint, marks = hint.__origin__, (*marks, *hint.__metadata__)
         name = prefix + one.name.replace("_", "-")

@@ -6,21 +6,21 @@ import ipaddress
 import threading
 import webbrowser
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import tyro
 
-from flowback.app.flows import Flows
-from flowback.app.server import listen, load_gradio, server
 from flowback.cli.console import say
 from flowback.cli.options import parse
-from flowback.devices import pick_device
-from flowback.errors import InputError
+
+if TYPE_CHECKING:
+    from flowback.app.flows import Flows
 
 __all__ = ["Options", "is_loopback", "run"]
 
 
 COMES_ALONG = "fashion"
-"""Name of the flow that comes with flowback."""
+"""The flow that comes with flowback; the others whose names begin with it are of the same data."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Options:
 def run(argv: list[str]) -> None:
     """Serve until Ctrl-C."""
     options = parse(Options, argv, "app")
+    from flowback.app.server import listen, load_gradio, server
+
     load_gradio()
     flows = _flows(options)
     with listen(options.host, options.port) as sock:
@@ -62,13 +64,12 @@ def run(argv: list[str]) -> None:
 
 
 def _flows(options: Options) -> Flows:
-    device = pick_device(options.device)
-    if options.runs:
-        return Flows(options.runs, device)
-    try:
-        return Flows([COMES_ALONG], device)
-    except InputError:
-        raise InputError("Which flow? Give a run: flowback app runs/mini.") from None
+    from flowback import checkpoint
+    from flowback.app.flows import Flows
+    from flowback.devices import pick_device
+
+    along = [name for name in checkpoint.packaged() if name.startswith(COMES_ALONG)]
+    return Flows(options.runs or along, pick_device(options.device))
 
 
 def is_loopback(host: str) -> bool:

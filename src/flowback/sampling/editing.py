@@ -143,7 +143,8 @@ def inpaint(
 
     Only where nothing redrawn comes before anything kept, in every block's order, is the result a draw from
     p(redrawn | kept). Orders alternate, so that takes a flow of one block with the kept tokens first in
-    raster order (or nothing kept). ``exact`` and ``drift`` of the result say how it is.
+    raster order (or nothing kept); p is that of the guided flow where there is guidance. ``exact`` and
+    ``drift`` of the result say how it is.
 
     Args:
         flow: the model.
@@ -161,17 +162,8 @@ def inpaint(
         InputError: images, masks, labels or seeds that do not fit the model or each other, or no rounds.
     """
     tokens = flow.tokens(images.to(flow.device, flow.data_dtype))
-    if keep.shape[1] != flow.config.tokens:
-        raise InputError(
-            f"The mask is of {keep.shape[1]} tokens; the flow's images have {flow.config.tokens}."
-        )
-    if keep.shape[0] not in (1, len(images)):
-        raise InputError(f"{keep.shape[0]} masks for {len(images)} images; give one, or one per image.")
-    if rounds < 1:
-        raise InputError(f"{rounds} rounds of redrawing; it takes at least 1.")
     seeds = list(range(len(images)) if seeds is None else seeds)
-    if len(seeds) != len(images):
-        raise InputError(f"{len(seeds)} seeds for {len(images)} images; give one seed per image.")
+    _check(flow, len(images), keep, seeds, rounds)
     checked = flow.labels(labels, len(images))
     flow.levels(noise, len(images))
     sampler = Sampler(flow, guidance, denoise, noise=noise)
@@ -193,6 +185,20 @@ def inpaint(
     first = (keep[:, :-1] >= keep[:, 1:]).all(1)  # no redrawn token before a kept one
     exact = (first & (flow.config.blocks == 1)) | keep.all(1) | ~keep.any(1)
     return Inpainted(drawn_images, log_prob, drift, exact)
+
+
+def _check(flow: TARFlow, count: int, keep: Bool[Tensor, "m n"], seeds: Sequence[int], rounds: int) -> None:
+    """Refuse what does not fit so many images, before work starts."""
+    if keep.shape[1] != flow.config.tokens:
+        raise InputError(
+            f"The mask is of {keep.shape[1]} tokens; the flow's images have {flow.config.tokens}."
+        )
+    if keep.shape[0] not in (1, count):
+        raise InputError(f"{keep.shape[0]} masks for {count} images; give one, or one per image.")
+    if rounds < 1:
+        raise InputError(f"{rounds} rounds of redrawing; it takes at least 1.")
+    if len(seeds) != count:
+        raise InputError(f"{len(seeds)} seeds for {count} images; give one seed per image.")
 
 
 def _redraw(

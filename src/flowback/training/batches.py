@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from flowback.alignment.loss import alignment_weights
 from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet, labelled
 from flowback.devices import send
@@ -78,6 +79,9 @@ class Batch:
     """Normal noise of a student that does not take the teacher's."""
     levels: Float[Tensor, " b"] | None = None
     """Noise levels, of a flow with a range of them."""
+    alignment_weights: Float[Tensor, " b"] | None = None
+    """Of the images in the alignment loss; None: all 1. They are those of the whole step: the mean over all
+    its images is 1, or 0 if none of them is aligned."""
 
 
 class _Reader(Dataset):
@@ -199,13 +203,13 @@ def batches(
         mirrored = send(flipped, device)
         clean = images.draw(stored, mirrored, normal)
         seen = clean if originals is None else originals.draw(larger, mirrored, normal)
-        levels = None
+        levels = weights = None
         if model.noise == "range":
-            shares = torch.rand(train.batch_size, generator=host)[share]
+            whole = levels_at(torch.rand(train.batch_size, generator=host), model, train)
             if config.student.active:  # it learns what the teacher draws from noise: its highest level
-                levels = torch.full_like(shares, model.noise_max).to(device)
-            else:
-                levels = send(levels_at(shares, model, train), device)
+                whole = torch.full_like(whole, model.noise_max)
+            levels, weights = send(whole[share], device), alignment_weights(whole, config.alignment)
+            weights = None if weights is None else send(weights[share], device)
             noised = clean + levels[:, None, None, None] * normal()
         elif model.noise == "gaussian":
             noised = clean + model.noise_std * normal()
@@ -222,7 +226,9 @@ def batches(
             chance = torch.rand(train.batch_size, generator=random, device=device)[share]
             noise = normal() if config.student.coupling == "independent" else None
         drop_or_none = drop if labels is not None else None
-        yield Batch(indices, flipped, clean, seen, noised, labels, drop_or_none, chance, noise, levels)
+        yield Batch(
+            indices, flipped, clean, seen, noised, labels, drop_or_none, chance, noise, levels, weights
+        )
 
 
 def _normal(shape: tuple[int, ...], random: torch.Generator, share: slice) -> Tensor:

@@ -30,6 +30,7 @@ from flowback.checked import to_dict
 from flowback.config import AlignmentConfig, RunConfig
 from flowback.errors import InputError
 from flowback.flow.cost import flops_per_image
+from flowback.flow.levels import levels_at
 from flowback.model import Flow
 
 try:
@@ -47,6 +48,7 @@ __all__ = [
     "peak_memory",
     "show",
     "step_flops",
+    "sums_by_level",
     "tracker_settings",
     "vanished",
 ]
@@ -165,6 +167,25 @@ def block_statistics(flow: Flow, batch: Noised) -> dict[str, float]:
     return {name: float(value) for name, value in statistics.items()}
 
 
+LEVELS = 3
+"""Parts of a range of noise levels whose figures are shown."""
+
+
+def sums_by_level(
+    levels: Float[Tensor, " b"], values: Sequence[Float[Tensor, " b"]], config: RunConfig
+) -> Float[Tensor, "p v"]:
+    """Sums of images' values over those of low, middle and high noise; the first column counts the images.
+
+    Training draws a third of all levels in each part: its ends are quantiles of ``train.levels``.
+    """
+    ends = levels_at(torch.arange(1, LEVELS) / LEVELS, config.model, config.train)
+    parts = torch.bucketize(levels, ends.to(levels.device))
+    columns = torch.stack([torch.ones_like(levels), *(value.to(levels.dtype) for value in values)], dim=1)
+    # Not a product with 0: a value that is not finite stays in its part.
+    rows = [torch.where((parts == part)[:, None], columns, 0).sum(0) for part in range(LEVELS)]
+    return torch.stack(rows)
+
+
 PEAK_TFLOPS = {
     "H200": (66.9, 989.4),
     "H100 PCIe": (51.2, 756.0),
@@ -219,15 +240,20 @@ def gradient_balance(
     Returns:
         For block t: ``grad_nll_t`` and ``grad_alignment_t``, 2-norms over the block's parameters, the second
         with its weight, 0 where the strategy does not reach; and ``grad_cosine_t``, the cosine between the
-        two, left out where one of them is 0. Below 0 the losses pull against each other.
+        two, left out where one of them is 0. Below 0 the losses pull against each other. If no image's level
+        counts in the alignment (``alignment.levels``), only ``grad_nll_t``.
     """
     blocks = [[p for p in block.parameters() if p.requires_grad] for block in flow.blocks]
     with torch.enable_grad():
         likelihood = _gradients(losses(flow, None, config, batch).loss, blocks)
         hidden = encode(flow, *batch[:3], config, batch.levels).hidden
         alignment = _gradients(
-            config.weight * alignment_loss(hidden, targets, projector, config.spatial_norm).loss, blocks
+            config.weight
+            * alignment_loss(hidden, targets, projector, config.spatial_norm, batch.alignment_weights).loss,
+            blocks,
         )
+    if batch.alignment_weights is not None and not batch.alignment_weights.any():
+        return {f"grad_nll_{t}": float(nll.norm()) for t, nll in enumerate(likelihood, start=1)}
     balance: dict[str, float] = {}
     for t, (nll, aligned) in enumerate(zip(likelihood, alignment, strict=True), start=1):
         norms = float(nll.norm()), float(aligned.norm())

@@ -44,16 +44,18 @@ class Targets(Protocol):
 
 
 Means = TypeVar("Means", bound=tuple[Any, ...])
-"""A named tuple of means over images: tensors, dicts of tensors, None."""
+"""A named tuple of means over images, values of each image, dicts of them, None."""
 
 
 @torch.no_grad()
 def weighted_mean(parts: Sequence[tuple[float, Means]]) -> Means:
-    """Losses of a batch from those of its parts and their shares, which sum to 1; without a graph."""
+    """Losses of a batch from those of its parts, in order, and shares that sum to 1; without a graph."""
     shares = [share for share, _ in parts]
 
     def mean(values: Sequence[Any]) -> Any:
         if isinstance(values[0], Tensor):
+            if values[0].ndim:  # a value of each image
+                return torch.cat(list(values))
             return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
         if isinstance(values[0], dict):
             return {name: mean([value[name] for value in values]) for name in values[0]}
@@ -130,6 +132,7 @@ class Objective(nn.Module):
         targets: Float[Tensor, "b m f"] | None = None,
         weight: float | None = None,
         levels: Float[Tensor, " b"] | None = None,
+        alignment_weights: Float[Tensor, " b"] | None = None,
     ) -> Losses:
         """Losses of images with their noise added.
 
@@ -140,9 +143,10 @@ class Objective(nn.Module):
             targets: the encoder's features of the clean images; None where nothing is aligned any more.
             weight: of the alignment loss; None is that of the settings.
             levels: noise levels of the images, for a flow with a range of them.
+            alignment_weights: of the images in the alignment loss; None: all 1.
         """
         config, bf16 = self.config.alignment, self.config.train.precision == "bf16"
-        batch = Noised(images, labels, drop, levels, self.weights(levels))
+        batch = Noised(images, labels, drop, levels, self.weights(levels), alignment_weights)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             batch_losses = losses(self.flow, self.projector, config, batch, targets, weight)
         if self.projector is not None and targets is None:

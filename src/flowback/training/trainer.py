@@ -30,6 +30,7 @@ from flowback.training.monitoring import (
     peak_flops,
     peak_memory,
     show,
+    sums_by_level,
     tracker_settings,
     vanished,
 )
@@ -159,7 +160,7 @@ class Trainer:
         targets = None
         if self.targets is not None and not over:
             targets = self.targets(batch.indices[part], batch.flipped[part], batch.seen[part])
-        return (*images, targets, alignment, cut(batch.levels))
+        return (*images, targets, alignment, cut(batch.levels), cut(batch.alignment_weights))
 
     def _check_health(self) -> None:
         """Count and record bad steps; stop when there are too many."""
@@ -224,8 +225,11 @@ class Trainer:
         steps, seconds = self.step - self.shown[0], self.seconds - self.shown[1]
         self.shown = (self.step, self.seconds)
         rate = steps / seconds if seconds else 0.0
+        figures, aligned = losses.figures, batch.alignment_weights
+        if aligned is not None and not self._mean(aligned.mean()):
+            figures = {"nll": figures["nll"]}  # the step had no image of an aligned level
         row = {
-            **{name: self._mean(value) for name, value in losses.figures.items()},
+            **{name: self._mean(value) for name, value in figures.items()},
             "lr": learning_rate(train, self.step - 1),
             "grad_norm": float(gradient),
             "images_per_second": rate * train.batch_size,
@@ -242,7 +246,22 @@ class Trainer:
                 row["mfu"] = row["tflops"] * 1e12 / (peak * self.processes)
         if self.config.alignment.active:
             row["alignment_weight"] = self.alignment_weight
+        if batch.levels is not None and isinstance(losses, Losses):
+            row |= self._by_level(batch.levels, losses)
         return row
+
+    def _by_level(self, levels: Tensor, losses: Losses) -> dict[str, float]:
+        """Means of the last step over its images of low, middle and high noise; none of no image."""
+        images = {"nll": losses.image_nll}
+        if losses.image_cosine is not None:
+            images["cosine"] = losses.image_cosine
+        sums = self.accelerator.reduce(sums_by_level(levels, list(images.values()), self.config), "sum")
+        return {
+            f"{name}_level_{part}": total / count
+            for part, (count, *totals) in enumerate(sums.tolist(), start=1)
+            for name, total in zip(images, totals, strict=True)
+            if count
+        }
 
     def _mean(self, value: Tensor) -> float:
         return float(self.accelerator.reduce(value.float(), "mean"))
@@ -281,7 +300,9 @@ class Trainer:
         assert self.targets is not None
         targets = self.targets(batch.indices, batch.flipped, batch.seen)
         weights = objective.weights(batch.levels)
-        noised = Noised(batch.noised, batch.labels, batch.drop, batch.levels, weights)
+        noised = Noised(
+            batch.noised, batch.labels, batch.drop, batch.levels, weights, batch.alignment_weights
+        )
         balance = gradient_balance(objective.flow, objective.projector, noised, targets, config)
         if config.stop_below is not None:
             self._stop_below(
@@ -290,10 +311,14 @@ class Trainer:
         return balance
 
     def _stop_below(self, limit: float, cosines: Sequence[float]) -> None:
-        """Stop aligning where the gradients' mean cosine, over blocks and processes, is below the limit."""
-        local_mean = torch.tensor(sum(cosines) / max(len(cosines), 1), device=self.device)
-        cosine = self._mean(local_mean)
-        if cosine < limit:
+        """Stop aligning where the gradients' mean cosine, over blocks and processes, is below the limit.
+
+        A process whose share of the batch has no aligned image does not count.
+        """
+        own = torch.tensor([sum(cosines) / max(len(cosines), 1), bool(cosines)], device=self.device)
+        total, counted = self.accelerator.reduce(own, "sum").tolist()
+        cosine = total / max(counted, 1)
+        if counted and cosine < limit:
             self.stopped = True
             log.info(
                 "Step %d: alignment stops, the gradients' mean cosine is %.3f (--alignment.stop-below %g).",

@@ -29,6 +29,12 @@ def take_weights(flow: Flow, name: str) -> None:
         InputError: there is no such flow, or it has other sizes.
     """
     source = Flow.from_pretrained(name)
+    if "range" in (flow.config.noise, source.config.noise) and flow.config.noise != source.config.noise:
+        raise InputError(
+            f"--train.init-from {name} has the noise {source.config.noise}, this run {flow.config.noise}: a "
+            "flow of one noise level cannot begin as one with a range of them, nor the other way round; give "
+            f"--model.noise {source.config.noise}."
+        )
     own, theirs = flow.state_dict(), source.state_dict()
     rows = _rows(flow, source, name)
     for key, value in own.items():

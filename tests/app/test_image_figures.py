@@ -8,7 +8,7 @@ import torch
 from app.conftest import CONFIG, made
 from flowback import Flow, classify
 from flowback.app import pictures
-from flowback.app.reading import read
+from flowback.app.image_figures import read
 from flowback.data.image_set import image_set
 from flowback.evaluation.held_out import likelihood
 

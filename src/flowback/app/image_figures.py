@@ -12,7 +12,7 @@ from flowback.classification import Method, classify
 from flowback.flow.likelihood import add_noise, bits_per_dim, nll_per_dim
 from flowback.model import Flow
 
-__all__ = ["Reading", "read"]
+__all__ = ["DRAWS", "Reading", "read"]
 
 DRAWS = 3
 """Draws of the noise that likelihood and scores are averaged over."""
