@@ -71,7 +71,7 @@ TABLES: dict[str, PaperTable] = {
             *("fashion-forward-first", "fashion-detach-first"),
             *("fashion-reverse-first", "fashion-exact-first"),
             *("fashion-forward-last", "fashion-detach-last", "fashion-reverse-last", "fashion-exact-last"),
-            *("fashion-reverse-last-1", "fashion-reverse-4"),
+            *("fashion-reverse-last-1", "fashion-detach-4", "fashion-reverse-4", "fashion-exact-4"),
         ),
     ),
     "table2": PaperTable(

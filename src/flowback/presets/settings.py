@@ -307,7 +307,9 @@ _FASHION: _Rows = (
     ("fashion-detach-last", "detach, blocks 3 and 4", _align("detach", _LAST4, 2)),
     ("fashion-reverse-last", "reverse, blocks 3 and 4", _MAIN4),
     ("fashion-exact-last", "exact reverse, blocks 3 and 4", _align("reverse", _LAST4, 2, order="exact")),
+    ("fashion-detach-4", "detach, block 4", _align("detach", (4,), 2)),
     ("fashion-reverse-4", "reverse, block 4", _align("reverse", (4,), 2)),
+    ("fashion-exact-4", "exact reverse, block 4", _align("reverse", (4,), 2, order="exact")),
     # The layer, the weight, the steps, the encoder, the noise.
     ("fashion-detach-all-1", "detach, all blocks, layer 1", _align("detach", _ALL4, 1)),
     ("fashion-reverse-last-1", "reverse, blocks 3 and 4, layer 1", _align("reverse", _LAST4, 1)),
@@ -353,6 +355,11 @@ def _ranged(strategy: str = "none", blocks: tuple[int, ...] = _LAST4, order: int
 _FASHION_RANGE: _Rows = (
     ("fashion-range", "noise levels from 0.05 to 0.5, likelihood alone", _ranged()),
     ("fashion-range-reverse-4", "noise levels from 0.05 to 0.5, reverse, block 4", _ranged("reverse", (4,))),
+    (
+        "fashion-range-exact-4",
+        "noise levels from 0.05 to 0.5, exact reverse, block 4",
+        _ranged("reverse", (4,), order="exact"),
+    ),
     (
         "fashion-range-exact-last",
         "noise levels from 0.05 to 0.5, exact reverse, blocks 3 and 4",
