@@ -149,12 +149,11 @@ class StudentNetwork(ImageModel):
     def states(self, hidden: list[Float[Tensor, "b n w"]]) -> list[Float[Tensor, "b n d"]]:
         """The teacher's states x^(T-1) ... x^0 as the heads read them from the tokens after each stage."""
         with torch.autocast(hidden[0].device.type, enabled=False):
-            return [
-                F.linear(
-                    h.to(self.data_dtype), head.weight.to(self.data_dtype), head.bias.to(self.data_dtype)
-                )
-                for head, h in zip(self.heads, hidden, strict=True)
-            ]
+            states = []
+            for head, h in zip(self.heads, hidden, strict=True):
+                assert isinstance(head, nn.Linear)
+                states.append(F.linear(*(x.to(self.data_dtype) for x in (h, head.weight, head.bias))))
+            return states
 
     @property
     def flops_per_image(self) -> int:
