@@ -823,6 +823,10 @@ class RunConfig(Checked):
         if self.data.path is not None and self.data.name == "digits":
             object.__setattr__(self, "data", dataclasses.replace(self.data, name="folder"))
         if self.student.active:
+            require(
+                self.train.init_from is None,
+                "--train.init-from gives weights of a flow, and a student has others; leave it out.",
+            )
             width = self.student.width or self.model.width
             require(
                 width % self.model.head_dim == 0,

@@ -491,8 +491,8 @@ def _write_pictures(job: _Job, folder: SampleFolder) -> None:
         numbers = range(min(_SHOWN, config.count))
         labels, seeds = job.labels(numbers), job.seeds(numbers)
         exact, own = (job.codec.decode(draw(labels, seeds)) for draw in (job.teacher, job.sampler))
-        rows = torch.cat([exact, own, (own - exact) / 2])
-        save_grid(rows, config.compare, len(numbers), names=["teacher", "student", "difference"])
+        compared = torch.cat([exact, own, (own - exact) / 2])
+        save_grid(compared, config.compare, len(numbers), names=["teacher", "student", "difference"])
     if config.trajectory:
         numbers = range(min(_SHOWN, config.count))
         states = job.sampler.trajectory(job.labels(numbers), job.seeds(numbers))

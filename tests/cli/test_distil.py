@@ -75,6 +75,7 @@ def test_a_student_is_sampled_beside_its_teacher(flowback, student, tmp_path):
         ("classify", ["student"], "holds a student, not a flow"),
         ("distil", ["student", "--out", "x"], "holds a student, not a flow"),
         ("distil", ["teacher", "--out", "x", "--preset", "digits"], "The preset digits trains a flow"),
+        ("distil", ["teacher", "--out", "x", "--train.init-from", "y"], "--train.init-from gives weights of"),
         ("train", ["student-fashion", "--out", "x"], "use flowback distil"),
     ],
 )

@@ -58,7 +58,7 @@ def run(argv: list[str]) -> None:
     from flowback.provenance import environment
     from flowback.training import distil, start
 
-    given = {"method": options.method, "coupling": options.coupling}
+    given: dict[str, Any] = {"method": options.method, "coupling": options.coupling}
     student = replace(options.student, **{name: value for name, value in given.items() if value is not None})
     base = _base(options)
     config = replace(base, data=options.data, train=options.train, student=student)

@@ -180,7 +180,8 @@ def draw_pairs(
             levels = teacher.levels(level, len(index))
             batch = HeldOutBatch(images.to(teacher.data_dtype), given, seeds, levels)
             found.append(under_teacher(teacher, [batch]))
-    return DrawnPairs(torch.cat(errors), torch.cat(unrelated), *map(UnderTeacher.joined, seen), *features)
+    of_student, of_teacher = map(UnderTeacher.joined, seen)
+    return DrawnPairs(torch.cat(errors), torch.cat(unrelated), of_student, of_teacher, *features)
 
 
 def _difference(one: Float[Tensor, "b c h w"], two: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:

@@ -10,6 +10,7 @@ Letters in shapes: b images, n tokens, d values of a token, w width, k classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -149,11 +150,12 @@ class StudentNetwork(ImageModel):
     def states(self, hidden: list[Float[Tensor, "b n w"]]) -> list[Float[Tensor, "b n d"]]:
         """The teacher's states x^(T-1) ... x^0 as the heads read them from the tokens after each stage."""
         with torch.autocast(hidden[0].device.type, enabled=False):
-            states = []
-            for head, h in zip(self.heads, hidden, strict=True):
-                assert isinstance(head, nn.Linear)
-                states.append(F.linear(*(x.to(self.data_dtype) for x in (h, head.weight, head.bias))))
-            return states
+            return [
+                F.linear(
+                    h.to(self.data_dtype), head.weight.to(self.data_dtype), head.bias.to(self.data_dtype)
+                )
+                for head, h in zip(cast("Iterable[nn.Linear]", self.heads), hidden, strict=True)
+            ]
 
     @property
     def flops_per_image(self) -> int:

@@ -103,7 +103,8 @@ class Weights:
         torch.manual_seed(config.train.seed)
         self.objective = StudentObjective(config) if config.student.active else Objective(config, target_dim)
         if init_from is not None:
-            take_weights(self.objective.trained, init_from)
+            assert isinstance(self.objective, Objective)  # a student's run has no such option
+            take_weights(self.objective.flow, init_from)
         # A copy without memory for weights; it is filled with those that are to be looked at.
         nothing = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.objective.parameters()

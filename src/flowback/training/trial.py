@@ -96,7 +96,7 @@ def _timed(
     """Seconds for one of ``count`` images in a step, and in the encoder; each after one that is not timed."""
     torch.manual_seed(config.train.seed)
     objective = Objective(config, encoder.dim if encoder is not None else None).to(device)
-    set_up_bodies(objective.flow, replace(config, train=replace(config.train, compile=False)))
+    set_up_bodies(objective.bodies, replace(config, train=replace(config.train, compile=False)))
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-9, fused=True)
     model, grid = config.model, config.alignment.grid or config.model.grid
     noised = torch.randn(count, model.channels, model.image_size, model.image_size, device=device)
