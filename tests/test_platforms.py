@@ -14,6 +14,11 @@ WITHOUT = """
 import ctypes, mmap, os, signal, sys
 import accelerate, matplotlib.pyplot, sklearn.datasets, timm, torch, torchvision, tyro  # see to themselves
 
+try:
+    import gradio
+except ModuleNotFoundError:  # then the page of the app is left out below
+    gradio = None
+
 for module in ("resource", "fcntl", "grp", "pwd", "termios"):
     sys.modules[module] = None
 for module, names in {
@@ -36,7 +41,11 @@ import importlib, pkgutil, flowback
 
 for module in pkgutil.walk_packages(flowback.__path__, "flowback."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
 """
 TRAIN = """
 from flowback.cli import main

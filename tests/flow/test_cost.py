@@ -42,6 +42,7 @@ def test_memory_counts_the_layers_of_all_blocks():
     even, uneven = (ModelConfig(**SMALL | {"layers": layers}, num_classes=2) for layers in (2, (1, 1, 4)))
     more = ModelConfig(**SMALL | {"layers": (1, 1, 5)}, num_classes=2)
     assert training_bytes(even, 3, "fp32") == training_bytes(uneven, 3, "fp32")
-    activations = 4 * 16 * 32 * 16 * 3  # bytes of 16 values of the width, for each token of three images
+    # Bytes of 12 values of the width and the MLP's 4 hidden ones twice, for each token of three images.
+    activations = 4 * (12 + 2 * 4) * 32 * 16 * 3
     weights = 5 * 4 * (parameters(more) - parameters(uneven))
     assert training_bytes(more, 3, "fp32") - training_bytes(uneven, 3, "fp32") == activations + weights

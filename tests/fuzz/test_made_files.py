@@ -32,7 +32,7 @@ from flowback.evaluation.protocol import kept
 from flowback.evaluation.references import load_reference, open_images
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.image_files import read_png
-from flowback.sampling.sampler import _seeds
+from flowback.sampling.sampler import seeds_of
 from flowback.tarflow_weights import from_tarflow
 from flowback.training.run_folder import RunFolder
 from fuzzing import little_room, png_header
@@ -402,7 +402,7 @@ def test_without_a_cache_the_encoder_runs_at_every_step(no_cache_folder, digits,
 def test_values_that_gave_nan_or_another_image():
     flow = Flow(MODEL)
     assert "not all finite" in refused(flow.labels, torch.tensor([[float("nan"), 1.0]]), 1)
-    assert "whole numbers" in refused(_seeds, None, torch.tensor([1.7]))
+    assert "whole numbers" in refused(seeds_of, None, torch.tensor([1.7]))
     assert "at least -1" in refused(lambda: Guidance(-3.0, formula="starflow"))
     assert "at least -1" in refused(lambda: SampleConfig(guidance=-3, formula="starflow"))
     assert Guidance(-3.0).active

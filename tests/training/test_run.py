@@ -322,7 +322,7 @@ def test_what_is_measured_along_a_run(open_config, pets, tmp_path, monkeypatch):
     """The distance is that of `evaluate` without guidance, to the training images, at its own steps."""
     asked = []
 
-    def evaluate(flow, images, *, reference, config):
+    def evaluate(flow, images, *, reference, config):  # the whole reference, however few samples there are
         asked.append((flow.training, images is pets, reference is pets, config))
         return SimpleNamespace(figures={"fd_efficientnet_lite0": 7.0, "other": 1.0})
 
@@ -334,7 +334,7 @@ def test_what_is_measured_along_a_run(open_config, pets, tmp_path, monkeypatch):
     result = flowback.train(config, pets, tmp_path / "run", test=pets)
     assert result.metrics["fd_efficientnet_lite0"] == 7.0
     assert "other" not in result.metrics
-    config = EvaluateConfig(samples=4, likelihood=False, classification=False)
+    config = EvaluateConfig(samples=4, reference_limit=None, likelihood=False, classification=False)
     assert asked == [(False, True, True, config)]
     exact = flowback.accuracy(result.flow, pets, "exhaustive")
     assert result.metrics["test_top1_exhaustive"] == pytest.approx(exact.top1)

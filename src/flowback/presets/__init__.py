@@ -59,7 +59,7 @@ def list_presets(pattern: str = "*") -> list[str]:
     Example:
         >>> import flowback
         >>> flowback.list_presets("digits*e")
-        ['digits-reverse']
+        ['digits-reverse', 'digits-range']
     """
     names = [name for name in PRESETS if fnmatchcase(name, pattern)]
     if not names:

@@ -151,7 +151,7 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
         yield from loader
         return
     except ConnectionError as error:
-        lost = f"DataLoader worker: {error}"
+        lost = f"DataLoader worker hung up: {error}"
     raise _worker_died(lost)
 
 
