@@ -73,7 +73,12 @@ def measure(flows: Sequence[Flow], level: float | None, steps: int, options: Opt
     values = []
     for flow in flows:
         report = evaluate(
-            flow, sampling=sampling, samples=options.samples, likelihood=False, classification=False
+            flow,
+            sampling=sampling,
+            samples=options.samples,
+            reference_limit=None,
+            likelihood=False,
+            classification=False,
         )
         values.append(report.figures["fd_efficientnet_lite0"])
     return {
