@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from flowback.files import replacing
 from flowback.tables.result import Row, Table
+from flowback.training.curves import panel_grid
 
 __all__ = ["draw"]
 
@@ -92,12 +93,7 @@ def _along(rows: list[Row], kind: _Curve) -> Figure:
     """One panel a figure of the curves, one line a row."""
     first = rows[0].curves[kind.points][0]
     figures = {key: label for key, label in kind.figures.items() if any(key in point for point in first)}
-    wide = min(3, len(figures))
-    high = -(-len(figures) // wide)
-    figure = Figure(figsize=(4.8 * wide, 0.4 + 3.2 * high), layout="constrained")
-    panels = figure.subplots(high, wide, squeeze=False).flatten()
-    for unused in panels[len(figures) :]:
-        unused.set_axis_off()
+    figure, panels = panel_grid(len(figures), 4.8, 3.2, head=0.4)
     for axes, (key, label) in zip(panels, figures.items(), strict=False):
         for number, row in enumerate(rows):
             _band(axes, row, kind, key, "-" if number < 10 else "--")  # ten colours

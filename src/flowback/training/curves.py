@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from flowback.errors import InputError
 from flowback.files import replacing
 
-__all__ = ["PANELS", "plot_runs"]
+__all__ = ["PANELS", "panel_grid", "plot_runs"]
 
 PANELS = {
     "nll": ("nll (nats/dim)", {"nll": "-", "test_nll": "--"}),
@@ -25,6 +26,24 @@ PANELS = {
     "speed": ("images/s", {"images_per_second": "-"}),
 }
 """Each panel's label, and its figures with the style of their lines."""
+
+
+def panel_grid(count: int, width: float, height: float, head: float) -> tuple[Figure, np.ndarray]:
+    """A figure with ``count`` panels, at most three side by side, and its axes from the upper left on.
+
+    Args:
+        count: at least 1.
+        width: of a panel, in inches.
+        height: of a panel.
+        head: further height, for the legend above.
+    """
+    wide = min(3, count)
+    high = -(-count // wide)
+    figure = Figure(figsize=(width * wide, head + height * high), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).flatten()
+    for unused in panels[count:]:
+        unused.set_axis_off()
+    return figure, panels
 
 
 def plot_runs(
@@ -50,12 +69,7 @@ def plot_runs(
     }
     if not shown:
         raise InputError(f"There is nothing to draw yet: {', '.join(runs)} has no row in metrics.jsonl.")
-    wide = min(3, len(shown))
-    high = -(-len(shown) // wide)
-    figure = Figure(figsize=(4.6 * wide, 0.5 + 3.1 * high), layout="constrained")
-    panels = figure.subplots(high, wide, squeeze=False).flatten()
-    for unused in panels[len(shown) :]:
-        unused.set_axis_off()
+    figure, panels = panel_grid(len(shown), 4.6, 3.1, head=0.5)
     for axes, (label, figures) in zip(panels, shown.values(), strict=False):
         for number, (name, rows) in enumerate(curves.items()):
             for kind, style in figures.items():
