@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from flowback.cli.console import say, show_table
+from flowback.cli.console import say
 from flowback.cli.options import parse
+from flowback.cli.train import show_run
 from flowback.config import DataConfig, RunConfig, StudentConfig, TrainConfig
 from flowback.errors import InputError
 
@@ -53,9 +54,6 @@ class Options:
 def run(argv: list[str]) -> None:
     """Train, and show where it ended."""
     options = parse(Options, argv, "distil", _settings)
-    from flowback.checked import to_dict
-    from flowback.files import write_json
-    from flowback.provenance import environment
     from flowback.training import distil, start
 
     given: dict[str, Any] = {"method": options.method, "coupling": options.coupling}
@@ -63,20 +61,9 @@ def run(argv: list[str]) -> None:
     base = _base(options)
     config = replace(base, data=options.data, train=options.train, student=student)
     result = distil(options.checkpoint, out=options.out, config=config)
-    row = result.metrics
-    if not start(config.train).is_main_process:
-        return
-    shown = [[label, row[name]] for name, label in SHOWN.items() if row.get(name) is not None]
-    show_table(
-        f"{result.config.student.method} after {row['step']:,} steps, {row['images']:,} images",
-        ["figure", "value"],
-        shown,
-        note=f"All others are in {options.out / 'metrics.jsonl'}.",
-    )
-    say(f"Student: {options.out}   (flowback sample {options.out} --out samples --compare compare.png)")
-    if options.json:
-        record = {"environment": environment(result.device), "config": to_dict(result.config), "result": row}
-        write_json(options.json, record)
+    if start(config.train).is_main_process:
+        show_run(result, result.config.student.method, SHOWN, options.out, options.json)
+        say(f"Student: {options.out}   (flowback sample {options.out} --out samples --compare compare.png)")
 
 
 def _base(options: Any) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,9 @@ from flowback.errors import InputError
 from flowback.files import write_json
 
 if TYPE_CHECKING:
-    from flowback.training import Trial
+    from flowback.training import TrainResult, Trial
 
-__all__ = ["Options", "run"]
+__all__ = ["Options", "run", "show_run"]
 
 
 BAD_SHOWN = 8
@@ -71,24 +72,25 @@ def run(argv: list[str]) -> None:
     if options.dry_run:
         _dry_run(config)
         return
-    from flowback.provenance import environment
     from flowback.training import start, train
 
     result = train(config, out=options.out, description=options.preset)
+    if start(config.train).is_main_process:
+        show_run(result, options.preset, ASKED_FOR, options.out, options.json)
+        say(f"Checkpoint: {options.out}   (flowback sample {options.out} --out samples)")
+
+
+def show_run(result: TrainResult, name: str, asked: Mapping[str, str], out: Path, json: Path | None) -> None:
+    """The figures at the end of a run that people ask for, by their labels; all of them go to ``json``."""
+    from flowback.provenance import environment
+
     row = result.metrics
-    if not start(config.train).is_main_process:
-        return
-    shown = [[label, row[name]] for name, label in ASKED_FOR.items() if row.get(name) is not None]
-    show_table(
-        f"{options.preset} after {row['step']:,} steps, {row['images']:,} images",
-        ["figure", "value"],
-        shown,
-        note=f"All others are in {options.out / 'metrics.jsonl'}.",
-    )
-    say(f"Checkpoint: {options.out}   (flowback sample {options.out} --out samples)")
-    if options.json:
+    shown = [[label, row[figure]] for figure, label in asked.items() if row.get(figure) is not None]
+    title = f"{name} after {row['step']:,} steps, {row['images']:,} images"
+    show_table(title, ["figure", "value"], shown, note=f"All others are in {out / 'metrics.jsonl'}.")
+    if json:
         record = {"environment": environment(result.device), "config": to_dict(result.config), "result": row}
-        write_json(options.json, record)
+        write_json(json, record)
 
 
 def _settings(seen: Any) -> dict[str, Any]:
