@@ -131,9 +131,9 @@ def assert_near(one: Path, two: Path, ema: float | None = None) -> None:
     """
     import torch
 
-    from flowback import Flow
+    from flowback import load
 
-    compared = ("nll", "alignment", "cosine", "z2", "log_scale", "grad_norm")
+    compared = ("nll", "loss", "alignment", "cosine", "z2", "h2", "log_scale", "grad_norm")
     rows = ((run / "metrics.jsonl").read_text().splitlines() for run in (one, two))
     for first, second in zip(*(map(json.loads, lines) for lines in rows), strict=True):
         assert first.keys() == second.keys()
@@ -141,7 +141,7 @@ def assert_near(one: Path, two: Path, ema: float | None = None) -> None:
         for name in first:
             if name.startswith(compared):
                 assert abs(second[name] - first[name]) < 1e-4 + 1e-3 * abs(first[name]), name
-    before, after = (Flow.from_pretrained(run, ema=ema).state_dict() for run in (one, two))
+    before, after = (load(run, ema=ema).state_dict() for run in (one, two))
     for name, value in before.items():
         other = after[name]
         if name.endswith("qkv.bias"):  # queries, keys, values

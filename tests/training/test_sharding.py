@@ -6,11 +6,13 @@ import json
 import math
 
 import pytest
+import torch
 
 import runs
 import sharded
-from flowback import InputError, checkpoint
+from flowback import Flow, InputError, StudentConfig, checkpoint
 from flowback.config import AlignmentConfig, TrainConfig
+from flowback.sampling.block_plan import weights_hash
 from flowback.training import Evaluator, distributed, start, train_loop
 from flowback.training.objective import Objective
 
@@ -137,6 +139,24 @@ def test_stopped_alone_and_finished_sharded(config, digits, whole, tmp_path):
     assert_near(whole, tmp_path / "run")
     held = [row["state_memory"] for row in rows(tmp_path / "run") if "nll" in row]
     assert held == [state_bytes(config, 1), state_bytes(config, 2), state_bytes(config, 2)]
+
+
+def test_a_sharded_student_is_that_of_one_process(config, digits, tmp_path):
+    """Its teacher, of which every process has all, is no part of what is shared out or stored."""
+    torch.manual_seed(0)
+    teacher = Flow(config.model)
+    teacher.save_pretrained(tmp_path / "teacher")
+    student = StudentConfig(
+        "inverse", str(tmp_path / "teacher"), weights_hash(teacher), guidance=1.0, rms=(1.0,) * 4
+    )
+    config = dataclasses.replace(config, alignment=AlignmentConfig(), student=student)
+    train_loop(config, digits, tmp_path / "whole")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, shard=True))
+    codes = runs.run(runs.training, config, tmp_path / "run", log=tmp_path / "log", processes=2)
+    assert codes == [0, 0], runs.printed(tmp_path / "log")
+    runs.assert_near(tmp_path / "whole", tmp_path / "run")
+    held, alone = ([row["state_memory"] for row in rows(tmp_path / run)] for run in ("run", "whole"))
+    assert all(0.5 <= part / all_of_it < 0.6 for part, all_of_it in zip(held, alone, strict=True))
 
 
 @pytest.mark.parametrize(
