@@ -40,7 +40,7 @@ from flowback.checked import from_dict, to_dict
 from flowback.config import RunConfig
 from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
-from flowback.files import foreign_file, write_json
+from flowback.files import file_hash, foreign_file, write_json
 from flowback.reading import read_json, read_tensors
 
 __all__ = [
@@ -219,7 +219,7 @@ def save(
         if training is not None:
             torch.save(training, temporary / "training.pt")
         settings = to_dict(config)
-        sums: dict[str, Any] = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        sums: dict[str, Any] = {file.name: file_hash(file) for file in sorted(temporary.iterdir())}
         sums["config.json"] = _section_sums(settings)
         write_json(temporary / "config.json", {"format": FORMAT, **settings, "sha256": sums})
         for name, content in (card or {}).items():
@@ -282,17 +282,12 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _verify(file: Path) -> None:
     """Compare a file of a checkpoint with its SHA-256 in config.json."""
     expected = _read_config(file.parent)["sha256"].get(file.name)
     if not file.is_file():
         raise InputError(f"{file} is missing: the checkpoint is incomplete; use another copy.")
-    if expected is not None and _sha256(file) != expected:
+    if expected is not None and file_hash(file) != expected:
         raise InputError(f"{file} is damaged: its SHA-256 is not the one in config.json; use another copy.")
 
 

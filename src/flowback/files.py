@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ __all__ = [
     "cache_folder",
     "check_file",
     "check_folder",
+    "file_hash",
     "foreign_file",
     "located",
     "no_cache",
@@ -58,6 +60,12 @@ def check_file(file: Path, option: str) -> None:
     if os.path.isdir(file):
         raise InputError(f"{option} {file} is a folder; give the name of a file.")
     check_folder(file.parent, option, file)
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; read in parts, so that its size does not matter."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def foreign_file(folder: Path, known: Callable[[str], bool]) -> Path | None:

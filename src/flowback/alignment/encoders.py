@@ -34,9 +34,10 @@ from torch.nn import functional as F
 from flowback import hub
 from flowback.alignment.loss import resample
 from flowback.errors import InputError, nearest
+from flowback.files import file_hash
 from flowback.reading import open_regular, read_tensors
 
-__all__ = ["Encoder", "Recipe", "create_encoder", "register_encoder", "weights_hash"]
+__all__ = ["Encoder", "Recipe", "create_encoder", "register_encoder", "weights_file_hash"]
 
 logger = logging.getLogger(__name__)
 
@@ -397,7 +398,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def weights_hash(path: Path | None) -> str | None:
+def weights_file_hash(path: Path | None) -> str | None:
     """SHA-256 of the file of weights that ``path`` means; None for None, an encoder's default weights.
 
     Raises:
@@ -406,8 +407,7 @@ def weights_hash(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        with _weights_file(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(_weights_file(path))
     except OSError:
         raise InputError(f"No encoder weights at {path}; check the path.") from None
 

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from flowback.alignment.encoders import Encoder, create_encoder, weights_hash
+from flowback.alignment.encoders import Encoder, create_encoder, weights_file_hash
 from flowback.config import AlignmentConfig, RunConfig
 from flowback.data.image_set import FeatureTable, ImageSet, Subset, evenly
 from flowback.data.load import load_images
@@ -386,7 +386,7 @@ def _prepared(seen: ImageSet, wanted: AlignmentConfig, grid: int) -> FeatureTabl
         return None
     stored = table.settings
     key = (stored.encoder, stored.grid, stored.file)
-    if key != (wanted.encoder, grid, weights_hash(wanted.weights)):
+    if key != (wanted.encoder, grid, weights_file_hash(wanted.weights)):
         logger.info(
             "%s was prepared with features of %s on a %dx%d grid%s, not those asked for: the encoder runs.",
             *(seen.name, stored.encoder, stored.grid, stored.grid),

@@ -172,11 +172,11 @@ def _encoder(options: Options) -> tuple[Maker | None, FeatureSettings | None]:
     """The encoder's features of images, and what decides them."""
     if options.encoder is None or options.encoder_grid is None:
         return None, None
-    from flowback.alignment.encoders import create_encoder, weights_hash
+    from flowback.alignment.encoders import create_encoder, weights_file_hash
     from flowback.data.image_set import FeatureSettings
     from flowback.devices import pick_device
 
-    grid, file = options.encoder_grid, weights_hash(options.encoder_weights)
+    grid, file = options.encoder_grid, weights_file_hash(options.encoder_weights)
     device = pick_device(options.device, "--device")
     encoder = create_encoder(options.encoder, options.encoder_weights).to(device)
     settings = FeatureSettings(

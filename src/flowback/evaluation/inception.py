@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from flowback.errors import InputError
+from flowback.files import file_hash
 from flowback.reading import is_state_dict, read_tensors
 
 __all__ = ["Inception", "InceptionFeatures", "load_inception", "spatial_features"]
@@ -138,8 +139,7 @@ def _is_published(file: Path, url: str) -> bool:
     expected = re.search(r"-([0-9a-f]{8,})\.pth$", url)
     if expected is None or not file.is_file():
         return True
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest().startswith(expected[1])
+    return file_hash(file).startswith(expected[1])
 
 
 def _read(file: Path) -> dict[str, Any]:

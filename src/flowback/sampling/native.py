@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowback.files import cache_folder
+from flowback.files import cache_folder, file_hash
 from flowback.flow import affine
 from flowback.flow.block import Block
 from flowback.nn.transformer import Layer
@@ -109,8 +109,7 @@ def _compiled(compiler: list[str], folder: Path) -> Path:
 
 
 def _file_name(key: str, file: Path) -> str:
-    content = hashlib.sha256(file.read_bytes()).hexdigest()
-    return f"decode-{key}-{content[:32]}.so"
+    return f"decode-{key}-{file_hash(file)[:32]}.so"
 
 
 def _run(command: list[str]) -> str:

@@ -13,7 +13,6 @@ refused, with what differs; a record of another evaluation is made again from th
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
+from flowback.files import file_hash
 from flowback.folder_lock import folder_lock
 from flowback.presets import PRESETS, TABLES, Preset
 from flowback.provenance import code_hash, environment
@@ -233,7 +233,7 @@ class _Job:
             guidance, search = 0.0, ()  # nothing to guide towards
         return {
             "kind": "quality",
-            "inception": weights and _sha256(weights),
+            "inception": weights and file_hash(weights),
             "options": to_dict(
                 EvaluateConfig(
                     samples=self.samples,
@@ -371,8 +371,3 @@ class _Job:
             rows.append(Row(name, preset.about, [], values, mean, dict.fromkeys(mean), published))
         columns = [figure for figure in self.paper.figures if figure in rows[0].mean]
         return self._table(columns, rows, {}, [])
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
