@@ -109,6 +109,7 @@ def test_noise_of_a_level_is_that_of_a_flow_with_it_alone():
     [
         ({"noise": "range"}, None, "give the level of its images as noise, from 0.05 to 0.5"),
         ({"noise": "range"}, 0.6, "0.6 is outside the range that the flow is trained on, 0.05 to 0.5"),
+        ({"noise": "range"}, 0.5001, "0.5001 is outside the range"),
         ({"noise": "range"}, 0.0, "0 is outside the range"),
         ({"noise": "range"}, math.nan, "nan is outside the range"),
         ({"noise": "range"}, torch.tensor([0.1, 0.01, 0.2]), "0.01 is outside the range"),
