@@ -258,3 +258,13 @@ def test_the_level_where_none_is_named():
         classify(flow, images, noise=0.6)
     with pytest.raises(InputError, match=r"0\.3 is not that of this flow"):
         classify(random_flow(noise_std=0.1), some_images(2), noise=0.3)
+
+
+@pytest.mark.parametrize("method", ["gradient", "normalised", "exhaustive"])
+def test_several_levels_average_their_scores(method):
+    """The noise of a seed is the same at all of them; to 1e-12, another order of sums."""
+    flow, images, seeds = ranged_flow(), some_images(3, torch.float64), [3, 4, 5]
+    each = [classify(flow, images, method, level, seeds=seeds) for level in (0.1, 0.2, 0.4)]
+    found = classify(flow, images, method, (0.1, 0.2, 0.4), seeds=seeds)
+    torch.testing.assert_close(found, torch.stack(each).mean(0), atol=1e-12, rtol=0)
+    assert not torch.allclose(found, each[0])
