@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from flowback.cli.console import say, show_table
-from flowback.cli.options import parse
+from flowback.cli.options import default_folder, parse
 from flowback.config import FolderConfig, SampleConfig
 from flowback.errors import InputError
 from flowback.files import write_json
@@ -98,7 +98,7 @@ def _places(options: Options) -> Iterator[tuple[Path, FolderConfig]]:
     if options.out is not None:
         yield options.out, options.images
         return
-    first = Path("samples", options.checkpoint.resolve().name.replace("@", "-"))
+    first = default_folder("samples", options.checkpoint)
     for number in itertools.count(1):
         out = first if number == 1 else first.with_name(f"{first.name}-{number}")
         yield out, replace(options.images, grid=options.images.grid or out.with_name(f"{out.name}.png"))
