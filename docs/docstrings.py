@@ -16,5 +16,5 @@ class Docstrings(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Called for each object that was read."""
         if obj.docstring:
-            text = ROLE.sub("", obj.docstring.value).replace("::\n\n    ", ":\n\n    ")
+            text = ROLE.sub("", obj.docstring.value)
             obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", text, flags=re.MULTILINE)

@@ -39,7 +39,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links between files of the repository, as links between pages."""
+    """Links between files of the repository, as links between pages; guides first in the search."""
+    if page.file.src_uri.startswith("reference/"):
+        page.meta["search"] = {"boost": 0.2}
     if "/" in page.file.src_uri:  # written for the site
         return markdown
     return LINK.sub(lambda link: f"]({_target(link[1])})", markdown)

@@ -251,6 +251,9 @@ def test_images_out_of_range_are_written_counted_and_named(flow, tmp_path, monke
     monkeypatch.setattr(folders.Sampler, "__call__", bright)
     report = draw_folder(flow, tmp_path, count=4, batch_size=3)
     assert (report.drawn, report.out_of_range) == (4, 1)
-    assert "1 of 4 images leave [-1, 1] by far: image 2." in report.notices
+    assert (
+        "1 of 4 images have values more than 0.5 outside [-1, 1], which are clipped: image 2."
+        in report.notices
+    )
     assert report.to_dict()["result"]["out_of_range"] == 1
     assert read_png(tmp_path / "000002.png")[0].max() == 0

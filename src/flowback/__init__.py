@@ -4,18 +4,18 @@ TARFlow (arXiv 2412.06329), trained on likelihood alone, or with its features al
 vision encoder (arXiv 2511.22345). Images are tensors (B, C, H, W) on [-1, 1].
 
 Create a flow, or load a trained one (a run, a checkpoint, one that comes along, or ``owner/name`` on the
-Hugging Face Hub)::
+Hugging Face Hub):
 
     flow = flowback.create_flow("digits", num_classes=10)
     flow = flowback.load("fashion")
 
-Train a preset, or add alignment to a training loop of your own::
+Train a preset, or add alignment to a training loop of your own:
 
     flow = flowback.train(flowback.get_preset("digits-reverse").config, out="runs/digits").flow
     align = flowback.Alignment(flow.config, flowback.create_encoder())
     align(flow, flow.add_noise(images, seeds), labels, clean=images).loss.backward()
 
-Sample, classify, evaluate::
+Sample, classify, evaluate:
 
     images = flow.sample(labels=[3, 7], seeds=[0, 1], guidance=1.5)
     classes = flowback.classify(flow, images).argmax(1)

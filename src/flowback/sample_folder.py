@@ -44,6 +44,7 @@ __all__ = [
     "Draw",
     "Drawn",
     "Failed",
+    "OtherImagesError",
     "SampleFolder",
     "SampleReport",
     "class_ids",
@@ -151,7 +152,8 @@ def draw_folder(
         **options: fields of :class:`FolderConfig` and of :class:`flowback.SampleConfig` that replace theirs.
 
     Raises:
-        InputError: options that do not fit the model or each other, or a folder with other images.
+        InputError: options that do not fit the model or each other.
+        OtherImagesError: a folder with images drawn in another way; an :class:`InputError`, too.
 
     Example:
         >>> import flowback, tempfile
@@ -288,6 +290,10 @@ def _denoising(sampler: Sampler) -> dict[str, Any] | None:
     return how if sampler.levels and (how["clamp"] or how["guidance"]) else None
 
 
+class OtherImagesError(InputError):
+    """A folder holds images that were drawn with other settings or weights."""
+
+
 class Draw(Protocol):
     """How the images of a folder are made."""
 
@@ -354,7 +360,7 @@ class Drawn:
     failed: tuple[Failed, ...]
     """Images that stayed non-finite; they were not written."""
     faults: Faults
-    """Of the images written, those that leave [-1, 1] by far."""
+    """Of the images written, those with values far outside [-1, 1]."""
 
 
 class SampleFolder:
@@ -367,7 +373,7 @@ class SampleFolder:
         batch_size: images drawn at once.
 
     Raises:
-        InputError: the folder holds other images.
+        InputError: the folder holds something else; :class:`OtherImagesError`: images of other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], count: int, batch_size: int) -> None:
@@ -387,7 +393,7 @@ class SampleFolder:
             for key in sorted({*stored, *self.settings}):
                 if stored.get(key) != self.settings.get(key):
                     was, now = stored.get(key), self.settings.get(key)
-                    raise InputError(
+                    raise OtherImagesError(
                         f"{self.path} holds images drawn with {key} = {was}, not {now}; "
                         "choose another --out, or continue with the same settings."
                     )

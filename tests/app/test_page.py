@@ -280,6 +280,8 @@ def test_a_phone_in_the_dark(browser, address):
         assert phone.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
     phone.locator("#draw-button").tap()
     images(phone, "draw-result", 16)
+    last = "document.querySelector('#draw-result figure:last-child')"
+    phone.wait_for_function(f"{last}.getBoundingClientRect().bottom <= innerHeight")  # the page has scrolled
     assert phone.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     background = phone.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, re.findall(r"\d+", background)[:3])) < 60

@@ -211,3 +211,13 @@ def test_pictures_of_ones_own(flowback, named, photos, tmp_path):
     code, _, err = flowback("classify", model, "--images", photos, "--method", "both", "--out", tmp_path)
     assert code == 2
     assert "--images takes one rule" in err
+
+
+def test_a_flow_by_name_leaves_its_report_here(flowback, tmp_path, monkeypatch):
+    """The overview's example, which must not write into the package."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (28, 28), 90).save("photo.png")
+    code, out, err = flowback("classify", "fashion", "--images", "photo.png", "--device", "cpu")
+    assert code == 0, err
+    assert "Written: evaluation/fashion/predictions.csv" in out
+    assert (tmp_path / "evaluation" / "fashion" / "predictions.json").is_file()

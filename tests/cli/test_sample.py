@@ -50,6 +50,23 @@ def test_writes_images_grid_npz_trajectory(flowback, checkpoint, tmp_path):
     assert "images/s" in out
 
 
+def test_without_out_other_options_go_elsewhere(flowback, checkpoint, tmp_path, monkeypatch):
+    """Nobody who tries options has to name folders; the same options find their images again."""
+    monkeypatch.chdir(tmp_path)
+    words = ("sample", checkpoint[0], "--count", 2, *CPU)
+    assert flowback(*words)[0] == 0
+    code, out, _ = flowback(*words, "--guidance", 1)
+    assert code == 0
+    assert "samples/checkpoint-2.png" in out
+    for more, name in (((), "checkpoint"), (("--guidance", 1), "checkpoint-2")):
+        code, out, _ = flowback(*words, *more)
+        assert code == 0
+        assert "2 images were there already." in out
+        assert f"All in one picture: samples/{name}.png" in out
+    names = ["checkpoint", "checkpoint-2", "checkpoint-2.png", "checkpoint.png"]
+    assert sorted(place.name for place in (tmp_path / "samples").iterdir()) == names
+
+
 def test_plan_then_auto(flowback, checkpoint, tmp_path):
     folder, _ = checkpoint
     code, out, _ = flowback("sample", folder, "--out", tmp_path / "a", "--count", 4, "--sampler", "auto")

@@ -31,8 +31,8 @@ def test_faults_are_counted_and_named_and_the_set_keeps_its_size():
     assert pixels[4, 0, 0, 0] == 255
     assert (faults.images, faults.nonfinite, faults.out_of_range, faults.clipped) == (6, 2, 1, 3)
     assert faults.sentences() == [
-        "2 of 6 images have values that are not finite; 1 of 6 images leave [-1, 1] by far: "
-        "seed 1, seed 2, seed 3."
+        "2 of 6 images have values that are not finite; 1 of 6 images have values more than 0.5 outside "
+        "[-1, 1], which are clipped: seed 1, seed 2, seed 3."
     ]
     assert Faults().sentences() == []
 

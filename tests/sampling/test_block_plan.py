@@ -147,6 +147,15 @@ def test_the_sampler_that_is_asked_for(made, tmp_path):
     assert "another checkpoint" in notice
 
 
+def test_the_plan_of_a_flow_that_comes_along_is_not_kept_in_the_package(made, tmp_path, monkeypatch):
+    folder, flow, plan = made
+    monkeypatch.setattr(plans, "PACKAGED", folder.parent)
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path))
+    assert plan_file(folder).is_relative_to(tmp_path)
+    save_plan(plan, plan_file(folder))
+    assert resolve_plan(flow, CONFIG, folder)[0] == plan.blocks
+
+
 def test_the_hash_of_weights_is_that_of_their_file(made):
     """So that figures, plans and folders of samples name the same weights, in a file or not."""
     folder, flow, _ = made

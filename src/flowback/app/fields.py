@@ -51,8 +51,15 @@ def words(text: str) -> gr.HTML:
 
 
 def result(identity: str) -> gr.HTML:
-    """Where a handler's result appears."""
-    return gr.HTML("", elem_id=identity, min_height=40, apply_default_css=False)
+    """Where a handler's result appears; the page scrolls to what would be below its end."""
+    scroll = "requestAnimationFrame(() => element.scrollIntoView({ block: 'nearest', behavior: 'smooth' }))"
+    return gr.HTML(
+        "",
+        elem_id=identity,
+        min_height=40,
+        apply_default_css=False,
+        js_on_load=f"watch('value', () => {scroll});",
+    )
 
 
 def connect(

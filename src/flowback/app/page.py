@@ -62,19 +62,13 @@ def build(flows: Flows) -> gr.Blocks:
 
 
 def _heading(flows: Flows) -> str:
-    flow, config = flows.own, flows.own.config
-    count = sum(parameter.numel() for parameter in flow.parameters())
-    about = (
-        f"{flows.names[0]}: images of {config.image_size}×{config.image_size}, "
-        f"{config.num_classes or 'no'} classes, {config.blocks} blocks, {count:,} parameters."
-    )
-    return f"<h1>flowback</h1>{pictures.sentence(about)}"
+    return f"<h1>flowback</h1>{pictures.sentence(f'{flows.names[0]}: {flows.own.about}')}"
 
 
 def _draw(
     flow: Flow, label: Any, seed: Any, guidance: Any, count: int
 ) -> Iterator[tuple[str, Tensor, list[str]]]:
-    """Stage, images so far and their names, each time something is new."""
+    """What is new, images so far and their names, each time something is."""
     labels, first = read_labels(label, flow.config, count), read_seed(seed)
     scale = guidance_scale(guidance, labels is not None)
     kinds = [""] * count if labels is None else [f"{class_names(flow)[k]}, " for k in labels]
@@ -85,7 +79,9 @@ def _draw(
     for index, (part, state) in enumerate(sampler.follow(labels, range(first, first + count))):
         stage = index % len(stages)
         images[part] = (state if stage >= flow.config.blocks else pictures.stretched(state)).cpu().float()
-        yield stages[stage], images, names
+        end = part.start + len(state)
+        whole_set = len(state) == count or (end == count and stage == len(stages) - 1)
+        yield stages[stage] + ("" if whole_set else f", images {part.start + 1} to {end}"), images, names
 
 
 def _stages(blocks: int, steps: int) -> list[str]:
@@ -100,6 +96,7 @@ def _drawing_level(flow: Flow) -> float | None:
 
 
 def _draw_tab(flow: Flow) -> None:
+    words("The noise of each seed becomes an image. Guidance makes its class clearer; 0 is off.")
     fields = sample_fields(flow, each=True)
     count = gr.Slider(1, MOST_IMAGES, value=16, step=1, label="Images")
     button = gr.Button("Draw", variant="primary", elem_id="draw-button")
@@ -133,6 +130,7 @@ def _trajectory_tab(flow: Flow) -> None:
 
 
 def _read_tab(flow: Flow) -> None:
+    words("How likely the flow finds an image, which class it sees in it, and its z, which gives it back.")
     with gr.Row():
         with gr.Column(min_width=280):
             field, fields = picture_field(flow, "read-picture", "Image to read")
@@ -242,6 +240,7 @@ def _compare_tab(flows: Flows) -> None:
     if len(flows.names) < 2:
         words("There is one flow here. Start the app with two runs to compare them.")
         return
+    words("Two flows make images of the same noise.")
     with gr.Row():
         one = gr.Dropdown(
             flows.names, value=flows.names[0], label="First flow", filterable=False, min_width=280

@@ -14,9 +14,10 @@ from flowback.files import cache_folder
 __all__ = ["Options", "run"]
 
 
-KEPT = ("features", "statistics", "native")
-"""Encoder features of data sets, statistics of references, compiled decoders. Nothing else is touched: the
-folder is the user's to choose, and downloaded data sets lie there, too."""
+KEPT = ("features", "statistics", "native", "plans")
+"""Encoder features of data sets, statistics of references, compiled decoders, plans of the flows that come
+with flowback. Nothing else is touched: the folder is the user's to choose, and downloaded data sets lie
+there, too."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Options:
     """
 
     clear: tuple[str, ...] = ()
-    """Remove these parts; `all` removes all three."""
+    """Remove these parts; `all` removes all of them."""
 
 
 def run(argv: list[str]) -> None:

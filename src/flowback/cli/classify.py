@@ -42,7 +42,7 @@ class Options:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's folder (its newest checkpoint)."""
+    """A checkpoint folder, a run's folder (its newest checkpoint), or a name (`fashion`, `owner/name`)."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images; by default those of the checkpoint. Short forms: `--data NAME`, `--data FOLDER`."""
     images: Path | None = None
@@ -76,7 +76,8 @@ class Options:
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     out: Path | None = None
-    """Folder of the report and the pictures; by default `evaluation` in the checkpoint's folder."""
+    """Folder of the report and the pictures; by default `evaluation` in the checkpoint's folder, or
+    `evaluation/NAME` for a flow by name."""
     json: Path | None = None
     """Also write the report to this file."""
 

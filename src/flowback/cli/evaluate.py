@@ -38,7 +38,8 @@ class Options:
     """
 
     subject: tyro.conf.Positional[Path]
-    """A checkpoint folder, a run's folder (its newest checkpoint), or images."""
+    """A checkpoint folder, a run's folder (its newest checkpoint), a name (`fashion`, `owner/name`), or
+    images."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data; by default those of the checkpoint. Short forms: `--data NAME`, `--data FOLDER`."""
     measure: Annotated[Measure, tyro.conf.arg(name="")] = field(default_factory=Measure)
@@ -48,8 +49,8 @@ class Options:
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     out: Path | None = None
-    """Folder of the report and the pictures; by default `evaluation` in the checkpoint's folder, and none for
-    images."""
+    """Folder of the report and the pictures; by default `evaluation` in the checkpoint's folder, or
+    `evaluation/NAME` for a flow by name, and none for images."""
     json: Path | None = None
     """Also write the report to this file."""
 

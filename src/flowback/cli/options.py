@@ -18,6 +18,7 @@ from flowback.files import check_file, check_folder
 __all__ = [
     "LEVELS",
     "SEARCH",
+    "default_folder",
     "guidance_scales",
     "is_checkpoint",
     "names_flow",
@@ -164,18 +165,25 @@ def _shorthand(value: str, path_given: bool) -> list[str]:
     return ["--data.name", value, *(() if path_given else ("--data.path", "None"))]
 
 
+def default_folder(kind: str, name: Path) -> Path:
+    """Where what is made of a flow goes, if not told: ``kind``/its name, in the present folder."""
+    return Path(kind, name.resolve().name.replace("@", "-"))
+
+
 def out_folder(out: Path | None, subject: Path) -> Path:
     """The folder of records and pictures, checked before the work: as asked, or beside the checkpoint.
 
+    Those of a flow that comes with flowback or from the Hub go to ``evaluation/NAME`` in the present folder.
+
     Raises:
-        InputError: it cannot be written, or ``subject`` is no checkpoint that lies in a folder here.
+        InputError: it cannot be written, or ``subject`` is no checkpoint.
     """
+    folder = out or subject / "evaluation"
     if out is None and not is_checkpoint(subject):
         from flowback import checkpoint
 
         checkpoint.resolve(checkpoint.fetch(subject))
-        raise InputError(f"{subject} is no folder here; say with --out where the report goes.")
-    folder = out or subject / "evaluation"
+        folder = default_folder("evaluation", subject)
     check_folder(folder, "--out")
     return folder
 

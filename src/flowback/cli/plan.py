@@ -28,7 +28,8 @@ class Options:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's folder (its newest checkpoint)."""
+    """A checkpoint folder, a run's folder (its newest checkpoint), or a flow that comes with flowback, whose
+    plan is kept in the cache."""
     sampling: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""

@@ -25,14 +25,15 @@ class Options:
     """Linear probe, nearest neighbours and alignment with an encoder, at every (block, layer)."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's folder (its newest checkpoint)."""
+    """A checkpoint folder, a run's folder (its newest checkpoint), or a name (`fashion`, `owner/name`)."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images; those of the checkpoint unless given. `--data NAME` or `--data FOLDER` for short."""
     probe: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
     out: Path | None = None
-    """Folder of the report and the plot; by default `evaluation` in the checkpoint's folder."""
+    """Folder of the report and the plot; by default `evaluation` in the checkpoint's folder, or
+    `evaluation/NAME` for a flow by name."""
     json: Path | None = None
     """Also write the report to this file."""
 

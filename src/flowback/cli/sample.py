@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from flowback.cli.console import say, show_table
-from flowback.cli.options import parse
+from flowback.cli.options import default_folder, parse
 from flowback.config import FolderConfig, SampleConfig
 from flowback.errors import InputError
 from flowback.files import write_json
@@ -32,7 +34,8 @@ class Options:
     """A checkpoint folder, a run's folder (its newest checkpoint), a flow that comes with flowback
     (`fashion`), or a name on the Hub (`owner/name`, `owner/name@revision`)."""
     out: Path | None = None
-    """Folder of the images, one PNG each; by default `samples/NAME`, with all in one picture beside it."""
+    """Folder of the images, one PNG each; by default `samples/NAME`, with all in one picture beside it, or
+    `samples/NAME-2` and so on where that holds images drawn with other options."""
     images: tyro.conf.OmitArgPrefixes[FolderConfig] = field(default_factory=FolderConfig)
     sampling: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
     vae: str | None = None
@@ -52,13 +55,12 @@ def run(argv: list[str]) -> None:
     from flowback.data.vae import open_codec
     from flowback.model import Flow, load
     from flowback.processes import Processes
-    from flowback.sample_folder import class_ids, draw_folder
+    from flowback.sample_folder import OtherImagesError, class_ids, draw_folder
     from flowback.sampling.block_plan import resolve_plan
 
     processes = Processes(options.device)
     checkpoint = checkpoints.resolve(checkpoints.fetch(options.checkpoint))
     model = load(checkpoint, processes.device)
-    out, images = _places(options)
     if processes.is_main:
         say(f"{options.checkpoint}: {model.about}")
     codec = open_codec(
@@ -71,7 +73,13 @@ def run(argv: list[str]) -> None:
         ids = dict.fromkeys(class_ids(model, options.images.labels))
         named = (f"{model.classes[k]} (id {k})" if model.classes else f"id {k}" for k in ids)
         say(f"Classes drawn: {', '.join(named)}")
-    report = draw_folder(model, out, images, sampling=options.sampling, plans=plans, codec=codec)
+    for out, images in _places(options):
+        try:
+            report = draw_folder(model, out, images, sampling=options.sampling, plans=plans, codec=codec)
+            break
+        except OtherImagesError:
+            if options.out is not None:
+                raise
     if processes.is_main:
         for sentence in (*([notice] if notice else []), *report.notices):
             say(sentence)
@@ -85,12 +93,15 @@ def run(argv: list[str]) -> None:
         raise InputError(report.problem)
 
 
-def _places(options: Options) -> tuple[Path, FolderConfig]:
-    """Where the images go, and what else is written."""
+def _places(options: Options) -> Iterator[tuple[Path, FolderConfig]]:
+    """Where the images may go, the best place first, and what else is written there."""
     if options.out is not None:
-        return options.out, options.images
-    out = Path("samples", options.checkpoint.resolve().name.replace("@", "-"))
-    return out, replace(options.images, grid=options.images.grid or out.with_name(f"{out.name}.png"))
+        yield options.out, options.images
+        return
+    first = default_folder("samples", options.checkpoint)
+    for number in itertools.count(1):
+        out = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        yield out, replace(options.images, grid=options.images.grid or out.with_name(f"{out.name}.png"))
 
 
 def _show(report: SampleReport) -> None:

@@ -402,7 +402,7 @@ class Faults:
         )
         counts = (
             (self.nonfinite, "have values that are not finite"),
-            (self.out_of_range, "leave [-1, 1] by far"),
+            (self.out_of_range, "have values more than 0.5 outside [-1, 1], which are clipped"),
         )
         problems = [f"{count} of {self.images} images {what}" for count, what in counts if count]
         sentences = [f"{'; '.join(problems)}: {named}."] if problems else []

@@ -22,9 +22,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flowback.checked import from_dict
+from flowback.checkpoint import PACKAGED
 from flowback.config import SampleConfig
 from flowback.errors import InputError
-from flowback.files import write_json
+from flowback.files import cache_folder, write_json
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.image_model import ImageModel
@@ -162,7 +163,7 @@ def resolve_plan(
     if config.sampler != "auto":
         return BlockPlan.windows(flow, config), None
     if folder is None or not plan_file(folder).is_file():
-        return None, f"Sequential: {folder or 'the model'} has no plan; `flowback plan` makes one."
+        return None, "Sequential: the model has no plan; `flowback plan` makes one."
     plan = load_plan(plan_file(folder))
     misfit = plan.misfit(wanted(flow, config))
     if misfit:
@@ -342,7 +343,9 @@ def _verified(
 
 
 def plan_file(checkpoint: Path) -> Path:
-    """Where the plan of a checkpoint lies: in its folder."""
+    """Where the plan of a checkpoint lies: in its folder; of one that comes with flowback, in the cache."""
+    if checkpoint.parent == PACKAGED:
+        return cache_folder() / "plans" / f"{checkpoint.name}.json"
     return checkpoint / "sampling-plan.json"
 
 
