@@ -19,6 +19,7 @@ __all__ = [
     "cache_folder",
     "check_file",
     "check_folder",
+    "check_outside",
     "foreign_file",
     "located",
     "no_cache",
@@ -58,6 +59,19 @@ def check_file(file: Path, option: str) -> None:
     if os.path.isdir(file):
         raise InputError(f"{option} {file} is a folder; give the name of a file.")
     check_folder(file.parent, option, file)
+
+
+def check_outside(out: Path, images: Path) -> None:
+    """Refuse to write into a folder of images, at any depth: what lies there would become a class of them.
+
+    Raises:
+        InputError: ``out`` is ``images``, or lies in it.
+    """
+    if out.resolve().is_relative_to(images.resolve()):
+        raise InputError(
+            f"--out {out} lies in {images}, the folder of the images, and would become a part of them; "
+            "choose a place outside."
+        )
 
 
 def foreign_file(folder: Path, known: Callable[[str], bool]) -> Path | None:
