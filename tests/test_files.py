@@ -42,6 +42,16 @@ def test_a_folder_of_others_is_refused_before_the_work(tmp_path, monkeypatch):
         files.check_file(tmp_path / "new" / "file.json", "--json")
 
 
+@pytest.mark.parametrize("inside", [".", "new", "cats/deep/new", "../link/new"])
+def test_a_place_among_the_images_is_refused(tmp_path, inside):
+    """What is written there would be a class of the set, the next time it is read."""
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    with pytest.raises(InputError, match=r"--out .* lies in .*photos, the folder of the images"):
+        files.check_outside(tmp_path / "photos" / inside, tmp_path / "photos")
+    files.check_outside(tmp_path / "photos2", tmp_path / "photos")
+
+
 def test_a_failure_in_the_middle_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")

@@ -8,6 +8,7 @@ import torch
 from fake_hub import COMMIT, FakeHub
 from flowback import Flow, InputError, ModelConfig, checkpoint, create_encoder, hub
 from flowback.config import CodecConfig
+from flowback.data.hf_datasets import open_hub
 from flowback.data.vae import open_codec
 from flowback.model_card import Card
 
@@ -98,7 +99,6 @@ def test_a_silent_hub_is_asked_once(silent):
     )
 
 
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # diffusers still gives it
 def test_a_silent_hub_costs_others_no_time(silent):
     """File by file, as timm and diffusers fetch, the client repeats each request, and sleeps in between."""
     from huggingface_hub import errors, hf_hub_download
@@ -109,6 +109,10 @@ def test_a_silent_hub_costs_others_no_time(silent):
         create_encoder("timm:test_vit")
     with pytest.raises(InputError, match=r"The VAE someone/vae cannot be loaded \(the Hub does not answer"):
         open_codec(CodecConfig("someone/vae"))
+    with pytest.raises(
+        InputError, match=r"hf:someone/set cannot be loaded .*\(the Hub does not answer, nor has"
+    ):
+        open_hub("hf:someone/set", 0.0)
 
 
 def test_a_hub_that_is_switched_off(fake, monkeypatch):

@@ -62,7 +62,7 @@ def test_a_published_folder(flow, tmp_path):
     text = files["README.md"].decode()
     for part in (
         "license: mit",
-        "# me/pets\n\nA TARFlow of 0.0 M parameters for images of 8x8x1 in 2 classes",
+        "# me/pets\n\nA TARFlow of 8,384 parameters for images of 8x8x1 in 2 classes",
         "trained on 30 images of a folder called pets",
         'from_pretrained("me/pets")',
         "| nll of the noised test images (nats/dim) | -0.5 ± 0.01 |",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flowback.errors import printable, shorten
-from flowback.reading import parse_json, read_json, read_tensors, read_yaml
+from flowback.reading import parse_json, read_json, read_tensors, read_text, read_yaml
 from fuzzing import little_room
 
 
@@ -51,11 +51,21 @@ def test_a_file_of_json_or_yaml_has_a_size(file):
 
 def test_what_could_wait_for_ever_is_not_opened(file):
     os.mkfifo(file)
-    for read in (read_json, read_yaml, read_tensors):
+    for read in (read_json, read_yaml, read_tensors, read_text):
         with pytest.raises(OSError, match="Not a file"):
             read(file)
     with pytest.raises(IsADirectoryError):
         read_json(file.parent)
+
+
+def test_text(file):
+    file.write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\n")
+    assert read_text(file) == "caf\xe9\r\n"
+    with pytest.raises(ValueError, match="more than 0 KiB"):
+        read_text(file, limit=9)
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="not text in UTF-8"):
+        read_text(file)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def classify(
         require(len(noise) > 0, "There are no noise levels to classify at; give at least one.")
         each = [classify(flow, images, method, level, draws, seeds, steps, step_size) for level in noise]
         return sum(each[1:], each[0]) / len(each)
+    flow.check_images(images)
     images = images.to(flow.device, flow.data_dtype)
     levels = flow.levels(_level(flow.config, noise), len(images))
     noised = [images]

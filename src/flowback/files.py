@@ -20,6 +20,7 @@ __all__ = [
     "cache_folder",
     "check_file",
     "check_folder",
+    "check_outside",
     "file_hash",
     "foreign_file",
     "located",
@@ -60,6 +61,19 @@ def check_file(file: Path, option: str) -> None:
     if os.path.isdir(file):
         raise InputError(f"{option} {file} is a folder; give the name of a file.")
     check_folder(file.parent, option, file)
+
+
+def check_outside(out: Path, images: Path) -> None:
+    """Refuse to write into a folder of images, at any depth: what lies there would become a class of them.
+
+    Raises:
+        InputError: ``out`` is ``images``, or lies in it.
+    """
+    if out.resolve().is_relative_to(images.resolve()):
+        raise InputError(
+            f"--out {out} lies in {images}, the folder of the images, and would become a part of them; "
+            "choose a place outside."
+        )
 
 
 def file_hash(file: Path) -> str:

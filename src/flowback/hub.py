@@ -144,7 +144,9 @@ def reason(error: Exception, name: str, revision: str | None = None) -> str:
         return f"the Hub's cache {constants.HF_HUB_CACHE} cannot be written ({shorten(str(full))})"
     if any(type(each).__name__ == "IncompleteSnapshotError" for each in chain):  # not in older clients
         return "its copy in the cache is incomplete, and the Hub does not answer; connect, and try again"
-    if any(isinstance(each, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)) for each in chain):
+    offline = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
+    named = "LocalEntryNotFoundError" in str(error)  # all that `datasets` leaves of it
+    if named or any(isinstance(each, offline) for each in chain):
         silent = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "does not answer"
         return f"the Hub {silent}, nor has its cache a copy; connect, and try again"
     kinds = {each.__name__ for kind in chain for each in type(kind).__mro__}

@@ -79,8 +79,9 @@ class Flow(NamedModel, TARFlow):
             noise: its level, for a flow with a range of them.
 
         Raises:
-            InputError: a level that the flow does not have.
+            InputError: images that :meth:`check_images` refuses, or a level that the flow does not have.
         """
+        self.check_images(images)
         levels = self.levels(noise, len(images))
         return add_noise(images, self.config, seeds, levels=None if levels is None else levels.to(images))
 

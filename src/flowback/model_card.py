@@ -94,7 +94,9 @@ def about(config: RunConfig) -> str:
     classes = f" in {model.num_classes} classes" if model.num_classes else ", unconditional"
     size = f"{model.image_size}x{model.image_size}x{model.channels}"
     what = "latents" if config.codec.vae else "images"
-    text = f"A TARFlow of {parameters(model) / 1e6:.1f} M parameters for {what} of {size}{classes}"
+    count = parameters(model)
+    weights = f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count:,}"
+    text = f"A TARFlow of {weights} parameters for {what} of {size}{classes}"
     if data.name == "none":
         return text + "; its data are not recorded."
     source = _data_name(config)

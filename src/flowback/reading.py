@@ -1,8 +1,8 @@
 """JSON, YAML and tensors from files that may be damaged, or made to do harm: checked before they are used.
 
-JSON takes at most 64 MiB and YAML 128 KiB, both nest at most 64 deep, and their numbers are finite. Files of
-tensors run no code when they are read, and take no more memory than they have bytes. Nothing that could wait
-for ever, such as a named pipe, is opened.
+JSON takes at most 64 MiB, YAML 128 KiB and other text 1 GiB. JSON and YAML nest at most 64 deep, and their
+numbers are finite. Files of tensors run no code when they are read, and take no more memory than they have
+bytes. Nothing that could wait for ever, such as a named pipe, is opened.
 """
 
 from __future__ import annotations
@@ -23,12 +23,22 @@ from torch import Tensor
 
 from flowback.errors import shorten
 
-__all__ = ["is_state_dict", "open_regular", "parse_json", "read_json", "read_tensors", "read_yaml"]
+__all__ = [
+    "is_state_dict",
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "read_tensors",
+    "read_text",
+    "read_yaml",
+]
 
 JSON_LIMIT = 64 * 2**20
 """Bytes of a file of JSON."""
 YAML_LIMIT = 2**17
 """Bytes of a file of YAML, whose parser is slow."""
+TEXT_LIMIT = 2**30
+"""Bytes of a file of text, such as the labels of millions of images."""
 DEPTH = 64
 """Lists and objects inside one another."""
 
@@ -87,11 +97,7 @@ def read_yaml(file: Path) -> Any:
         OSError: the file cannot be opened.
         ValueError: no YAML, or beyond the bounds of this module.
     """
-    content = _limited(file, YAML_LIMIT)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("it is not text in UTF-8") from None
+    text = read_text(file, YAML_LIMIT)
     try:
         value = yaml.safe_load(text)
     except RecursionError:
@@ -101,6 +107,19 @@ def read_yaml(file: Path) -> Any:
     for _ in _items(value):
         pass
     return value
+
+
+def read_text(file: Path, limit: int = TEXT_LIMIT) -> str:
+    """A file of text in UTF-8, without its mark at the beginning; ends of lines stay as they are.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: other text, or more than ``limit`` bytes.
+    """
+    try:
+        return _limited(file, limit).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
 
 
 def _limited(file: Path, limit: int) -> bytes:

@@ -26,7 +26,7 @@ from flowback.config import FolderConfig, RunConfig, SampleConfig
 from flowback.data.pixels import Faults, quantise, to_unit_range
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
-from flowback.files import foreign_file, write_json
+from flowback.files import check_outside, foreign_file, write_json
 from flowback.folder_lock import folder_lock
 from flowback.model import Flow, Student
 from flowback.named_model import NamedModel
@@ -152,7 +152,7 @@ def draw_folder(
         **options: fields of :class:`FolderConfig` and of :class:`flowback.SampleConfig` that replace theirs.
 
     Raises:
-        InputError: options that do not fit the model or each other.
+        InputError: options that do not fit the model or each other, or a folder of the training images.
         OtherImagesError: a folder with images drawn in another way; an :class:`InputError`, too.
 
     Example:
@@ -179,6 +179,9 @@ def draw_folder(
     settings = _settings(flow, sampler, sampling, codec, labels, config)
     folder = SampleFolder(Path(out), settings, config.count, sampling.batch_size)
     config.check_place(folder.path)
+    data = (flow.run or RunConfig()).data
+    if data.name == "folder" and data.path is not None:
+        check_outside(folder.path, data.path)
     state.wait_for_everyone()  # all have looked at the folder before the first one changes it
     with folder_lock(folder.path, state.is_main_process):
         if state.is_main_process:

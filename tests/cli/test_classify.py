@@ -183,6 +183,7 @@ def test_bad_input(flowback, model, photos, tmp_path):
         ((bare,), "is an unconditional model"),
         ((model, "--data", photos), "2 classes, the model 10"),
         ((model, "--data", tmp_path / "nowhere"), "nowhere"),
+        ((model, "--images", tmp_path / "nowhere"), "nowhere is neither a picture nor a folder of pictures"),
         ((model, "--draws", 0), "at least 1"),
         ((model, "--limit", 0), "at least 1"),
         ((tmp_path / "nowhere",), "does not exist"),

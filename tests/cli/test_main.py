@@ -136,6 +136,25 @@ def test_a_run_that_was_stopped_says_how_it_goes_on(flowback, monkeypatch, stop,
 
 
 @pytest.mark.parametrize(
+    ("verb", "module", "said"),
+    [
+        ("sample", "sample", "; what is written is kept. Run the same command again to continue."),
+        ("prepare", "prepare", "; what is written is kept. Run the same command again to continue."),
+        ("evaluate", "evaluate", ", without a report. Run the same command again: it begins anew."),
+        ("presets", "list_presets", "."),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(flowback, monkeypatch, verb, module, said):
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"flowback.cli.{module}.run", stopped)
+    assert flowback(verb) == (130, "", f"flowback: Stopped by Ctrl-C{said}\n")
+    monkeypatch.setenv("RANK", "1")
+    assert flowback(verb) == (130, "", "")
+
+
+@pytest.mark.parametrize(
     ("number", "sentence"),
     [
         (errno.EACCES, "a.npy cannot be used: Permission denied; change that, or choose another place."),

@@ -94,6 +94,25 @@ def test_nothing_is_written_before_all_options_are_checked(flowback, model, tmp_
     assert sorted(model.iterdir()) == before
 
 
+@pytest.mark.parametrize("verb", ["train", "prepare", "sample", "distil"])
+def test_nor_among_the_images_of_a_set(flowback, photos, tmp_path, verb):
+    """A folder of samples in a folder of photographs would be one more class of them."""
+    config = RunConfig(
+        ModelConfig(image_size=8, patch_size=4, width=16, blocks=2, layers=1, head_dim=8, num_classes=2),
+        DataConfig("folder", photos),
+        classes=("china", "flower"),
+    )
+    checkpoint.save(tmp_path / "model", config, Flow(config.model, config.classes).state_dict())
+    subject = {"train": ["folder-32", "--data.path", photos, *TINY], "prepare": [photos]}
+    before = sorted(photos.rglob("*"))
+    code, _, error = flowback(
+        verb, *subject.get(verb, [tmp_path / "model"]), "--out", photos / "deep" / "new"
+    )
+    assert code == 2, error
+    assert f"lies in {photos}, the folder of the images, and would become a part of them" in error
+    assert sorted(photos.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     "words", [["--noise-std", "nan"], ["--patch-size", "0"], ["--patch-size", "2"]], ids=str
 )

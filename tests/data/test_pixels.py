@@ -177,6 +177,19 @@ def test_too_many_pixels(tmp_path, monkeypatch):
         decode(save(tmp_path, Image.new("L", (9, 9))), 4, 1)
 
 
+@pytest.mark.parametrize("side", [11, 13])
+def test_large_images_are_read_or_refused_without_pillows_warning(tmp_path, monkeypatch, side):
+    """Pillow warns from its limit on, and refuses from twice as many pixels; here warnings are errors."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("flowback.data.pixels.MOST_PIXELS", 150)
+    file = save(tmp_path, Image.new("L", (side, side)))
+    if side**2 < 150:
+        assert decode(file, 4, 1).shape == (1, 4, 4)
+    else:
+        with pytest.raises(UnreadableImageError, match=r"^too many pixels$"):
+            decode(file, 4, 1)
+
+
 def fixed(*values):
     """Numbers as ICC's 15.16 fixed point."""
     return b"".join(struct.pack(">i", round(value * 65536)) for value in values)

@@ -1,6 +1,7 @@
 """What `flowback prepare` reads: labels stay whole, and what could be read in two ways is refused."""
 
 import io
+import os
 import tarfile
 
 import pytest
@@ -115,12 +116,36 @@ def test_members_of_a_sample_may_stand_apart(tmp_path):
         ([("0.png", b""), ("1.cls", b"1")], r"1\.cls gives a class, but no image in this shard has its name"),
         ([("0.png", b""), ("0.cls", b"50000000")], "the label 50000000, but only 1 images; if it is right"),
         ([("0.png", b""), ("0.cls", b"true")], "holds the label true; labels are numbers from 0"),
+        ([("0.png", b""), ("0.cls", b"-1")], "holds the label -1; labels are numbers from 0"),
+        ([("0.png", b""), ("0.cls", b"null")], "holds the label null; labels are numbers from 0"),
+        ([("0.png", b""), ("0.cls", b"[1]")], "holds the label a list; labels are numbers from 0"),
     ],
-    ids=["mask", "dots", "two labels", "no image", "many classes", "true"],
+    ids=["mask", "dots", "two labels", "no image", "many classes", "true", "negative", "null", "list"],
 )
 def test_shards_that_can_be_read_in_two_ways(tmp_path, members, sentence):
     with pytest.raises(InputError, match=sentence):
         sharded(tmp_path, *members)
+
+
+@pytest.mark.parametrize("reader", ["--labels", "classes.txt"])
+def test_files_of_names_that_cannot_be_read(tmp_path, reader):
+    """A pipe would wait for ever, and Latin-1 is not UTF-8."""
+    (tmp_path / "0.png").touch()
+
+    def read():
+        if reader == "--labels":
+            return open_source(str(tmp_path), 8, 3, 0.0, tmp_path / "names")
+        return sharded(tmp_path / "shards", ("0.png", b""), ("0.cls", b"1"))
+
+    (tmp_path / "shards").mkdir()
+    file = tmp_path / "names" if reader == "--labels" else tmp_path / "shards" / "classes.txt"
+    os.mkfifo(file)
+    with pytest.raises(InputError, match=f"{reader}.* cannot be read: Not a file; "):
+        read()
+    file.unlink()
+    file.write_bytes(b"0.png,caf\xe9\n")
+    with pytest.raises(InputError, match=f"{reader}.* cannot be read: it is not text in UTF-8; "):
+        read()
 
 
 def test_names_of_classes_in_shards_differ(tmp_path):

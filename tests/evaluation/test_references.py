@@ -99,7 +99,7 @@ def test_folders(tmp_path):
     reference = load_reference(photos, 16, 3)
     assert len(reference.images) == 18  # all of them: nothing is held out
     assert reference.images.read(torch.tensor([0])).shape == (1, 3, 16, 16)
-    with pytest.raises(InputError, match="not squares of one size"):
+    with pytest.raises(InputError, match=r"not squares of one size \(a/0\.png 24x20, b/0\.png 30x20\)"):
         open_images(photos)
     samples = tmp_path / "samples"
     samples.mkdir()

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import math
+from inspect import unwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowback import Flow, InputError, ModelConfig
+from flowback import Flow, InputError, ModelConfig, classify
+from flowback.flow import TARFlow
+from flowback.sampling.editing import inpaint, interpolate
 from reference import ReferenceFlow, random_flow, random_images
 
 VARIANTS = [
@@ -247,6 +251,38 @@ def test_images_of_another_size_are_refused():
     flow = random_flow()
     with pytest.raises(InputError, match=r"takes images of shape \(B, 1, 8, 8\), not \(2, 1, 16, 16\)"):
         flow(torch.zeros(2, 1, 16, 16, dtype=torch.float64))
+
+
+DOORS = [  # without the check of shapes that only tests have
+    pytest.param(unwrap(TARFlow.forward), id="forward"),
+    pytest.param(unwrap(TARFlow.log_prob), id="log_prob"),
+    pytest.param(lambda flow, images: unwrap(Flow.add_noise)(flow, images, [0, 1]), id="add_noise"),
+    pytest.param(unwrap(classify), id="classify"),
+    pytest.param(lambda flow, images: unwrap(interpolate)(flow, images, images), id="interpolate"),
+    pytest.param(lambda flow, images: unwrap(inpaint)(flow, images, torch.ones(4, 4) > 0), id="inpaint"),
+]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"on \[-1, 1\], not uint8; give flowback.to_unit_range"),
+        (np.zeros((2, 1, 8, 8), np.float32), "as a tensor, not ndarray"),
+        ([[0.0]], "as a tensor, not list"),
+        (torch.zeros(2, 1, 16, 16), r"not \(2, 1, 16, 16\)"),
+    ],
+)
+def test_images_of_another_kind_are_refused(door, images, sentence):
+    """8-bit values would be taken for [-1, 1]: other figures without a word."""
+    with pytest.raises(InputError, match=sentence):
+        door(random_flow(), images)
+
+
+def test_hidden_states_that_do_not_exist_are_refused():
+    flow = random_flow()
+    with pytest.raises(InputError, match=r"hidden: \(9, 2\) is outside the model; blocks go from 1 to"):
+        flow(random_images(flow, 1), hidden=[(1, 1), (9, 2)])
 
 
 @pytest.mark.parametrize("drop", [None, torch.tensor([True, False])])

@@ -186,6 +186,16 @@ def test_images_that_do_not_fit_the_model(open_config, pets, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_larger_than_the_set_is_said(open_config, pets, tmp_path, caplog):
+    one = dataclasses.replace(
+        open_config, train=dataclasses.replace(open_config.train, batch_size=8, steps=1)
+    )
+    flowback.train(one, Subset(pets, torch.arange(8)), tmp_path / "as-large")
+    assert "larger than the set" not in caplog.text
+    flowback.train(one, Subset(pets, torch.arange(7)), tmp_path / "larger")
+    assert "--train.batch-size 8 is larger than the set: a step sees each of its 7 images" in caplog.text
+
+
 def test_resuming_builds_one_flow(config, digits, tmp_path, monkeypatch):
     """However many averages there are, and none to read their shapes."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_more=(0.5, 0.99)))

@@ -377,7 +377,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         content = read_tensors(file)
     except FileNotFoundError:
         raise InputError(f"No encoder weights at {path}; check the path.") from None
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}; give a file of weights.") from None
+    except SafetensorError as error:
         raise InputError(f"{file} is damaged or not a file of weights ({_first_line(error)}).") from None
     except ValueError as error:
         raise InputError(

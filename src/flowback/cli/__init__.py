@@ -55,6 +55,11 @@ TASKS = {
 }
 """What people do: an example, and the verbs for it. All other verbs are shown after these."""
 
+RESUMES = ("train", "distil", "prepare", "sample", "reproduce", "demo")
+"""Verbs that find what an earlier call wrote, and go on with it."""
+REPORTS = ("evaluate", "classify", "probe", "plan")
+"""Verbs that write a report at their end; what is kept for later runs is found again."""
+
 BAD_INPUT = 2
 """Exit code for options, files or data that the user can fix."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -66,9 +71,9 @@ UNUSABLE = (
 """Those, a missing permission, a file in the way or a disk that fails, in reading as in writing."""
 READER_GONE = 141
 """Exit code of a command whose output nobody reads any more, as of one that SIGPIPE ended."""
-INTERRUPTED, PROCESS_LOST = 75, 74
+INTERRUPTED, PROCESS_LOST, STOPPED = 75, 74, 130
 """Exit codes of a run stopped by SIGINT or SIGTERM after saving (EX_TEMPFAIL: run it again to continue), and
-of one that lost a process (EX_IOERR)."""
+of one that lost a process (EX_IOERR), and of one that was stopped at once (128 and SIGINT)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +121,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _refuse(f"{file} cannot be written: {reason}; make room, or choose another place.")
         return _refuse(f"{file} cannot be used: {reason}; change that, or choose another place.")
     except KeyboardInterrupt:
-        return 130
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"flowback: Stopped by Ctrl-C{_after_stop(verb)}.\n")
+        return STOPPED
+
+
+def _after_stop(verb: str) -> str:
+    """What a verb that was stopped leaves, and how it goes on: the rest of a sentence."""
+    if verb in RESUMES:
+        return "; what is written is kept. Run the same command again to continue"
+    return ", without a report. Run the same command again: it begins anew" if verb in REPORTS else ""
 
 
 def _refuse(message: str) -> int:

@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 
+from flowback import hub
 from flowback.data.image_folder import held_out
 from flowback.data.pixels import UnreadableImageError
 from flowback.errors import InputError
@@ -78,11 +79,12 @@ def open_hub(data: str, holdout: float) -> dict[Literal["train", "test"], HubSou
     try:
         if data.startswith("hf:"):
             name, _, revision = data.removeprefix("hf:").partition("@")
-            loaded = datasets.load_dataset(name, revision=revision or None)
+            with hub.quick():
+                loaded = datasets.load_dataset(name, revision=revision or None)
         else:
             loaded = datasets.load_from_disk(data)
     except Exception as error:  # the hub's client has many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = hub.reason(error, data.removeprefix("hf:"))
         raise InputError(f"{data} cannot be loaded by `datasets` ({reason}); check its name.") from None
     parts: dict[str, Any] = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     if "train" not in parts and len(parts) > 1:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import stat
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -82,6 +83,7 @@ LARGE = 2**24
 
 
 _large = threading.Lock()
+_warnings = threading.Lock()  # the filters of warnings are those of all threads
 
 
 class UnreadableImageError(Exception):
@@ -150,7 +152,7 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
         if isinstance(source, Path):
             _check_entry(source)
         content = BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(content, formats=_known_formats()) as image:
+        with _open_quietly(content) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise UnreadableImageError("too many pixels")
             yield image
@@ -168,6 +170,13 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     except Exception as error:  # decoders raise nearly anything on damaged files
         system = error.strerror if isinstance(error, OSError) else None
         raise UnreadableImageError(f"damaged: {shorten(system or str(error))}") from None
+
+
+def _open_quietly(content: Path | BytesIO) -> Image.Image:
+    """Pillow's own, without its warning of sizes below the limit of this module."""
+    with _warnings, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(content, formats=_known_formats())
 
 
 def _check_entry(file: Path) -> None:

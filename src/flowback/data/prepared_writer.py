@@ -32,7 +32,7 @@ from flowback.data.prepared import FORMAT, read_summary
 from flowback.data.sources import Source, Split
 from flowback.data.vae import Codec
 from flowback.errors import InputError
-from flowback.files import foreign_file, write_json
+from flowback.files import check_outside, foreign_file, write_json
 from flowback.folder_lock import folder_lock
 from flowback.progress import bar
 from flowback.reading import parse_json, read_json
@@ -105,8 +105,11 @@ def prepare(
         What prepared.json holds.
 
     Raises:
-        InputError: another set in ``out``, a source that changed since, unreadable images, or a full disk.
+        InputError: another set in ``out``, a place inside the source, a source that changed since, unreadable
+            images, or a full disk.
     """
+    if os.path.isdir(data):
+        check_outside(out, Path(data))
     prints: dict[str, str] = {split: source.fingerprint for split, source in sources.items()}
     head = {
         "format": FORMAT,

@@ -26,7 +26,7 @@ from torch import Tensor
 from flowback.data.image_folder import fingerprint_of, held_out
 from flowback.data.pixels import EXTENSIONS
 from flowback.errors import InputError, printable, shorten
-from flowback.reading import open_regular, parse_json
+from flowback.reading import open_regular, parse_json, read_text
 
 __all__ = ["ShardSource", "is_sharded", "open_shards"]
 
@@ -236,7 +236,7 @@ def _label(shard: Path, name: str, text: bytes) -> int | None:
         if value is None:
             return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        shown = shorten(json.dumps(value)) if isinstance(value, (str, float, bool)) else "no number"
+        shown = f"a {type(value).__name__}" if isinstance(value, (dict, list)) else shorten(json.dumps(value))
         raise InputError(f"{shard}: {shorten(name)} holds the label {shown}; labels are numbers from 0.")
     return value
 
@@ -251,14 +251,18 @@ def _class_names(root: Path, values: list[int | str | None]) -> tuple[str, ...]:
         return tuple(sorted({str(value) for value in values}))
     count = 1 + max(int(value) for value in values if value is not None)
     file = (root if root.is_dir() else root.parent) / "classes.txt"
-    if not file.is_file():
+    if not os.path.lexists(file):
         if count > max(len(values), _UNNAMED_CLASSES):
             raise InputError(
                 f"The shards in {root} hold the label {count - 1}, but only {len(values)} images; if it is "
                 f"right, name all classes in {file}, one a line."
             )
         return tuple(map(str, range(count)))
-    names = tuple(file.read_text(encoding="utf-8").split("\n"))
+    try:
+        names = tuple(read_text(file).replace("\r\n", "\n").split("\n"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{file} cannot be read: {reason}; name all classes in it, one a line.") from None
     names = names[:-1] if names[-1] == "" else names
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ from flowback.data.image_folder import (
 from flowback.data.named_sets import Pictures, dataset_names, pictures
 from flowback.data.shards import is_sharded, open_shards
 from flowback.errors import InputError, printable, shorten
+from flowback.reading import read_text
 
 __all__ = ["FileSource", "PictureSource", "Source", "Split", "open_source"]
 
@@ -250,10 +252,10 @@ def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, st
     strings, the class is the first word.
     """
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = [row for row in csv.reader(stream) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--labels {file} cannot be read ({error}).") from None
+        rows = [row for row in csv.reader(io.StringIO(read_text(file), newline="")) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--labels {file} cannot be read: {reason}; give a CSV file in UTF-8.") from None
     exact, stems = set(files), defaultdict(list)
     for known in files:
         stems[_stem(known)].append(known)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -145,7 +146,8 @@ def _load(name: str, revision: str | None) -> Any:
         raise InputError(f"The VAE {name} needs diffusers: pip install flowback-nf[latent].") from None
     local = Path(name).is_dir()
     try:
-        with contextlib.nullcontext() if local else hub.quick():
+        with contextlib.nullcontext() if local else hub.quick(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # diffusers' own
             settings = dict(diffusers.AutoencoderKL.load_config(name, revision=revision))
             kind = settings.get("_class_name")
             if kind not in ("AutoencoderKL", "AutoencoderTiny"):

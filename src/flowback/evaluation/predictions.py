@@ -79,6 +79,8 @@ def open_pictures(flow: Flow, path: Path, bad_images: Literal["refuse", "skip"] 
         except UnreadableImageError as error:
             raise InputError(f"{path} cannot be read ({error}); give a picture.") from None
         return MemoryImages(path.name, (), None, pixels, (path.name,))
+    if not path.is_dir():
+        raise InputError(f"--images {path} is neither a picture nor a folder of pictures; give one of them.")
     return load_images(
         DataConfig("folder", path, holdout=0.0, bad_images=bad_images), size, channels, "train"
     )

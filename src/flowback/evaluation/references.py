@@ -153,7 +153,7 @@ def open_images(path: Path, bad_images: BadImages = "refuse") -> ImageSet:
         raise InputError(f"None of the images in {path} can be read; repair them.")
     if len(sizes) > 1 or len({*next(iter(sizes))}) > 1:
         named = ", ".join(
-            f"{file.name} {width}x{height}" for (width, height), file in list(sizes.items())[:3]
+            f"{file.relative_to(path)} {width}x{height}" for (width, height), file in list(sizes.items())[:3]
         )
         raise InputError(f"The images in {path} are not squares of one size ({named}); make them so.")
     return _folder(path, next(iter(sizes))[0], 3, bad_images)

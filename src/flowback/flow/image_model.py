@@ -49,15 +49,32 @@ class ImageModel(nn.Module):
         """Images as tokens in raster order.
 
         Raises:
-            InputError: images of another shape than the model's.
+            InputError: what :meth:`check_images` refuses.
         """
+        self.check_images(images)
+        return patchify(images, self.config.patch_size)
+
+    def check_images(self, images: object) -> None:
+        """Refuse images that are no batch for this model, or not on [-1, 1].
+
+        Raises:
+            InputError: no tensor, whole numbers such as 8-bit values, or another shape than the model's.
+        """
+        if not isinstance(images, Tensor):
+            raise InputError(
+                f"The model takes images as a tensor, not {type(images).__name__}; give it through torch."
+            )
+        if not images.is_floating_point():
+            raise InputError(
+                f"The model takes images on [-1, 1], not {str(images.dtype).removeprefix('torch.')}; "
+                "give flowback.to_unit_range of 8-bit values."
+            )
         shape = (self.config.channels, self.config.image_size, self.config.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != shape:
             raise InputError(
                 f"The model takes images of shape (B, {', '.join(map(str, shape))}), "
                 f"not {tuple(images.shape)}; resize them, or load another checkpoint."
             )
-        return patchify(images, self.config.patch_size)
 
     def images(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
         """Tokens in raster order as images."""

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flowback.config import ModelConfig
+from flowback.errors import InputError
 from flowback.flow.block import Block, BlockOutput, Labels
 from flowback.flow.image_model import ImageModel, UserLabels
 from flowback.flow.levels import UserLevels, checked_levels
@@ -106,8 +107,12 @@ class TARFlow(ImageModel):
                 they are; a number is checked.
 
         Raises:
-            InputError: labels or noise levels that the flow does not have.
+            InputError: images of another kind or shape, or labels, noise levels or places in ``hidden`` that
+                the flow does not have.
         """
+        self.check_images(images)
+        for place in set(hidden).difference(self.config.locations):
+            raise InputError(f"hidden: {place} is outside the model; {self.config.locations_in_words}.")
         if labels is not None and not isinstance(labels, Tensor):
             labels = self.labels(labels, len(images))
         levels = self.levels(noise, len(images), trusted=True)
@@ -168,5 +173,6 @@ class TARFlow(ImageModel):
             >>> flow.log_prob(torch.zeros(2, 1, 4, 4)).shape
             torch.Size([2])
         """
+        self.check_images(images)
         checked, levels = self.labels(labels, len(images)), self.levels(noise, len(images))
         return self(images, checked, noise=levels).log_prob

@@ -59,6 +59,8 @@ def interpolate(
     """
     if steps < 2:
         raise InputError(f"An interpolation of {steps} steps; it takes at least 2, its ends.")
+    flow.check_images(first)
+    flow.check_images(second)
     if first.shape != second.shape:
         raise InputError(
             f"The first images are {tuple(first.shape)}, the second {tuple(second.shape)}; give as many."
@@ -161,6 +163,7 @@ def inpaint(
     Raises:
         InputError: images, masks, labels or seeds that do not fit the model or each other, or no rounds.
     """
+    flow.check_images(images)
     tokens = flow.tokens(images.to(flow.device, flow.data_dtype))
     seeds = list(range(len(images)) if seeds is None else seeds)
     _check(flow, len(images), keep, seeds, rounds)

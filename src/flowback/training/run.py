@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from flowback.data.image_set import AnyImages, ImageSet, as_image_set, labelled,
 from flowback.data.load import UNNAMED, load_images
 from flowback.errors import InputError
 from flowback.evaluation.held_out import held_out_batches, matched
-from flowback.files import located
+from flowback.files import check_outside, located
 from flowback.folder_lock import folder_lock
 from flowback.model import Flow, Student
 from flowback.sampling.block_plan import weights_hash
@@ -31,6 +32,8 @@ from flowback.training.evaluators import (
 from flowback.training.loop import train_loop
 from flowback.training.objective import Targets
 from flowback.training.run_folder import RunFolder
+
+log = logging.getLogger("flowback")
 
 __all__ = ["TrainResult", "distil", "open_images", "student_config", "train"]
 
@@ -189,6 +192,8 @@ def _run(
     state = start(config.train)
     if state.is_main_process:
         RunFolder(out, config).check()
+        if images is None and config.data.name == "folder" and config.data.path is not None:
+            check_outside(out, config.data.path)
     config, images, test = open_images(config, images, test)
     if teacher is not None:
         config = replace(config, student=_measured(config.student, teacher, images))
@@ -224,6 +229,11 @@ def open_images(
     config = _resolve(config, images)
     for part in (images,) if test is None else (images, test):
         _check_images(part, config)
+    if config.train.batch_size > len(images):
+        log.warning(
+            "--train.batch-size %d is larger than the set: a step sees each of its %s images more than once.",
+            *(config.train.batch_size, f"{len(images):,}"),
+        )
     if config.data.labelled is not None and config.model.num_classes:
         labelled(images, config.data.labelled)  # refuses numbers that leave a class without any
     return config, images, None if test is None else match_classes(test, config.classes)

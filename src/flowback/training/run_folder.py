@@ -266,7 +266,7 @@ def _is_record(first: dict[str, Any]) -> bool:
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl or bad-steps.jsonl, but for one cut short; none without the file."""
     rows = []
-    if file.exists():
+    if file.is_file():
         for line in file.read_bytes().splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a kill
                 row = parse_json(line)

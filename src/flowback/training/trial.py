@@ -78,7 +78,7 @@ def try_run(config: RunConfig, images: AnyImages | None = None, test: AnyImages 
     train = config.train
     memory = training_bytes(config.model, share, train.precision, train.checkpoint_activations)
     if device.type == "cpu":
-        memory += psutil.Process().memory_info().rss  # the program, the images, the encoder
+        memory += _resident()
     most = int(_FLOPS * (1 if device.type == "cpu" else 100) / (3 * flops_per_image(config.model)))
     held = training_bytes(config.model, 1, config.train.precision)
     if not most or (device.type == "cpu" and held > psutil.virtual_memory().available):
@@ -88,6 +88,12 @@ def try_run(config: RunConfig, images: AnyImages | None = None, test: AnyImages 
     batch, rows = config.train.batch_size, (2 if config.data.flip else 1) * len(images)
     whole = batch * (step if table else step + encode)
     return Trial(config, images, test, memory, whole, rows * encode if table else 0.0)
+
+
+def _resident() -> int:
+    """Bytes of the program, the images and the encoder, with the libraries that every optimiser loads."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # torch's compiler, 0.15 GiB
+    return psutil.Process().memory_info().rss
 
 
 def _timed(
