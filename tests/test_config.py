@@ -9,7 +9,7 @@ import pytest
 
 from flowback import AlignmentConfig, DataConfig, InputError, ModelConfig, RunConfig, TrainConfig
 from flowback.checked import from_dict, to_dict
-from flowback.config import EvaluateConfig, ProbeConfig, SampleConfig
+from flowback.task_config import EvaluateConfig, ProbeConfig, SampleConfig
 
 UNUSUAL = RunConfig(
     model=ModelConfig(image_size=32, patch_size=2, width=192, num_classes=7, position="rope", mlp="swiglu"),

@@ -7,12 +7,12 @@ import torch
 
 from flowback import Flow, InputError, ModelConfig, draw_folder, sample
 from flowback import sample_folder as folders
-from flowback.config import FolderConfig
 from flowback.data.pixels import to_bytes
 from flowback.folder_lock import folder_lock
 from flowback.sample_folder import Failed, SampleFolder, class_ids
 from flowback.sampling.image_files import read_png
 from flowback.sampling.sampler import Overflow
+from flowback.task_config import FolderConfig
 from sampling.flows import tame_flow
 from sampling.test_sampler import breaking
 

@@ -36,11 +36,8 @@ if TYPE_CHECKING:
     from flowback.config import (
         AlignmentConfig,
         DataConfig,
-        EvaluateConfig,
         ModelConfig,
-        ProbeConfig,
         RunConfig,
-        SampleConfig,
         StudentConfig,
         TrainConfig,
     )
@@ -73,23 +70,14 @@ if TYPE_CHECKING:
         sample,
     )
     from flowback.tables import reproduce
+    from flowback.task_config import EvaluateConfig, ProbeConfig, SampleConfig
     from flowback.training import Evaluator, TrainResult, Trial, distil, train, try_run
 
 _MODULES = {
     "alignment.align": ("Alignment",),
     "alignment.encoders": ("Encoder", "Recipe", "create_encoder", "register_encoder"),
     "classification": ("classify",),
-    "config": (
-        "AlignmentConfig",
-        "DataConfig",
-        "EvaluateConfig",
-        "ModelConfig",
-        "ProbeConfig",
-        "RunConfig",
-        "SampleConfig",
-        "StudentConfig",
-        "TrainConfig",
-    ),
+    "config": ("AlignmentConfig", "DataConfig", "ModelConfig", "RunConfig", "StudentConfig", "TrainConfig"),
     "data.image_set": ("ImageSet", "PixelSet", "image_set"),
     "data.load": ("load_images",),
     "data.named_sets": ("register_dataset",),
@@ -111,6 +99,7 @@ _MODULES = {
     "sample_folder": ("draw_folder",),
     "sampling": ("BlockPlan", "Denoising", "Guidance", "Inpainted", "Sampler", "plan_sampling", "sample"),
     "tables": ("reproduce",),
+    "task_config": ("EvaluateConfig", "ProbeConfig", "SampleConfig"),
     "training": ("Evaluator", "TrainResult", "Trial", "distil", "train", "try_run"),
 }
 """Public names, by the module that defines them."""

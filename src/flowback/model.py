@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowback import checkpoint, hub
-from flowback.config import ModelConfig, RunConfig, SampleConfig, StudentConfig
+from flowback.config import ModelConfig, RunConfig, StudentConfig
 from flowback.devices import pick_device
 from flowback.errors import InputError, nearest
 from flowback.flow import TARFlow
@@ -33,6 +33,7 @@ from flowback.sampling.image_files import save_grid
 from flowback.students.network import StudentNetwork
 from flowback.students.refine import refined_sampler
 from flowback.students.sampler import StudentSampler
+from flowback.task_config import SampleConfig
 
 __all__ = ["Flow", "Student", "create_flow", "load", "load_teacher"]
 

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor
 
-from flowback.config import FolderConfig, RunConfig, SampleConfig
+from flowback.config import RunConfig
 from flowback.data.pixels import Faults, quantise, to_unit_range
 from flowback.data.vae import Codec, open_codec
 from flowback.errors import InputError
@@ -39,6 +39,7 @@ from flowback.sampling.denoise import denoises
 from flowback.sampling.image_files import read_png, save_grid, save_npz, save_png, save_trajectory
 from flowback.sampling.sampler import Overflow
 from flowback.students.sampler import StudentSampler
+from flowback.task_config import FolderConfig, SampleConfig
 
 __all__ = [
     "Draw",

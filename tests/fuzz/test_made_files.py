@@ -19,7 +19,7 @@ from flowback import DataConfig, Flow, InputError, RunConfig, checkpoint, files
 from flowback.alignment import targets
 from flowback.alignment.encoders import Encoder, Recipe
 from flowback.checked import to_dict
-from flowback.config import AlignmentConfig, ModelConfig, SampleConfig, TrainConfig
+from flowback.config import AlignmentConfig, ModelConfig, TrainConfig
 from flowback.data import pixels as pixels_module
 from flowback.data import vae
 from flowback.data.hf_datasets import HubSource
@@ -34,6 +34,7 @@ from flowback.sampling.guidance import Guidance
 from flowback.sampling.image_files import read_png
 from flowback.sampling.sampler import seeds_of
 from flowback.tarflow_weights import from_tarflow
+from flowback.task_config import SampleConfig
 from flowback.training.run_folder import RunFolder
 from fuzzing import little_room, png_header
 

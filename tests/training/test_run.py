@@ -15,11 +15,12 @@ from PIL import Image
 import flowback
 import runs
 from flowback import Evaluator, Flow, InputError, checkpoint
-from flowback.config import AlignmentConfig, EvaluateConfig
+from flowback.config import AlignmentConfig
 from flowback.data.image_set import MemoryImages, Subset
 from flowback.errors import Interrupted
 from flowback.files import located
 from flowback.folder_lock import folder_lock
+from flowback.task_config import EvaluateConfig
 from flowback.training import evaluators, train_loop
 from flowback.training.run_folder import RunFolder
 

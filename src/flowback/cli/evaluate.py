@@ -11,8 +11,9 @@ import tyro
 
 from flowback.cli.console import say, show_table
 from flowback.cli.options import SEARCH, names_flow, out_folder, parse
-from flowback.config import DataConfig, EvaluateConfig, SampleConfig
+from flowback.config import DataConfig
 from flowback.errors import InputError
+from flowback.task_config import EvaluateConfig, SampleConfig
 
 if TYPE_CHECKING:
     from flowback.evaluation.report import Report

@@ -10,8 +10,8 @@ import tyro
 
 from flowback.cli.console import say, show_table
 from flowback.cli.options import parse
-from flowback.config import SampleConfig
 from flowback.files import check_file, write_json
+from flowback.task_config import SampleConfig
 
 if TYPE_CHECKING:
     from flowback.sampling.block_plan import Plan

@@ -11,7 +11,8 @@ import tyro
 from flowback.checked import to_dict
 from flowback.cli.console import say, show_table
 from flowback.cli.options import out_folder, parse
-from flowback.config import DataConfig, ProbeConfig
+from flowback.config import DataConfig
+from flowback.task_config import ProbeConfig
 
 if TYPE_CHECKING:
     from flowback.data.image_set import ImageSet

@@ -10,8 +10,8 @@ import tyro
 
 from flowback.cli.console import say, show_table
 from flowback.cli.options import SEARCH, parse
-from flowback.config import ReproduceConfig, SampleConfig, Scale
 from flowback.errors import InputError
+from flowback.task_config import ReproduceConfig, SampleConfig, Scale
 
 if TYPE_CHECKING:
     from flowback.tables import Table

@@ -12,9 +12,9 @@ import tyro
 
 from flowback.cli.console import say, show_table
 from flowback.cli.options import default_folder, parse
-from flowback.config import FolderConfig, SampleConfig
 from flowback.errors import InputError
 from flowback.files import write_json
+from flowback.task_config import FolderConfig, SampleConfig
 
 if TYPE_CHECKING:
     from flowback.sample_folder import SampleReport

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from flowback.alignment.encoders import Encoder, create_encoder
 from flowback.checked import replaced
-from flowback.config import ProbeConfig
 from flowback.data.image_set import AnyImages, ImageSet, evenly
 from flowback.data.pixels import to_unit_range
 from flowback.errors import InputError
@@ -30,6 +29,7 @@ from flowback.evaluation.held_out import LoopOptions, accuracy, held_out_batches
 from flowback.flow import Location
 from flowback.model import Flow
 from flowback.progress import track
+from flowback.task_config import ProbeConfig
 
 __all__ = [
     "PENALTIES",

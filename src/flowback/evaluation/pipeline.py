@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowback.alignment.encoders import create_encoder
 from flowback.checked import replaced, to_dict
-from flowback.config import CodecConfig, DataConfig, EvaluateConfig, SampleConfig
+from flowback.config import CodecConfig, DataConfig
 from flowback.data.image_set import AnyImages, ImageSet, as_image_set, evenly, in_batches
 from flowback.data.pixels import Faults, Rounding, quantise
 from flowback.data.vae import Codec, open_codec
@@ -42,6 +42,7 @@ from flowback.sampling.block_plan import resolve_plan
 from flowback.sampling.denoise import denoises
 from flowback.sampling.sampler import drawing_level
 from flowback.students.sampler import StudentSampler
+from flowback.task_config import EvaluateConfig, SampleConfig
 
 __all__ = ["deciding_figure", "evaluate", "evaluate_images", "reference_limit"]
 

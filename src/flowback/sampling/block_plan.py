@@ -23,7 +23,6 @@ from torch import Tensor
 
 from flowback.checked import from_dict
 from flowback.checkpoint import PACKAGED
-from flowback.config import SampleConfig
 from flowback.errors import InputError
 from flowback.files import cache_folder, write_json
 from flowback.flow import TARFlow
@@ -34,6 +33,7 @@ from flowback.reading import read_json
 from flowback.sampling.decoder import Decoder, Precision
 from flowback.sampling.jacobi import Init, first_guess, solve_window
 from flowback.sampling.sampler import BlockPlan, Sampler, drawing_level, noise
+from flowback.task_config import SampleConfig
 
 __all__ = [
     "Measured",

@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowback.checked import require, require_one_of
-from flowback.config import SampleConfig
 from flowback.errors import InputError
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.flow.frozen import constant, frozen
 from flowback.flow.levels import UserLevels
 from flowback.sampling.solver import Method, Spacing, solve, spaced_levels
+from flowback.task_config import SampleConfig
 
 __all__ = ["Denoising", "denoise", "denoised_states", "denoises", "images_at_once"]
 

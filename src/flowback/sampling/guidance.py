@@ -23,8 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowback.checked import require_one_of
-from flowback.config import SampleConfig
 from flowback.errors import InputError
+from flowback.task_config import SampleConfig
 
 __all__ = ["Guidance", "ImageGuide", "Prediction", "starflow", "tarflow"]
 

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowback.checked import require, require_one_of
-from flowback.config import SampleConfig
 from flowback.errors import InputError, shorten
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
@@ -27,6 +26,7 @@ from flowback.sampling.decoder import Decoder, Engine, Precision, sequential
 from flowback.sampling.denoise import Denoising, denoised_states
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.jacobi import Init, jacobi
+from flowback.task_config import SampleConfig
 
 __all__ = ["BlockPlan", "Guess", "Overflow", "Sampler", "drawing_level", "noise", "sample", "seeds_of"]
 

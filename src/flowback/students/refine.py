@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowback.config import SampleConfig
 from flowback.flow import TARFlow
 from flowback.flow.block import Labels
 from flowback.sampling import BlockPlan, Guidance, Sampler
 from flowback.students.losses import encode_states
 from flowback.students.network import StudentNetwork
 from flowback.students.sampler import StudentSampler
+from flowback.task_config import SampleConfig
 
 __all__ = ["StudentGuess", "refined_sampler"]
 

@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowback.config import SampleConfig
 from flowback.errors import InputError
 from flowback.flow.block import Labels
 from flowback.flow.image_model import UserLabels
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.sampler import BlockPlan, Overflow, noise, seeds_of
 from flowback.students.network import StudentNetwork
+from flowback.task_config import SampleConfig
 
 __all__ = ["Solver", "StudentSampler", "integrate", "squared_times"]
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flowback.checked import to_dict
-from flowback.config import EvaluateConfig, RunConfig, SampleConfig
+from flowback.config import RunConfig
 from flowback.files import plain
 from flowback.reading import read_json
+from flowback.task_config import EvaluateConfig, SampleConfig
 
 __all__ = ["FORMAT", "deciding", "differences", "read"]
 

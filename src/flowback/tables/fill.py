@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from flowback.checked import require, to_dict
-from flowback.config import EvaluateConfig, ReproduceConfig, RunConfig, SampleConfig, Scale
+from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.devices import pick_device
@@ -37,6 +37,7 @@ from flowback.tables.done import FORMAT, deciding, differences, read
 from flowback.tables.result import Row, Table
 from flowback.tables.row_run import RowRun, run_rows
 from flowback.tables.summary import COLUMNS, DISTANCES, compared, mixed, summarise
+from flowback.task_config import EvaluateConfig, ReproduceConfig, SampleConfig, Scale
 
 __all__ = ["reproduce", "rows_of"]
 

@@ -18,7 +18,7 @@ import torch
 from flowback.alignment.encoders import create_encoder
 from flowback.alignment.targets import make_targets
 from flowback.checked import from_dict
-from flowback.config import EvaluateConfig, RunConfig, SampleConfig
+from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.load import load_images
 from flowback.devices import cpu_cores
@@ -31,6 +31,7 @@ from flowback.evaluation.report import Report, weights_of
 from flowback.files import plain, write_json
 from flowback.model import Flow
 from flowback.progress import bar
+from flowback.task_config import EvaluateConfig, SampleConfig
 from flowback.training import train
 from flowback.training.run_folder import read_rows
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from flowback.config import EvaluateConfig, RunConfig
+from flowback.config import RunConfig
 from flowback.data.image_set import ImageSet
 from flowback.data.vae import open_codec
 from flowback.evaluation.held_out import held_out_figures
 from flowback.evaluation.pipeline import evaluate
 from flowback.model import Flow, Student
 from flowback.sampling.image_files import grid, save_png
+from flowback.task_config import EvaluateConfig
 
 __all__ = ["Evaluator", "frechet_evaluator", "likelihood_evaluator", "picture_evaluator"]
 
