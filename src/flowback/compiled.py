@@ -89,7 +89,9 @@ def _private_folder() -> Path:
 def _compiled(source: Path, compiler: list[str], folder: Path) -> Path:
     """The library's file in a folder; compiled if it is not there, or its content not what its name says."""
     version = _run([*compiler, "--version"])
-    text = source.read_bytes() + _HEADER.read_bytes() + version.encode() + " ".join((*_FLAGS, _OPENMP)).encode()
+    text = (
+        source.read_bytes() + _HEADER.read_bytes() + version.encode() + " ".join((*_FLAGS, _OPENMP)).encode()
+    )
     key = hashlib.sha256(text + _processor().encode()).hexdigest()[:16]
     for file in folder.glob(f"{source.stem}-{key}-*.so"):
         if file == folder / _file_name(source, key, file):

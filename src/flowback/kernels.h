@@ -89,10 +89,13 @@ template <typename T> inline T silu(T x) { return x / (1 + fast_exp(-x)); }
 
 enum Finish { SET, ADD, GELU };
 
-// Columns of one panel for R rows: y (op)= x · w + bias. Meanwhile the weights at ``ahead`` are fetched.
+constexpr int most_rows = BYTES == 64 ? 8 : 6;  // whose sums fill the registers
+
+// Columns of one panel for R rows: y (op)= x · w + bias. Meanwhile the weights at ``ahead`` are fetched, one every
+// ``stride``: into the second cache, where more requests can wait for memory than in the first.
 template <int R, typename S, typename T>
-inline void tile(const T* x, int64_t ldx, int64_t k, const S* w, const S* ahead, const T* bias, T* y, int64_t ldy,
-                 Finish finish) {
+inline void tile(const T* x, int64_t ldx, int64_t k, const S* w, const S* ahead, int64_t stride, const T* bias, T* y,
+                 int64_t ldy, Finish finish) {
     constexpr int L = Lanes<T>::count;
     constexpr int U = R == 1 ? 4 : R <= 3 ? 2 : 1;  // independent sums that hide the latency of few rows
     Vec<T> sum[U][R][2] = {};
@@ -101,7 +104,7 @@ inline void tile(const T* x, int64_t ldx, int64_t k, const S* w, const S* ahead,
         for (int u = 0; u < U; ++u) {
             const S* row = w + (i + u) * 2 * L;
             const Vec<T> left = load(row), right = load(row + L);
-            __builtin_prefetch(ahead + (i + u) * 2 * L);
+            __builtin_prefetch(ahead + (i + u) * stride, 0, 2);
             for (int r = 0; r < R; ++r) {
                 const T value = x[r * ldx + i + u];
                 sum[u][r][0] += left * value;
@@ -130,27 +133,30 @@ inline void tile(const T* x, int64_t ldx, int64_t k, const S* w, const S* ahead,
         for (int half = 0; half < 2; ++half) store(y + r * ldy + half * L, load(made + (2 * r + half) * L));
 }
 
-// This thread's share of y (op)= x · w + bias; rows in tiles of at most 6, which fill the registers.
+// This thread's share of y (op)= x · w + bias. The first two tiles of a panel fetch half of the next one each.
 template <typename S, typename T>
 void product(const T* x, int64_t ldx, int64_t m, int64_t k, const S* w, int64_t columns, const T* bias, T* y,
              int64_t ldy, Finish finish, int64_t thread, int64_t threads) {
-    const int64_t panels = columns / panel<T>, tiles = (m + 5) / 6;
+    const int64_t panels = columns / panel<T>, tiles = (m + most_rows - 1) / most_rows;
     const int64_t first = panels * tiles * thread / threads, last = panels * tiles * (thread + 1) / threads;
     for (int64_t task = first; task < last; ++task) {
         const int64_t column = task / tiles, row = m * (task % tiles) / tiles;
         const int64_t rows = m * (task % tiles + 1) / tiles - row;
         const T* from = x + row * ldx;
         const S* weights = w + column * k * panel<T>;
-        const S* ahead = (task + 1) % tiles ? weights : weights + k * panel<T>;
+        const int64_t halves = std::min<int64_t>(tiles, 2), stride = panel<T> / halves;
+        const S* ahead = weights + k * panel<T> + std::min(task % tiles, halves - 1) * k * stride;
         const T* shift = bias ? bias + column * panel<T> : nullptr;
         T* to = y + row * ldy + column * panel<T>;
         switch (rows) {
-            case 1: tile<1>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            case 2: tile<2>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            case 3: tile<3>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            case 4: tile<4>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            case 5: tile<5>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            default: tile<6>(from, ldx, k, weights, ahead, shift, to, ldy, finish);
+            case 1: tile<1>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+            case 2: tile<2>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+            case 3: tile<3>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+            case 4: tile<4>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+            case 5: tile<5>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+            case 6: tile<6>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+            case 7: tile<7>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+            default: tile<most_rows>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish);
         }
     }
 }

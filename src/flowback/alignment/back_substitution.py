@@ -92,7 +92,9 @@ class Encoding:
             and all((state.dtype, state.device.type) == (dtype, "cpu") for state in self.states.values())
         )
 
-    def solve(self, gradient: Float[Tensor, "b n d"], slope: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def solve(
+        self, gradient: Float[Tensor, "b n d"], slope: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, "b n d"]:
         """The u with u = g + N^T u, in raster order.
 
         Args:
@@ -101,7 +103,9 @@ class Encoding:
         """
         block, loaded = self.block, library()
         assert loaded is not None
-        u, slope = (block.reorder(values).clone(memory_format=torch.contiguous_format) for values in (gradient, slope))
+        u, slope = (
+            block.reorder(values).clone(memory_format=torch.contiguous_format) for values in (gradient, slope)
+        )
         b, n, d = u.shape
         width, threads = len(block.proj_in.weight), torch.get_num_threads()
         hidden = self.layers[0].mlp.down.in_features
@@ -142,7 +146,7 @@ class Encoding:
 
 @contextmanager
 def recording(block: Block) -> Iterator[Encoding]:
-    """Keep what the block's layers compute inside; autograd keeps the same tensors, so this takes no memory."""
+    """Keep what the block's layers compute inside; autograd keeps the same tensors: this takes no memory."""
     encoding = Encoding(block)
 
     def keep_input(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -4,7 +4,7 @@
 // Why not PyTorch: with few tokens a step is bound by overhead between operations and by reading weights and
 // cache. Here one parallel region runs the whole step; weights lie in the order in which they are read; norms'
 // scale and shift are folded into the next matrix; keys lie in blocks of tokens, so that scores
-// need no sums across lanes.
+// need no sums across lanes; and while one part of the cache is in use, the next is fetched.
 //
 // T computes (float, double), S stores weights, keys and values (T, or bfloat16 as uint16_t).
 // Letters: as in kernels.h, and e head width, t known tokens.
@@ -85,43 +85,48 @@ template <typename T> void rotate(T* x, const T* cos, const T* sin, int64_t e) {
     }
 }
 
-template <typename T> constexpr int block = 4 * Lanes<T>::count;  // tokens whose keys lie together
+template <typename T> constexpr int block = Lanes<T>::count;  // tokens whose keys lie together
 
 // Scores of one query with a block of tokens. Meanwhile the block at ``ahead`` is fetched: the cache is larger
 // than what lies near the processor.
 template <typename S, typename T>
 inline void scores(const T* q, const S* keys, const S* ahead, T* score, int64_t e) {
-    constexpr int L = Lanes<T>::count;
-    Vec<T> sum[4] = {};
-    for (int64_t i = 0; i < e; ++i)
-        for (int g = 0; g < 4; ++g) {
-            if (g % 2 == 0) __builtin_prefetch(ahead + i * block<T> + g * L);
-            sum[g] += load(keys + i * block<T> + g * L) * q[i];
+    constexpr int B = block<T>;
+    Vec<T> sum[4] = {};  // which hide each other's latency; e is a multiple of the lanes
+    for (int64_t i = 0; i < e; i += 4)
+        for (int u = 0; u < 4; ++u) {
+            __builtin_prefetch(ahead + (i + u) * B);
+            sum[u] += load(keys + (i + u) * B) * q[i + u];
         }
-    for (int g = 0; g < 4; ++g) store(score + g * L, sum[g]);
+    store(score, (sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// C vectors of the weighted sum of values.
+// C vectors of the weighted sum of values. Meanwhile those of later tokens are fetched, and then what is at ``next``.
 template <int C, typename S, typename T>
-inline void mix(const T* score, const S* values, T* y, int64_t e, int64_t known, T factor) {
-    constexpr int L = Lanes<T>::count, distance = 12;  // tokens fetched ahead
+inline void mix(const T* score, const S* values, const S* next, T* y, int64_t e, int64_t known, T factor) {
+    constexpr int L = Lanes<T>::count, distance = 32;  // tokens fetched ahead
     Vec<T> sum[C] = {};
-    for (int64_t t = 0; t < known; ++t)
+    for (int64_t t = 0; t < known; ++t) {
+        const int64_t later = t + distance;
+        const S* ahead = later < known ? values + later * e : next + (later - known) * e;
         for (int c = 0; c < C; ++c) {
-            if (c % 2 == 0) __builtin_prefetch(values + (t + distance) * e + c * L);
+            __builtin_prefetch(ahead + c * L);
             sum[c] += load(values + t * e + c * L) * score[t];
         }
+    }
     for (int c = 0; c < C; ++c) store(y + c * L, sum[c] * factor);
 }
 
-// New keys and values into the cache, then attention, for the n new tokens of one head of one image.
+// New keys and values into the cache, then attention, for the n new tokens of one head of one image; ``next`` is
+// the head whose turn comes then, counted over all images.
 template <typename S, typename T>
 void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row, int64_t head, int64_t n,
-            int64_t start, T* qkv, T* y, int64_t ldq, T* score, T scale) {
+            int64_t start, T* qkv, T* y, int64_t ldq, T* score, T scale, int64_t next) {
     constexpr int L = Lanes<T>::count;
     const int64_t width = model.width, e = width / model.heads, B = block<T>, blocks = (model.tokens + B - 1) / B;
     S* keys = layer.keys + (row * model.heads + head) * blocks * B * e;
     S* values = layer.values + (row * model.heads + head) * model.tokens * e;
+    const S* keys_of_next = layer.keys + next * blocks * B * e;
     for (int64_t j = 0; j < n; ++j) {
         T *q = qkv + j * ldq + head * e, *k = q + width, *v = k + width;
         const int64_t t = start + j;
@@ -153,9 +158,10 @@ void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row,
         }
         T* to = y + j * width + head * e;
         int64_t c = 0;
-        for (; c + 8 * L <= e; c += 8 * L) mix<8>(score, values + c, to + c, e, known, 1 / sum);
-        for (; c + 2 * L <= e; c += 2 * L) mix<2>(score, values + c, to + c, e, known, 1 / sum);
-        for (; c < e; c += L) mix<1>(score, values + c, to + c, e, known, 1 / sum);
+        for (; c + 8 * L <= e; c += 8 * L) mix<8>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
+        for (; c + 4 * L <= e; c += 4 * L) mix<4>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
+        for (; c + 2 * L <= e; c += 2 * L) mix<2>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
+        for (; c < e; c += L) mix<1>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
     }
 }
 
@@ -188,8 +194,9 @@ void part(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int
         meet();
         for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
             const int64_t row = task / model.heads, head = task % model.heads;
+            const int64_t then = std::min(task + 1, tasks - 1);
             attend(model, layer, which[row], head, n, start, wide + row * n * 3 * w, mixed + row * n * w, 3 * w,
-                   score, model.scale[which[row]]);
+                   score, model.scale[which[row]], which[then / model.heads] * model.heads + then % model.heads);
         }
         meet();
         product(mixed, w, m, w, layer.proj, w, layer.proj_bias, x, w, ADD, thread, threads);

@@ -166,7 +166,7 @@ class NativeCache:
             new: tokens.
             layers: of the deepest of these blocks; None: of this one.
         """
-        block, layers = 4 * weights.lanes, layers or len(weights.layers)
+        block, layers = weights.lanes, layers or len(weights.layers)
         sizes = (weights.width, weights.width, max(3 * weights.width, weights.up), weights.width)
         like = weights.place
         stored = like.new_empty(0, dtype=weights.storage)
