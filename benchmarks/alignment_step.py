@@ -10,7 +10,7 @@ token; `sequential-prefix` runs it on the known tokens only; `sequential-cached`
 naive form takes 8 GB for each image.
 
 With `--preset digits`, or another preset with alignment, flow, images, batch, locations and tolerance are the
-preset's; `--width` and `--locations` change them. Of the rows that decode, `sequential-cached` alone is there.
+preset's; `--width` and `--locations` change them. Of those that decode, `sequential-cached` alone is there.
 
 On the CPU, `exact` is a back substitution in compiled code; `reverse-exact-products` is the way of all other
 devices: products until the remainder is small.

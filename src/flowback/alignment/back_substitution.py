@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowback.compiled import load_library
+from flowback.flow import affine
 from flowback.flow.block import Block
 from flowback.nn.transformer import MLP, Layer
 
@@ -67,7 +68,7 @@ def _model(number: Any) -> type[ctypes.Structure]:
 
 
 class Encoding:
-    """What a block's layers computed in one encode pass; filled by :func:`recording`."""
+    """What a block's layers computed in one encode pass; made by :func:`recording`."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -76,36 +77,34 @@ class Encoding:
         """Inputs of norms and outputs of the linear layers after them, (b, n, ...) in the block's order."""
 
     @property
-    def suits(self) -> bool:
-        """Whether the compiled code can solve with it: a plain block on the CPU, nothing narrowed."""
+    def complete(self) -> bool:
+        """Whether all is there, and nothing was narrowed (by autocast) or is elsewhere (sharded)."""
+        tensors = [*self.states.values(), *self.block.parameters()]
         dtype = self.block.proj_in.weight.dtype
-        loaded = library()
-        if loaded is None or dtype not in (torch.float32, torch.float64):
-            return False
-        panel = 2 * _lanes(dtype)
-        return (
-            all(isinstance(layer.mlp, MLP) for layer in self.layers)
-            and all(isinstance(layer.attention.q_norm, nn.Identity) for layer in self.layers)
-            and self.block.position is not None
-            and all(size % panel == 0 for size in self.block.body.layers[0].mlp.down.weight.shape)
-            and len(self.states) == 4 * len(self.layers)
-            and all((state.dtype, state.device.type) == (dtype, "cpu") for state in self.states.values())
+        return len(self.states) == 4 * len(self.layers) and all(
+            type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == dtype for tensor in tensors
         )
 
     def solve(
-        self, gradient: Float[Tensor, "b n d"], slope: Float[Tensor, "b n d"]
+        self,
+        gradient: Float[Tensor, "b n d"],
+        x: Float[Tensor, "b n d"],
+        shift: Float[Tensor, "b n d"],
+        log_scale: Float[Tensor, "b n d"],
     ) -> Float[Tensor, "b n d"]:
-        """The u with u = g + N^T u, in raster order.
+        """The u with u = g + N^T u; all in raster order.
 
         Args:
             gradient: g.
-            slope: derivative of each token by its raw log-scale, z held fixed.
+            x: the block's input.
+            shift: what the block predicted.
+            log_scale: likewise.
         """
         block, loaded = self.block, library()
         assert loaded is not None
-        u, slope = (
-            block.reorder(values).clone(memory_format=torch.contiguous_format) for values in (gradient, slope)
-        )
+        slope = affine.inverse_vjp(torch.ones_like(x), x, shift, log_scale)[2]  # of x by the log-scale
+        slope = slope * affine.bounded_slope(log_scale, block.log_scale_bound)
+        u, slope = (block.reorder(t).clone(memory_format=torch.contiguous_format) for t in (gradient, slope))
         b, n, d = u.shape
         width, threads = len(block.proj_in.weight), torch.get_num_threads()
         hidden = self.layers[0].mlp.down.in_features
@@ -144,9 +143,35 @@ class Encoding:
         )
 
 
+def _suits(block: Block, images: int) -> bool:
+    """Whether the compiled code knows such a block, and pays.
+
+    It reads the block's weights at every token. With fewer than two images a thread, that takes longer than
+    some products over all tokens.
+    """
+    weight, body = block.proj_in.weight, block.body
+    if weight.device.type != "cpu" or images < 2 * torch.get_num_threads() or library() is None:
+        return False
+    if body.checkpointing or body._compiled_call_impl is not None:  # its layers are called in other ways
+        return False
+    layers = [cast(Layer, layer) for layer in body.layers]
+    plain = block.position is not None and all(
+        isinstance(layer.mlp, MLP) and isinstance(layer.attention.q_norm, nn.Identity) for layer in layers
+    )
+    if not plain or weight.dtype not in (torch.float32, torch.float64):
+        return False
+    return all(size % (2 * _lanes(weight.dtype)) == 0 for size in layers[0].mlp.down.weight.shape)
+
+
 @contextmanager
-def recording(block: Block) -> Iterator[Encoding]:
-    """Keep what the block's layers compute inside; autograd keeps the same tensors: this takes no memory."""
+def recording(block: Block, images: int) -> Iterator[Encoding | None]:
+    """Keep what the layers of a block compute inside, if the compiled code can solve with it.
+
+    Autograd keeps the same tensors, so that this takes no memory.
+    """
+    if not _suits(block, images):
+        yield None
+        return
     encoding = Encoding(block)
 
     def keep_input(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -155,15 +180,12 @@ def recording(block: Block) -> Iterator[Encoding]:
     def keep_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
         encoding.states[module] = output.detach()
 
-    handles = []
-    for layer in encoding.layers:
-        for norm, linear in ((layer.attention.norm, layer.attention.qkv), (layer.mlp.norm, layer.mlp.up)):
-            handles += [norm.register_forward_hook(keep_input), linear.register_forward_hook(keep_output)]
-    try:
+    with ExitStack() as hooks:
+        for layer in encoding.layers:
+            for norm, linear in ((layer.attention.norm, layer.attention.qkv), (layer.mlp.norm, layer.mlp.up)):
+                hooks.callback(norm.register_forward_hook(keep_input).remove)
+                hooks.callback(linear.register_forward_hook(keep_output).remove)
         yield encoding
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

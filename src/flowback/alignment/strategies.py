@@ -183,10 +183,11 @@ class _Graph:
     """One block on its detached input, with the graph from there, and from the parameters, to the outputs."""
 
     def __init__(self, block: Block, x: Tensor, layers: Sequence[int], span: _Span) -> None:
-        self.x, self.bound = x.detach().requires_grad_(), block.log_scale_bound
+        self.x = x.detach().requires_grad_()
         # In this graph, for the sake of the class table and of the level's embedding.
         context = block.context(span.labels, span.drop, span.levels)
-        with recording(block) if span.order == "exact" else nullcontext() as self.encoding:
+        exact = span.order == "exact"
+        with recording(block, len(x)) if exact else nullcontext() as self.encoding:
             self.shift, self.log_scale, hidden = block.predict(self.x, context, layers)
         self.z = affine.forward(self.x, self.shift, self.log_scale)
         self.log_det = affine.log_det(self.log_scale)
@@ -199,7 +200,6 @@ class _Graph:
     def reverse(self, gradient: Tensor, order: Order, tolerance: float) -> tuple[Tensor, Pairs]:
         """Stage A in one block: from g, that meets x, the gradients of z and of (shift, log_scale)."""
         values = self.x.detach(), self.shift.detach(), self.log_scale.detach()
-        bound = self.bound
 
         def pairs(r: Tensor) -> tuple[Tensor, Pairs]:
             grad_z, grad_shift, grad_log_scale = affine.inverse_vjp(r, *values)
@@ -209,14 +209,11 @@ class _Graph:
             return cast(Tensor, self.input_gradient(pairs(r)[1]))
 
         length = self.x.shape[1]
-        if self.encoding is not None and self.encoding.suits:
-            slope = values[0] - values[1]
-            if bound is not None:
-                slope = slope * (1 - (values[2] / bound) ** 2)
-            return pairs(self.encoding.solve(gradient, slope))
-        if order == "exact":
-            return pairs(complete_series(gradient, apply, tolerance, length))
-        return pairs(truncated_series(gradient, apply, order, length))
+        if order != "exact":
+            return pairs(truncated_series(gradient, apply, order, length))
+        if self.encoding is not None and self.encoding.complete:
+            return pairs(self.encoding.solve(gradient, *values))
+        return pairs(complete_series(gradient, apply, tolerance, length))
 
 
 def _vjp(pairs: Pairs, inputs: Sequence[Tensor], keep: bool) -> list[Tensor | None]:

@@ -22,7 +22,7 @@ from flowback.flow import affine
 from flowback.flow.block import Block
 from flowback.nn.transformer import Layer
 
-__all__ = ["NativeCache", "NativeStep", "NativeWeights", "library"]
+__all__ = ["NativeCache", "NativeStep", "NativeWeights", "last_cache", "library"]
 
 
 @functools.cache
@@ -280,6 +280,15 @@ class NativeStep:
                 return f"rows {which.tolist()}: there are {self.rows}"
             self.checked = which
         return None
+
+
+def last_cache() -> int:
+    """Bytes of the processor's last cache; 0 where Linux does not say."""
+    try:
+        sizes = [file.read_text() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        return max((1024 * int(size.strip().removesuffix("K")) for size in sizes), default=0)
+    except (OSError, ValueError):
+        return 0
 
 
 def _on_large_pages(tensor: Tensor) -> Tensor:
