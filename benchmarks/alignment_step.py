@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21, help="turns of the timing")
     parser.add_argument("--train-steps", type=int, default=60, help="of 8 images each")
     parser.add_argument("--state", type=Path, help="the trained weights: read if there, else written")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of each row")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time of the process")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -305,7 +306,8 @@ def main() -> None:
     errors = setting.errors()
     show(errors, {name: "" if name == "order" else ".1e" for name in errors[0]})
     peaks = {
-        name: peak_in_fresh_process(["--peak-of", name, *sys.argv[1:]]) for name in [*STEPS, *sequential]
+        name: peak_in_fresh_process(["--peak-of", name, *sys.argv[1:]])
+        for name in ([] if options.no_memory else [*STEPS, *sequential])
     }
     print("timing", flush=True)
     calls = {name: partial(setting.step, name) for name in [*STEPS, *sequential]}
@@ -316,14 +318,15 @@ def main() -> None:
             "name": name,
             "seconds": medians[name],
             "ratio": ratio(seconds[name], seconds["none"]),
-            "peak_bytes": peaks[name],
+            **({"peak_bytes": peaks[name]} if peaks else {}),
             "turns": len(seconds[name]),
             "fastest": min(seconds[name]),
             "slowest": max(seconds[name]),
         }
         for name in calls
     ]
-    show(rows, {"name": "", "seconds": ".3f", "ratio": ".2f", "peak_bytes": ",", "turns": ""})
+    memory = {"peak_bytes": ","} if peaks else {}
+    show(rows, {"name": "", "seconds": ".4f", "ratio": ".2f", **memory, "turns": ""})
     if options.json:
         settings = {"batch": batch, "train_steps": options.train_steps, "clock": options.clock}
         settings |= {"model": asdict(config.model), "alignment": asdict(config.alignment)}
