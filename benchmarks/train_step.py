@@ -71,6 +71,8 @@ class Options:
     """`cpu` counts the process's own seconds, for a machine that others use, too."""
     device: str = "cpu"
     """Where all of it runs."""
+    memory: bool = True
+    """Measure the peak memory too, each row in a process of its own."""
     memory_of: str | None = None
     """Print the peak memory of one row, and stop; the script calls itself so."""
 
@@ -212,7 +214,7 @@ def measure(
                 "width": width,
                 "seconds": median,
                 "fastest": min(seconds[name]),
-                "peak_bytes": peak_of(name, options),
+                **({"peak_bytes": peak_of(name, options)} if options.memory else {}),
                 "to_peak": flops / median / peaks[precision],
                 "first_loss": losses[name],
             }
@@ -224,7 +226,8 @@ def measure(
         if name.startswith("ml-tarflow"):
             ours, theirs = next(row for row in rows if row["name"] == plain), rows[-1]
             ours["ratio"] = theirs["seconds"] / ours["seconds"]
-            ours["memory_ratio"] = ours["peak_bytes"] / theirs["peak_bytes"]
+            if options.memory:
+                ours["memory_ratio"] = ours["peak_bytes"] / theirs["peak_bytes"]
     return rows
 
 
@@ -253,7 +256,7 @@ def main() -> None:
             f"{row['seconds']:.3f}",
             f"{row['ratio']:.2f}" if "ratio" in row else "",
             f"{row['range_ratio']:.3f}" if "range_ratio" in row else "",
-            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
             f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "",
             f"{row['to_peak']:.2f}",
         )

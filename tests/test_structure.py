@@ -23,7 +23,7 @@ PACKAGE = ROOT / "src" / "flowback"
 LEVELS = (
     {"errors"},
     {"checked", "devices", "files", "folder_lock", "hub", "progress", "provenance", "reading"},
-    {"config", "processes", "task_config"},
+    {"compiled", "config", "processes", "task_config"},
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},
     {"alignment", "classification", "model_card", "sampling", "tarflow_weights"},

@@ -268,7 +268,8 @@ class AlignmentConfig(Checked):
     order: int | Literal["exact"] = 0
     """Terms of the reverse gradient's series to keep beyond the identity (strategy `reverse`)."""
     tolerance: float = 1e-4
-    """`exact` stops when the next term is below this share of the gradient."""
+    """`exact` stops when what remains is below this share of the gradient; back substitution, on a CPU,
+    leaves rounding alone."""
     weight: float = 0.1
     """Highest weight of the alignment loss."""
     stop_at: int | None = None

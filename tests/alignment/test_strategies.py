@@ -270,8 +270,11 @@ def test_frozen_parameters_get_no_gradient_and_the_rest_stay_right():
 
 
 def test_exact_stops_at_its_tolerance():
-    """Error below some ten times the tolerance, with fewer passes than a smaller tolerance takes."""
-    case = Case()
+    """Error below some ten times the tolerance, with fewer passes than a smaller tolerance takes.
+
+    SwiGLU: such blocks are solved by products on every device.
+    """
+    case = Case(mlp="swiglu")
     expected = case.both(config("reverse", TWO, "exact"))
     found = case.both(config("reverse", TWO, "exact", tolerance=1e-3))
     assert_same(found, expected, relative=1e-2)

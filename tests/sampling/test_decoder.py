@@ -150,6 +150,18 @@ def test_a_failing_compiler_is_a_warning(monkeypatch, caplog, tmp_path):
         native.library.cache_clear()
 
 
+@needs_compiler
+@pytest.mark.parametrize(("cache", "rows"), [(0, 16), (1 << 19, 16), (1 << 21, 32), (1 << 40, 32)])
+def test_groups_of_images_fit_the_last_cache(monkeypatch, cache, rows):
+    """One thread: a row has 16 KiB of keys and values in float64 here; 16 rows at least, 32 at most."""
+    monkeypatch.setattr("flowback.sampling.decoder.last_cache", lambda: cache)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    engine = Engine(tame_flow())
+    assert engine.images_at_once(100, guided=False) == rows
+    assert engine.images_at_once(100, guided=True) == rows // 2
+    assert engine.images_at_once(5, guided=False) == 5
+
+
 def test_odd_widths_fall_back():
     """A width that is no multiple of the panels goes to PyTorch."""
     assert not Engine(random_flow(torch.float32, width=24, head_dim=8)).native

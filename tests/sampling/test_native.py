@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowback import compiled
 from flowback.sampling import native
 from flowback.sampling.decoder import Engine
 from sampling.flows import noise_of, tame_flow
@@ -202,12 +203,12 @@ def test_the_compilers_own_message_is_shown(build):
     says = 'echo "In file included from x:" >&2; echo "decode.cpp:9:1: error: no such thing" >&2; exit 1'
     loaded, logged = build(VERSION + says)
     assert loaded is None
-    assert "PyTorch decodes instead: decode.cpp:9:1: error: no such thing" in logged
+    assert "PyTorch works instead: decode.cpp:9:1: error: no such thing" in logged
     assert not Engine(tame_flow()).native
 
 
 def test_a_compiler_that_hangs_is_given_up(build, monkeypatch, kept):
-    monkeypatch.setattr(native, "_LIMIT", 2)
+    monkeypatch.setattr(compiled, "_LIMIT", 2)
     loaded, logged = build('case "$*" in --version) exit 0 ;; esac\nexec sleep 60')
     assert loaded is None
     assert "timed out after 2 seconds" in logged

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -29,6 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flowback.alignment.back_substitution import recording
 from flowback.config import AlignmentConfig
 from flowback.errors import InputError
 from flowback.flow import FlowOutput, TARFlow, affine
@@ -184,7 +186,9 @@ class _Graph:
         self.x = x.detach().requires_grad_()
         # In this graph, for the sake of the class table and of the level's embedding.
         context = block.context(span.labels, span.drop, span.levels)
-        self.shift, self.log_scale, hidden = block.predict(self.x, context, layers)
+        exact = span.order == "exact"
+        with recording(block, len(x)) if exact else nullcontext() as self.encoding:
+            self.shift, self.log_scale, hidden = block.predict(self.x, context, layers)
         self.z = affine.forward(self.x, self.shift, self.log_scale)
         self.log_det = affine.log_det(self.log_scale)
         self.hidden = [hidden[layer] for layer in layers]
@@ -205,9 +209,11 @@ class _Graph:
             return cast(Tensor, self.input_gradient(pairs(r)[1]))
 
         length = self.x.shape[1]
-        if order == "exact":
-            return pairs(complete_series(gradient, apply, tolerance, length))
-        return pairs(truncated_series(gradient, apply, order, length))
+        if order != "exact":
+            return pairs(truncated_series(gradient, apply, order, length))
+        if self.encoding is not None and self.encoding.complete:
+            return pairs(self.encoding.solve(gradient, *values))
+        return pairs(complete_series(gradient, apply, tolerance, length))
 
 
 def _vjp(pairs: Pairs, inputs: Sequence[Tensor], keep: bool) -> list[Tensor | None]:

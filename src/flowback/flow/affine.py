@@ -11,12 +11,17 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["bounded", "forward", "inverse", "inverse_vjp", "log_det"]
+__all__ = ["bounded", "bounded_slope", "forward", "inverse", "inverse_vjp", "log_det"]
 
 
 def bounded(log_scale: Float[Tensor, "*s"], bound: float | None) -> Float[Tensor, "*s"]:
     """Log-scales within ±bound, nearly unchanged where they are small; None leaves them as they are."""
     return log_scale if bound is None else bound * (log_scale / bound).tanh()
+
+
+def bounded_slope(log_scale: Float[Tensor, "*s"], bound: float | None) -> Float[Tensor, "*s"] | float:
+    """Derivative of :func:`bounded`, by its result: 1 - tanh^2."""
+    return 1.0 if bound is None else 1 - (log_scale / bound) ** 2
 
 
 def forward(

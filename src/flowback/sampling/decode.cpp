@@ -4,93 +4,17 @@
 // Why not PyTorch: with few tokens a step is bound by overhead between operations and by reading weights and
 // cache. Here one parallel region runs the whole step; weights lie in the order in which they are read; norms'
 // scale and shift are folded into the next matrix; keys lie in blocks of tokens, so that scores
-// need no sums across lanes.
+// need no sums across lanes; and while one part of the cache is in use, the next is fetched.
 //
 // T computes (float, double), S stores weights, keys and values (T, or bfloat16 as uint16_t).
-// Letters: m rows of a product, k its inner size, p columns of a panel, e head width, t known tokens.
+// Letters: as in kernels.h, and e head width, t known tokens.
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <thread>
-#include <type_traits>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#ifdef __AVX512F__
-#define BYTES 64
-#else
-#define BYTES 32
-#endif
+#include "kernels.h"
 
 namespace {
-
-template <typename T> struct Lanes {
-    static constexpr int count = BYTES / sizeof(T);
-    typedef T vector __attribute__((vector_size(BYTES), aligned(sizeof(T))));
-};
-template <typename T> using Vec = typename Lanes<T>::vector;
-template <typename T> constexpr int panel = 2 * Lanes<T>::count;  // columns of packed weights read together
-
-template <typename T> inline Vec<T> load(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
-template <typename T> inline void store(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
-
-typedef uint16_t Halves __attribute__((vector_size(BYTES / 2), aligned(2)));
-typedef uint32_t Words __attribute__((vector_size(BYTES)));
-inline Vec<float> load(const uint16_t* p) {  // bfloat16 is the upper half of a float
-    Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16;
-    return (Vec<float>)words;
-}
-
-template <typename S, typename T> inline S narrow(T value) {
-    if constexpr (std::is_same_v<S, T>) {
-        return value;
-    } else {  // round to nearest, ties to even
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        return static_cast<S>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
-}
-
-// exp to about one unit in the last place, in a form that the compiler turns into vectors.
-inline float fast_exp(float x) {
-    x = std::min(std::max(x, -80.f), 80.f);  // results far from denormal, which are slow
-    const float shifted = x * 1.44269504f + 12582912.f;
-    const float n = shifted - 12582912.f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.f;
-    int32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    const int32_t exponent = (bits - 0x4b400000 + 127) << 23;
-    float power;
-    std::memcpy(&power, &exponent, 4);
-    return y * power;
-}
-inline double fast_exp(double x) { return std::exp(x); }
-
-// The exact GELU; in float erf is Abramowitz and Stegun 7.1.26, off by at most 1.5e-7.
-inline float gelu(float x) {
-    const float a = std::fabs(x) * 0.70710678f, t = 1.f / (1.f + 0.3275911f * a);
-    float poly = 1.061405429f;
-    poly = poly * t - 1.453152027f;
-    poly = poly * t + 1.421413741f;
-    poly = poly * t - 0.284496736f;
-    poly = poly * t + 0.254829592f;
-    const float tail = 0.5f * poly * t * fast_exp(-a * a);  // the normal distribution's, at |x|
-    return x * (x < 0 ? tail : 1.f - tail);
-}
-inline double gelu(double x) { return 0.5 * x * (1 + std::erf(x * 0.70710678118654752440)); }
-template <typename T> inline T silu(T x) { return x / (1 + fast_exp(-x)); }
 
 template <typename S, typename T> struct LayerOf {
     const S *qkv, *proj, *up, *down;              // packed weights
@@ -128,74 +52,6 @@ struct Meeting {
     }
 };
 
-enum Finish { SET, ADD, GELU };
-
-// Columns of one panel for R rows: y (op)= x · w + bias. Meanwhile the weights at ``ahead`` are fetched.
-template <int R, typename S, typename T>
-inline void tile(const T* x, int64_t ldx, int64_t k, const S* w, const S* ahead, const T* bias, T* y, int64_t ldy,
-                 Finish finish) {
-    constexpr int L = Lanes<T>::count;
-    constexpr int U = R == 1 ? 4 : R <= 3 ? 2 : 1;  // independent sums that hide the latency of few rows
-    Vec<T> sum[U][R][2] = {};
-    int64_t i = 0;
-    for (; i + U <= k; i += U)
-        for (int u = 0; u < U; ++u) {
-            const S* row = w + (i + u) * 2 * L;
-            const Vec<T> left = load(row), right = load(row + L);
-            __builtin_prefetch(ahead + (i + u) * 2 * L);
-            for (int r = 0; r < R; ++r) {
-                const T value = x[r * ldx + i + u];
-                sum[u][r][0] += left * value;
-                sum[u][r][1] += right * value;
-            }
-        }
-    for (; i < k; ++i)
-        for (int r = 0; r < R; ++r) {
-            sum[0][r][0] += load(w + i * 2 * L) * x[r * ldx + i];
-            sum[0][r][1] += load(w + i * 2 * L + L) * x[r * ldx + i];
-        }
-    alignas(BYTES) T made[R * 2 * L];
-    for (int r = 0; r < R; ++r)
-        for (int half = 0; half < 2; ++half) {
-            Vec<T> total = sum[0][r][half];
-            for (int u = 1; u < U; ++u) total += sum[u][r][half];
-            if (bias) total += load(bias + half * L);
-            if (finish == ADD) total += load(y + r * ldy + half * L);
-            store(made + (2 * r + half) * L, total);
-        }
-    if (finish == GELU) {
-#pragma omp simd
-        for (int j = 0; j < R * 2 * L; ++j) made[j] = gelu(made[j]);
-    }
-    for (int r = 0; r < R; ++r)
-        for (int half = 0; half < 2; ++half) store(y + r * ldy + half * L, load(made + (2 * r + half) * L));
-}
-
-// This thread's share of y (op)= x · w + bias; rows in tiles of at most 6, which fill the registers.
-template <typename S, typename T>
-void product(const T* x, int64_t ldx, int64_t m, int64_t k, const S* w, int64_t columns, const T* bias, T* y,
-             int64_t ldy, Finish finish, int64_t thread, int64_t threads) {
-    const int64_t panels = columns / panel<T>, tiles = (m + 5) / 6;
-    const int64_t first = panels * tiles * thread / threads, last = panels * tiles * (thread + 1) / threads;
-    for (int64_t task = first; task < last; ++task) {
-        const int64_t column = task / tiles, row = m * (task % tiles) / tiles;
-        const int64_t rows = m * (task % tiles + 1) / tiles - row;
-        const T* from = x + row * ldx;
-        const S* weights = w + column * k * panel<T>;
-        const S* ahead = (task + 1) % tiles ? weights : weights + k * panel<T>;
-        const T* shift = bias ? bias + column * panel<T> : nullptr;
-        T* to = y + row * ldy + column * panel<T>;
-        switch (rows) {
-            case 1: tile<1>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            case 2: tile<2>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            case 3: tile<3>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            case 4: tile<4>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            case 5: tile<5>(from, ldx, k, weights, ahead, shift, to, ldy, finish); break;
-            default: tile<6>(from, ldx, k, weights, ahead, shift, to, ldy, finish);
-        }
-    }
-}
-
 // (x - mean) / deviation of this thread's rows; scale and shift are part of the next weights.
 template <typename T>
 void normalise(const T* x, T* y, int64_t m, int64_t width, T eps, int64_t thread, int64_t threads) {
@@ -229,43 +85,48 @@ template <typename T> void rotate(T* x, const T* cos, const T* sin, int64_t e) {
     }
 }
 
-template <typename T> constexpr int block = 4 * Lanes<T>::count;  // tokens whose keys lie together
+template <typename T> constexpr int block = Lanes<T>::count;  // tokens whose keys lie together
 
 // Scores of one query with a block of tokens. Meanwhile the block at ``ahead`` is fetched: the cache is larger
 // than what lies near the processor.
 template <typename S, typename T>
 inline void scores(const T* q, const S* keys, const S* ahead, T* score, int64_t e) {
-    constexpr int L = Lanes<T>::count;
-    Vec<T> sum[4] = {};
-    for (int64_t i = 0; i < e; ++i)
-        for (int g = 0; g < 4; ++g) {
-            if (g % 2 == 0) __builtin_prefetch(ahead + i * block<T> + g * L);
-            sum[g] += load(keys + i * block<T> + g * L) * q[i];
+    constexpr int B = block<T>;
+    Vec<T> sum[4] = {};  // which hide each other's latency; e is a multiple of the lanes
+    for (int64_t i = 0; i < e; i += 4)
+        for (int u = 0; u < 4; ++u) {
+            __builtin_prefetch(ahead + (i + u) * B);
+            sum[u] += load(keys + (i + u) * B) * q[i + u];
         }
-    for (int g = 0; g < 4; ++g) store(score + g * L, sum[g]);
+    store(score, (sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// C vectors of the weighted sum of values.
+// C vectors of the weighted sum of values. Meanwhile those of later tokens are fetched, and then what is at ``next``.
 template <int C, typename S, typename T>
-inline void mix(const T* score, const S* values, T* y, int64_t e, int64_t known, T factor) {
-    constexpr int L = Lanes<T>::count, distance = 12;  // tokens fetched ahead
+inline void mix(const T* score, const S* values, const S* next, T* y, int64_t e, int64_t known, T factor) {
+    constexpr int L = Lanes<T>::count, distance = 32;  // tokens fetched ahead
     Vec<T> sum[C] = {};
-    for (int64_t t = 0; t < known; ++t)
+    for (int64_t t = 0; t < known; ++t) {
+        const int64_t later = t + distance;
+        const S* ahead = later < known ? values + later * e : next + (later - known) * e;
         for (int c = 0; c < C; ++c) {
-            if (c % 2 == 0) __builtin_prefetch(values + (t + distance) * e + c * L);
+            __builtin_prefetch(ahead + c * L);
             sum[c] += load(values + t * e + c * L) * score[t];
         }
+    }
     for (int c = 0; c < C; ++c) store(y + c * L, sum[c] * factor);
 }
 
-// New keys and values into the cache, then attention, for the n new tokens of one head of one image.
+// New keys and values into the cache, then attention, for the n new tokens of one head of one image; ``next`` is
+// the head whose turn comes then, counted over all images.
 template <typename S, typename T>
 void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row, int64_t head, int64_t n,
-            int64_t start, T* qkv, T* y, int64_t ldq, T* score, T scale) {
+            int64_t start, T* qkv, T* y, int64_t ldq, T* score, T scale, int64_t next) {
     constexpr int L = Lanes<T>::count;
     const int64_t width = model.width, e = width / model.heads, B = block<T>, blocks = (model.tokens + B - 1) / B;
     S* keys = layer.keys + (row * model.heads + head) * blocks * B * e;
     S* values = layer.values + (row * model.heads + head) * model.tokens * e;
+    const S* keys_of_next = layer.keys + next * blocks * B * e;
     for (int64_t j = 0; j < n; ++j) {
         T *q = qkv + j * ldq + head * e, *k = q + width, *v = k + width;
         const int64_t t = start + j;
@@ -297,9 +158,10 @@ void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row,
         }
         T* to = y + j * width + head * e;
         int64_t c = 0;
-        for (; c + 8 * L <= e; c += 8 * L) mix<8>(score, values + c, to + c, e, known, 1 / sum);
-        for (; c + 2 * L <= e; c += 2 * L) mix<2>(score, values + c, to + c, e, known, 1 / sum);
-        for (; c < e; c += L) mix<1>(score, values + c, to + c, e, known, 1 / sum);
+        for (; c + 8 * L <= e; c += 8 * L) mix<8>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
+        for (; c + 4 * L <= e; c += 4 * L) mix<4>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
+        for (; c + 2 * L <= e; c += 2 * L) mix<2>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
+        for (; c < e; c += L) mix<1>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
     }
 }
 
@@ -332,8 +194,9 @@ void part(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int
         meet();
         for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
             const int64_t row = task / model.heads, head = task % model.heads;
+            const int64_t then = std::min(task + 1, tasks - 1);
             attend(model, layer, which[row], head, n, start, wide + row * n * 3 * w, mixed + row * n * w, 3 * w,
-                   score, model.scale[which[row]]);
+                   score, model.scale[which[row]], which[then / model.heads] * model.heads + then % model.heads);
         }
         meet();
         product(mixed, w, m, w, layer.proj, w, layer.proj_bias, x, w, ADD, thread, threads);
@@ -388,9 +251,6 @@ void step(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int
 }  // namespace
 
 extern "C" {
-int lanes_f32() { return Lanes<float>::count; }
-int lanes_f64() { return Lanes<double>::count; }
-
 // native.py mirrors these structures.
 int layer_size() { return sizeof(LayerOf<float, float>); }
 int model_size_f32() { return sizeof(ModelOf<float, float>); }

@@ -1,25 +1,13 @@
-"""The compiled decode step: builds ``decode.cpp`` with the machine's C++ compiler, once, and calls it.
+"""The compiled decode step: calls ``decode.cpp``, which :mod:`flowback.compiled` builds.
 
-The library lies in the cache folder, in a folder of mode 0700, under a name made of the source, the compiler,
-the processor and its own content: a file that was tampered with or cut short is built anew. Where that folder
-cannot be used, each process builds a library of its own. Where there is no compiler, or FLOWBACK_NATIVE=0 is
-set, :func:`library` is None and PyTorch decodes.
+Where it is not available, :func:`library` is None and PyTorch decodes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import mmap
-import os
-import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,112 +17,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowback.files import cache_folder, file_hash
+from flowback.compiled import load_library
 from flowback.flow import affine
 from flowback.flow.block import Block
 from flowback.nn.transformer import Layer
 
-__all__ = ["NativeCache", "NativeStep", "NativeWeights", "library"]
-
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=c++17")
-_OPENMP = "-fopenmp"
-"""Left out where the compiler refuses it, as Apple's does: one thread decodes."""
-_LIMIT = 120
-"""Seconds that the compiler may take."""
-
-_log = logging.getLogger(__name__)
-
-
-class _CompilerError(Exception):
-    """What the compiler said."""
+__all__ = ["NativeCache", "NativeStep", "NativeWeights", "last_cache", "library"]
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled step, or None if it is not available."""
-    if os.environ.get("FLOWBACK_NATIVE") == "0":
-        return None
-    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
-    if not compiler:
-        return None
-    try:
-        try:
-            return _load(_compiled(compiler, _private_folder()))
-        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-            _log.warning("the fast decoder is compiled for this process alone: %s", error)
-        with tempfile.TemporaryDirectory() as temporary:
-            return _load(_compiled(compiler, Path(temporary)))  # once loaded, the file can go
-    except (OSError, subprocess.TimeoutExpired, _CompilerError) as error:
-        _log.warning("the fast decoder could not be compiled, PyTorch decodes instead: %s", error)
-        return None
+    return load_library(Path(__file__).with_name("decode.cpp"), "the fast decoder", _declare)
 
 
-def _private_folder() -> Path:
-    """The folder of the compiled library: the user's own, which nobody else can write.
-
-    Raises:
-        OSError: it cannot be made, or others can write it.
-        RuntimeError: there is no cache folder, since the user has no home.
-    """
-    folder = cache_folder() / "native"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise OSError(f"{folder} is not a folder")
-    if hasattr(os, "getuid"):  # elsewhere modes say nothing
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise OSError(f"others can write {folder}; remove it")
-        if stat.S_IMODE(status.st_mode) != 0o700:
-            folder.chmod(0o700)
-    return folder
-
-
-def _compiled(compiler: list[str], folder: Path) -> Path:
-    """The library's file in a folder; compiled if it is not there, or its content not what its name says."""
-    source = Path(__file__).with_name("decode.cpp")
-    version = _run([*compiler, "--version"])
-    text = source.read_bytes() + version.encode() + " ".join((*_FLAGS, _OPENMP)).encode()
-    key = hashlib.sha256(text + _processor().encode()).hexdigest()[:16]
-    for file in folder.glob(f"decode-{key}-*.so"):
-        if file == folder / _file_name(key, file):
-            return file
-        file.unlink()
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        compiled = Path(temporary) / "decode.so"
-        try:
-            _run([*compiler, *_FLAGS, _OPENMP, str(source), "-o", str(compiled)])
-        except _CompilerError:
-            _run([*compiler, *_FLAGS, str(source), "-o", str(compiled)])
-        return compiled.replace(folder / _file_name(key, compiled))
-
-
-def _file_name(key: str, file: Path) -> str:
-    return f"decode-{key}-{file_hash(file)[:32]}.so"
-
-
-def _run(command: list[str]) -> str:
-    """What a command of the compiler prints."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LIMIT)
-    except OSError as error:
-        raise _CompilerError(str(error)) from None
-    if done.returncode:
-        lines = done.stderr.splitlines() or [f"{command[0]} ended with code {done.returncode}"]
-        raise _CompilerError(next((line for line in lines if "error" in line), lines[0]).strip())
-    return done.stdout
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-    except OSError:
-        return platform.machine() + platform.processor()
-
-
-def _load(file: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(file))
+def _declare(loaded: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name in _STEPS.values():
         step = getattr(loaded, name)
@@ -142,8 +39,7 @@ def _load(file: Path) -> ctypes.CDLL:
         step.restype = None
     sizes = [loaded.layer_size(), loaded.model_size_f32(), loaded.model_size_f64()]
     if sizes != [ctypes.sizeof(kind) for kind in (_Layer, _model(ctypes.c_float), _model(ctypes.c_double))]:
-        raise OSError(f"{file} has structures of other sizes")
-    return loaded
+        raise OSError("the library has structures of other sizes")
 
 
 _STEPS = {
@@ -270,7 +166,7 @@ class NativeCache:
             new: tokens.
             layers: of the deepest of these blocks; None: of this one.
         """
-        block, layers = 4 * weights.lanes, layers or len(weights.layers)
+        block, layers = weights.lanes, layers or len(weights.layers)
         sizes = (weights.width, weights.width, max(3 * weights.width, weights.up), weights.width)
         like = weights.place
         stored = like.new_empty(0, dtype=weights.storage)
@@ -384,6 +280,15 @@ class NativeStep:
                 return f"rows {which.tolist()}: there are {self.rows}"
             self.checked = which
         return None
+
+
+def last_cache() -> int:
+    """Bytes of the processor's last cache; 0 where Linux does not say."""
+    try:
+        sizes = [file.read_text() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        return max((1024 * int(size.strip().removesuffix("K")) for size in sizes), default=0)
+    except (OSError, ValueError):
+        return 0
 
 
 def _on_large_pages(tensor: Tensor) -> Tensor:
