@@ -435,7 +435,7 @@ def test_other_settings_and_other_folders(tmp_path):
     make(data, tmp_path / "out")
     with pytest.raises(InputError, match=r"other settings: image_size \(was 16, now 8\)"):
         make(data, tmp_path / "out", Settings(8, 3, "bicubic", 0.25))
-    with pytest.raises(InputError, match=r"holds something else \(.*000.png\)"):
+    with pytest.raises(InputError, match=r"data lies in .*data, the folder of the images"):
         make(data, data)
     (tmp_path / "out/train/notes.txt").touch()
     with pytest.raises(InputError, match=r"holds something else \(.*train/notes.txt\)"):

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+
+import pytest
 import torch
 
 import runs
@@ -27,3 +31,12 @@ def test_peak_memory_of_the_process():
     assert before > 2**26  # PyTorch alone takes more than 64 MiB
     assert after >= before
     assert after >= held.numel() * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is not taken over from the parent")
+def test_peak_memory_does_not_begin_at_that_of_the_parent():
+    """The system's own count does: a process that is started by a large one would look as large."""
+    held = torch.ones(2**28)  # 1 GiB, touched
+    code = "import torch, flowback.training.monitoring as m; print(m.peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < held.numel() * 4

@@ -29,6 +29,7 @@ from flowback.data.columns import FILES, Column, Maker, bytes_of_image, derive, 
 from flowback.data.decode_pool import TASK, Part, Settings, decoded
 from flowback.data.pixels import Note
 from flowback.data.prepared import FORMAT, read_summary
+from flowback.data.shards import is_sharded
 from flowback.data.sources import Source, Split
 from flowback.data.vae import Codec
 from flowback.errors import InputError
@@ -108,7 +109,7 @@ def prepare(
         InputError: another set in ``out``, a place inside the source, a source that changed since, unreadable
             images, or a full disk.
     """
-    if os.path.isdir(data):
+    if os.path.isdir(data) and not is_sharded(Path(data)):
         check_outside(out, Path(data))
     prints: dict[str, str] = {split: source.fingerprint for split, source in sources.items()}
     head = {

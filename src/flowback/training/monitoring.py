@@ -10,8 +10,10 @@ blames for the forward strategy's results (arXiv 2511.22345).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -221,6 +223,10 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return 0
+    with contextlib.suppress(OSError):  # Linux, whose ru_maxrss begins at the peak of the process before exec
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
     kilobytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
 
