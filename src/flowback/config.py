@@ -223,6 +223,11 @@ class DataConfig(Checked):
     """Training images that keep their label, the same number of each class; all others are seen without. None
     leaves all labels."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder of images, where the data are one."""
+        return self.path if self.name == "folder" else None
+
     def check(self) -> None:
         """Refuse values out of range, and those that do not go together."""
         require(

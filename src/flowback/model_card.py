@@ -111,7 +111,7 @@ def _data_name(config: RunConfig) -> str:
     data = config.data
     if data.name in _DATA:
         return _DATA[data.name][0].split(" (")[0]
-    return f"a folder called {data.path.name}" if data.name == "folder" and data.path else data.name
+    return f"a folder called {data.folder.name}" if data.folder else data.name
 
 
 def _alignment(config: RunConfig) -> str:

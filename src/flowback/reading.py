@@ -27,6 +27,7 @@ __all__ = [
     "is_state_dict",
     "open_regular",
     "parse_json",
+    "problem",
     "read_json",
     "read_tensors",
     "read_text",
@@ -120,6 +121,11 @@ def read_text(file: Path, limit: int = TEXT_LIMIT) -> str:
         return _limited(file, limit).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not text in UTF-8") from None
+
+
+def problem(error: Exception) -> str:
+    """What a reader found wrong with a file, in words: the system's for an OSError, else the reader's own."""
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def _limited(file: Path, limit: int) -> bytes:

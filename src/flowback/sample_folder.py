@@ -180,9 +180,9 @@ def draw_folder(
     settings = _settings(flow, sampler, sampling, codec, labels, config)
     folder = SampleFolder(Path(out), settings, config.count, sampling.batch_size)
     config.check_place(folder.path)
-    data = (flow.run or RunConfig()).data
-    if data.name == "folder" and data.path is not None:
-        check_outside(folder.path, data.path)
+    photos = (flow.run or RunConfig()).data.folder
+    if photos is not None:
+        check_outside(folder.path, photos)
     state.wait_for_everyone()  # all have looked at the folder before the first one changes it
     with folder_lock(folder.path, state.is_main_process):
         if state.is_main_process:

@@ -104,13 +104,12 @@ def _settings(seen: Any) -> dict[str, Any]:
 
 
 def _from_yaml(file: Path, base: RunConfig) -> RunConfig:
-    from flowback.reading import read_yaml
+    from flowback.reading import problem, read_yaml
 
     try:
         values = read_yaml(file)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"--config {file} cannot be read: {reason}.") from None
+        raise InputError(f"--config {file} cannot be read: {problem(error)}.") from None
     try:
         return from_dict(RunConfig, {} if values is None else values, base)
     except InputError as error:

@@ -26,7 +26,7 @@ from torch import Tensor
 from flowback.data.image_folder import fingerprint_of, held_out
 from flowback.data.pixels import EXTENSIONS
 from flowback.errors import InputError, printable, shorten
-from flowback.reading import open_regular, parse_json, read_text
+from flowback.reading import open_regular, parse_json, problem, read_text
 
 __all__ = ["ShardSource", "is_sharded", "open_shards"]
 
@@ -261,8 +261,9 @@ def _class_names(root: Path, values: list[int | str | None]) -> tuple[str, ...]:
     try:
         names = tuple(read_text(file).replace("\r\n", "\n").split("\n"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{file} cannot be read: {reason}; name all classes in it, one a line.") from None
+        raise InputError(
+            f"{file} cannot be read: {problem(error)}; name all classes in it, one a line."
+        ) from None
     names = names[:-1] if names[-1] == "" else names
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:

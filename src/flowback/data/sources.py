@@ -36,7 +36,7 @@ from flowback.data.image_folder import (
 from flowback.data.named_sets import Pictures, dataset_names, pictures
 from flowback.data.shards import is_sharded, open_shards
 from flowback.errors import InputError, printable, shorten
-from flowback.reading import read_text
+from flowback.reading import problem, read_text
 
 __all__ = ["FileSource", "PictureSource", "Source", "Split", "open_source"]
 
@@ -254,8 +254,9 @@ def _read_labels(file: Path, files: Sequence[str], folder: Path) -> dict[str, st
     try:
         rows = [row for row in csv.reader(io.StringIO(read_text(file), newline="")) if row]
     except (OSError, ValueError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"--labels {file} cannot be read: {reason}; give a CSV file in UTF-8.") from None
+        raise InputError(
+            f"--labels {file} cannot be read: {problem(error)}; give a CSV file in UTF-8."
+        ) from None
     exact, stems = set(files), defaultdict(list)
     for known in files:
         stems[_stem(known)].append(known)

@@ -192,8 +192,8 @@ def _run(
     state = start(config.train)
     if state.is_main_process:
         RunFolder(out, config).check()
-        if images is None and config.data.name == "folder" and config.data.path is not None:
-            check_outside(out, config.data.path)
+        if images is None and config.data.folder is not None:
+            check_outside(out, config.data.folder)
     config, images, test = open_images(config, images, test)
     if teacher is not None:
         config = replace(config, student=_measured(config.student, teacher, images))
