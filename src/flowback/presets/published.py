@@ -248,8 +248,8 @@ _METRICS = ("nll", "top1", "top1_exhaustive", "fd_efficientnet_lite0")
 # nll of noised test images (nats/dim), accuracy of the gradient and of the exhaustive rule (%), and Fréchet
 # distance of 1,000 samples, guidance 0.3; seed 0, on a CPU (docs/results.md names the runs).
 _ROWS = (
-    ("digits", -0.1475, 86.4, 93.6, 48.9),
-    ("digits-reverse", -0.1494, 85.0, 95.3, 44.9),
+    ("digits", -0.1485, 87.2, 95.0, 48.9),
+    ("digits-reverse", -0.1484, 84.4, 96.7, 44.7),
     ("imagenet64-mini", -0.0884, 70.3, 86.1, 71.6),
     ("imagenet64-forward-all-2-mini", -0.0857, 74.4, 85.6, 74.7),
     ("imagenet64-detach-all-2-mini", -0.0892, 66.1, 85.8, 71.1),
