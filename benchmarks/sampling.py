@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from flowback.checkpoint import save
 from flowback.data.pixels import from_levels
 from flowback.flow.cost import flops_per_image
 from flowback.progress import track
+from flowback.sampling.decoder import Precision
 from flowback.sampling.sampler import noise
 from harness import interleave, write_rows
 
@@ -63,8 +64,8 @@ class Options:
     """Guidance scale, ramped over the tokens, of the guided rows."""
     guided: bool = True
     """Time the guided rows too."""
-    bf16: bool = True
-    """Time bf16 too."""
+    narrow: bool = True
+    """Time bf16, and keys and values alone in bf16, too."""
     jacobi: bool = True
     """Time a plan made on the spot (``auto``), and Jacobi sweeps in windows of 16 (``jacobi``), too."""
     warm_up: int = 1
@@ -172,7 +173,7 @@ def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: f
     def ours(
         name: str,
         guidance: Guidance,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
         plans: Sequence[BlockPlan] | None = None,
     ) -> None:
         sampler = Sampler(flow, guidance, False, batch_size=batch, precision=precision, plans=plans)
@@ -191,7 +192,8 @@ def time_batch(flow: Flow, reference: Any, options: Options, batch: int, peak: f
 
     for suffix, guidance in (("", Guidance()), ("-guided", guided))[: 2 if options.guided else 1]:
         ours(f"ours-sequential-b{batch}{suffix}", guidance)
-        if options.bf16:
+        if options.narrow:
+            ours(f"ours-sequential-kv-bf16-b{batch}{suffix}", guidance, "kv-bf16")
             ours(f"ours-sequential-bf16-b{batch}{suffix}", guidance, "bf16")
         if options.jacobi:
             ours(f"ours-auto-b{batch}{suffix}", guidance, plans=planned(flow, batch, guidance))

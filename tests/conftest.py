@@ -21,6 +21,8 @@ import torch  # noqa: E402
 
 import runs  # noqa: E402
 
+torch.set_num_threads(1)  # fixtures of modules come before those of tests
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

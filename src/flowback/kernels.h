@@ -50,6 +50,21 @@ template <typename S, typename T> inline S narrow(T value) {
     }
 }
 
+// The largest of n numbers; compilers do not make vectors of this by themselves.
+template <typename T> inline T largest(const T* x, int64_t n) {
+    constexpr int L = Lanes<T>::count;
+    Vec<T> most = x[0] - Vec<T>{};
+    int64_t t = 0;
+    for (; t + L <= n; t += L) {
+        const Vec<T> some = load(x + t);
+        most = some > most ? some : most;
+    }
+    T found = most[0];
+    for (int i = 1; i < L; ++i) found = std::max(found, most[i]);
+    for (; t < n; ++t) found = std::max(found, x[t]);
+    return found;
+}
+
 // exp to about one unit in the last place, in a form that the compiler turns into vectors.
 inline float fast_exp(float x) {
     x = std::min(std::max(x, -80.f), 80.f);  // results far from denormal, which are slow
@@ -133,30 +148,32 @@ inline void tile(const T* x, int64_t ldx, int64_t k, const S* w, const S* ahead,
         for (int half = 0; half < 2; ++half) store(y + r * ldy + half * L, load(made + (2 * r + half) * L));
 }
 
-// This thread's share of y (op)= x · w + bias. The first two tiles of a panel fetch half of the next one each.
+// y (op)= x · w + bias for the panels from ``first`` to before ``last``; w holds rows ``from`` to from + k - 1 of
+// matrices of ``height`` rows. The first two tiles of a panel fetch half of the next one each.
 template <typename S, typename T>
-void product(const T* x, int64_t ldx, int64_t m, int64_t k, const S* w, int64_t columns, const T* bias, T* y,
-             int64_t ldy, Finish finish, int64_t thread, int64_t threads) {
-    const int64_t panels = columns / panel<T>, tiles = (m + most_rows - 1) / most_rows;
-    const int64_t first = panels * tiles * thread / threads, last = panels * tiles * (thread + 1) / threads;
-    for (int64_t task = first; task < last; ++task) {
-        const int64_t column = task / tiles, row = m * (task % tiles) / tiles;
-        const int64_t rows = m * (task % tiles + 1) / tiles - row;
-        const T* from = x + row * ldx;
-        const S* weights = w + column * k * panel<T>;
-        const int64_t halves = std::min<int64_t>(tiles, 2), stride = panel<T> / halves;
-        const S* ahead = weights + k * panel<T> + std::min(task % tiles, halves - 1) * k * stride;
+void product(const T* x, int64_t ldx, int64_t m, int64_t k, const S* w, int64_t height, int64_t first, int64_t last,
+             const T* bias, T* y, int64_t ldy, Finish finish) {
+    const int64_t tiles = (m + most_rows - 1) / most_rows;
+    const int64_t halves = std::min<int64_t>(tiles, 2), stride = panel<T> / halves;
+    for (int64_t column = first; column < last; ++column) {
+        const S* weights = w + column * height * panel<T>;
         const T* shift = bias ? bias + column * panel<T> : nullptr;
-        T* to = y + row * ldy + column * panel<T>;
-        switch (rows) {
-            case 1: tile<1>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
-            case 2: tile<2>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
-            case 3: tile<3>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
-            case 4: tile<4>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
-            case 5: tile<5>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
-            case 6: tile<6>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
-            case 7: tile<7>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
-            default: tile<most_rows>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish);
+        T* out = y + (column - first) * panel<T>;
+        for (int64_t part = 0; part < tiles; ++part) {
+            const int64_t row = m * part / tiles, rows = m * (part + 1) / tiles - row;
+            const S* ahead = weights + height * panel<T> + std::min(part, halves - 1) * k * stride;
+            const T* from = x + row * ldx;
+            T* to = out + row * ldy;
+            switch (rows) {
+                case 1: tile<1>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+                case 2: tile<2>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+                case 3: tile<3>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+                case 4: tile<4>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+                case 5: tile<5>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+                case 6: tile<6>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+                case 7: tile<7>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish); break;
+                default: tile<most_rows>(from, ldx, k, weights, ahead, stride, shift, to, ldy, finish);
+            }
         }
     }
 }

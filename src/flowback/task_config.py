@@ -58,8 +58,9 @@ class SampleConfig(Checked):
     """`auto`: largest difference from the sequential images; `jacobi`: largest change in a last sweep."""
     window: int = 16
     """Tokens in a window of `--sampler jacobi` or `student+exact`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of weights and caches while decoding."""
+    precision: Literal["fp32", "kv-bf16", "bf16"] = "fp32"
+    """Of weights, keys and values while decoding; `kv-bf16` narrows keys and values alone, which is faster on
+    the CPU and a quarter as far from `fp32` as `bf16`."""
     batch_size: int = 64
     """Images drawn at once by a process."""
     evaluations: int | None = None

@@ -23,7 +23,11 @@ def step():
     """A step of three rows with room for two new tokens, in float32."""
     flow = tame_flow(torch.float32)
     context = flow.blocks[0].context(torch.tensor([0, 1, 2]))
-    return Engine(flow).decoder(1, 3, context, new=2)._step
+    return Engine(flow).decoder(1, 3, context, new=2)._step.step
+
+
+def weights_of(block, dtype=torch.float64):
+    return native.NativeWeights(native.Parts.of_block(block), dtype)
 
 
 ROWS = torch.arange(3)
@@ -64,17 +68,54 @@ def test_what_would_leave_the_buffers_is_refused(step, tokens, start, which, mes
     ],
 )
 def test_rows_that_do_not_fit_each_other_are_refused(context, scale):
-    weights = native.NativeWeights(tame_flow(torch.float32).blocks[0], torch.float32)
+    weights = weights_of(tame_flow(torch.float32).blocks[0], torch.float32)
+    contexts = {} if context is None else {0: context}
     with pytest.raises(Exception, match=r"do not fit|Type-check"):  # shapes are checked in tests alone
-        native.NativeStep(weights, native.NativeCache.empty(weights, 3, 1), context, scale)
+        native.NativeStep(weights, native.NativeCache.empty(weights, 3, 1), contexts, scale)
 
 
 def test_a_cache_of_fewer_layers_is_refused():
-    shallow, deep = (native.NativeWeights(b, torch.float64) for b in tame_flow(layers=(1, 2)).blocks)
+    shallow, deep = (weights_of(block) for block in tame_flow(layers=(1, 2)).blocks)
     scale = torch.ones(1, dtype=torch.float64)
     with pytest.raises(ValueError, match="do not fit"):
-        native.NativeStep(deep, native.NativeCache.empty(shallow, 1, 1), None, scale)
-    native.NativeStep(deep, native.NativeCache.empty(shallow, 1, 1, layers=2), None, scale)
+        native.NativeStep(deep, native.NativeCache.empty(shallow, 1, 1), {}, scale)
+    native.NativeStep(deep, native.NativeCache.empty(shallow, 1, 1, layers=2), {}, scale)
+    with pytest.raises(ValueError, match="do not fit"):  # a context before a layer that is not there
+        native.NativeStep(
+            shallow,
+            native.NativeCache.empty(shallow, 1, 1),
+            {1: torch.zeros(1, shallow.width).double()},
+            scale,
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "guidance", "message"),
+    [
+        ((3, 15, 4), 3, None, "15 tokens of 3 images"),
+        ((3, 16, 4), 3, torch.zeros(3, 16), "images for 3 rows"),
+        ((2, 16, 4), 3, None, "2 images for 3 rows"),
+        ((3, 16, 2), 3, None, "2 dimensions"),
+        ((3, 16, 4), 4, None, "3 images for 4 rows"),
+    ],
+)
+def test_noise_that_does_not_fit_is_not_decoded(step, shape, rows, guidance, message):
+    with pytest.raises(ValueError, match=message):
+        step.decode(torch.zeros(shape), torch.arange(rows), None, guidance)
+    assert step.decode(torch.zeros(3, 16, 4), ROWS, None).shape == (3, 16, 4)
+
+
+def test_what_lies_behind_the_known_tokens_plays_no_part():
+    """Vectors of keys reach beyond them: nothing that is there may be seen, nor be slow, as denormals are."""
+    flow = tame_flow(image_size=6)  # 9 tokens
+    block, z = flow.blocks[0], noise_of(flow, 2)
+    context = block.context(torch.tensor([0, 1]))
+    engine = Engine(flow)
+    engine.decoder(1, 2, context)
+    assert not engine._native_cache.keys.count_nonzero()
+    engine._native_cache.keys.fill_(torch.nan)
+    found = engine.decoder(1, 2, context).decode(z)
+    torch.testing.assert_close(found, block.inverse(z, context), atol=1e-12, rtol=1e-12)
 
 
 def test_a_larger_cache_serves_smaller_batches():

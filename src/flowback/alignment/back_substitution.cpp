@@ -95,7 +95,8 @@ template <typename T> void solve(const ModelOf<T>& model, T* u, int64_t first, i
     T *down = model.down + first * w, *part = model.part + first * w;
     T *wide = model.wide + first * widest, *token = model.token + first * model.columns;
     const auto times = [rows](const T* x, int64_t ldx, int64_t inner, const T* matrix, T* y, int64_t columns) {
-        product(x, ldx, rows, inner, matrix, columns, static_cast<const T*>(nullptr), y, columns, SET, 0, 1);
+        product(x, ldx, rows, inner, matrix, inner, 0, columns / panel<T>, static_cast<const T*>(nullptr), y, columns,
+                SET);
     };
     for (int64_t place = n - 2; place >= 0; --place) {  // the last token's prediction goes nowhere
         const auto at = [&](const T* states, int64_t row, int64_t size) {

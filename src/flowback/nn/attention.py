@@ -107,7 +107,7 @@ class Attention(nn.Module):
             keys.index_copy_(2, start, k.type_as(keys))
             values.index_copy_(2, start, v.type_as(values))
             seen = torch.arange(keys.shape[2], device=x.device) <= start
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None])
+            y = F.scaled_dot_product_attention(q, keys.type_as(q), values.type_as(q), attn_mask=seen[None])
         else:
             keys, values = cache
             end = start + n
@@ -116,5 +116,6 @@ class Attention(nn.Module):
             mask = None
             if n > 1:  # token start + i sees the first start + i + 1 tokens
                 mask = torch.ones(n, end, dtype=torch.bool, device=x.device).tril(start)
-            y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+            keys, values = keys[:, :, :end].type_as(q), values[:, :, :end].type_as(q)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.proj(y.transpose(1, 2).reshape(b, n, width))

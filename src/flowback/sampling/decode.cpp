@@ -1,44 +1,51 @@
-// One decode step of an autoregressive block on the CPU: the causal Transformer of a few new tokens of each
-// image, whose keys and values join the cache. Compiled on first use by native.py, which says what it needs.
+// A Transformer's step on the CPU: a few new tokens of each image, whose keys and values join the cache, of an
+// autoregressive block; or all tokens at once, which see each other, of a student. Compiled on first use by
+// native.py, which says what it needs.
 //
 // Why not PyTorch: with few tokens a step is bound by overhead between operations and by reading weights and
 // cache. Here one parallel region runs the whole step; weights lie in the order in which they are read; norms'
 // scale and shift are folded into the next matrix; keys lie in blocks of tokens, so that scores
 // need no sums across lanes; and while one part of the cache is in use, the next is fetched.
 //
+// The threads of a team share the weights: each has some heads and some of the MLP's inner columns, and makes from
+// them its part of a sum for all columns of the tokens (as Megatron-LM does, arXiv 1909.08053, Sec. 3). So they wait
+// for each other twice a layer, and what lies between stays near each one's processor.
+//
 // T computes (float, double), S stores weights, keys and values (T, or bfloat16 as uint16_t).
 // Letters: as in kernels.h, and e head width, t known tokens.
 
 #include <atomic>
+#include <memory>
+#include <numeric>
 #include <thread>
+#include <vector>
 
 #include "kernels.h"
 
 namespace {
 
-template <typename S, typename T> struct LayerOf {
+template <typename S, typename C, typename T> struct LayerOf {
     const S *qkv, *proj, *up, *down;              // packed weights
     const T *qkv_bias, *proj_bias, *up_bias, *down_bias;
     const T *q_norm, *k_norm;                     // weights of the RMS norms, or null
-    S *keys, *values;                             // (b, h, t / block, e, block) and (b, h, t, e)
+    const T *context;                             // (rows, width), added to the tokens first; or null
+    C *keys, *values;                             // (b, h, t / block, e, block) and (b, h, t, e)
 };
 
-template <typename S, typename T> struct ModelOf {
-    int64_t width, heads, hidden, layers, token_dim, tokens, gated, threads;
+template <typename S, typename C, typename T> struct ModelOf {
+    int64_t width, heads, hidden, layers, token_dim, tokens, gated, causal, final_norm, threads;
     T eps, qk_eps;
     const S *in, *out;
     const T *out_bias;
     const T *place;                               // (tokens, width): position and the input's bias
-    const T *context;                             // (rows, width), or null
     const T *cos, *sin;                           // (tokens, e), or null
     const T *scale;                               // (rows): factor of the attention scores
-    const LayerOf<S, T>* layer;
-    T *x, *norm, *wide, *mixed, *score;           // scratch
+    const LayerOf<S, C, T>* layer;
 };
 
-// Where the threads of a step wait for each other. The waits are shorter than waking a thread takes, so they
+// Where the threads of a team wait for each other. The waits are shorter than waking a thread takes, so they
 // spin; but where other processes want the processor, the thread that is waited for may need it.
-struct Meeting {
+struct alignas(64) Meeting {
     std::atomic<int64_t> arrived{0}, round{0};
     void wait(int64_t threads) {
         const int64_t now = round.load(std::memory_order_acquire);
@@ -52,10 +59,9 @@ struct Meeting {
     }
 };
 
-// (x - mean) / deviation of this thread's rows; scale and shift are part of the next weights.
-template <typename T>
-void normalise(const T* x, T* y, int64_t m, int64_t width, T eps, int64_t thread, int64_t threads) {
-    for (int64_t row = m * thread / threads; row < m * (thread + 1) / threads; ++row) {
+// (x - mean) / deviation; scale and shift are part of the next weights.
+template <typename T> void normalise(const T* x, T* y, int64_t m, int64_t width, T eps) {
+    for (int64_t row = 0; row < m; ++row) {
         const T* from = x + row * width;
         T* to = y + row * width;
         T sum = 0, square = 0;
@@ -86,6 +92,7 @@ template <typename T> void rotate(T* x, const T* cos, const T* sin, int64_t e) {
 }
 
 template <typename T> constexpr int block = Lanes<T>::count;  // tokens whose keys lie together
+inline int64_t score_size(int64_t tokens) { return (tokens + 63) / 64 * 64; }
 
 // Scores of one query with a block of tokens. Meanwhile the block at ``ahead`` is fetched: the cache is larger
 // than what lies near the processor.
@@ -117,18 +124,69 @@ inline void mix(const T* score, const S* values, const S* next, T* y, int64_t e,
     for (int c = 0; c < C; ++c) store(y + c * L, sum[c] * factor);
 }
 
+// y = x · w for R rows and C vectors of columns, which lie ``apart``; row i of w begins at i · ldw.
+template <int R, int C, typename S, typename T>
+inline void multiply(const T* x, int64_t ldx, int64_t k, const S* w, int64_t ldw, int64_t apart, T* y, int64_t ldy) {
+    Vec<T> sum[R][C] = {};
+    for (int64_t i = 0; i < k; ++i) {
+        Vec<T> row[C];
+        for (int c = 0; c < C; ++c) row[c] = load(w + i * ldw + c * apart);
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) sum[r][c] += row[c] * x[r * ldx + i];
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) store(y + r * ldy + c * Lanes<T>::count, sum[r][c]);
+}
+
+// The same for so many vectors of columns.
+template <int R, typename S, typename T>
+inline void multiply(const T* x, int64_t ldx, int64_t k, const S* w, int64_t ldw, int64_t apart, int64_t vectors, T* y,
+                     int64_t ldy) {
+    int64_t c = 0;
+    for (; c + 2 <= vectors; c += 2)
+        multiply<R, 2>(x, ldx, k, w + c * apart, ldw, apart, y + c * Lanes<T>::count, ldy);
+    if (c < vectors) multiply<R, 1>(x, ldx, k, w + c * apart, ldw, apart, y + c * Lanes<T>::count, ldy);
+}
+
+// Attention of R queries, whose keys and values are in use for all of them while they are near; the first one knows
+// ``known`` tokens, each later one ``more`` others.
+template <int R, typename S, typename T>
+inline void attend_together(const T* q, int64_t ldq, const S* keys, const S* values, int64_t e, int64_t known,
+                            int64_t more, T* score, int64_t lds, T* y, int64_t ldy) {
+    constexpr int64_t L = Lanes<T>::count, B = block<T>;
+    const int64_t all = known + (R - 1) * more;
+    multiply<R>(q, ldq, e, keys, B, B * e, (all + B - 1) / B, score, lds);
+    T factor[R];
+    for (int r = 0; r < R; ++r) {
+        const int64_t seen = known + r * more;
+        T *own = score + r * lds, most = largest(own, seen), sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t t = 0; t < seen; ++t) {
+            own[t] = fast_exp(own[t] - most);
+            sum += own[t];
+        }
+        for (int64_t t = seen; t < all; ++t) own[t] = 0;
+        factor[r] = 1 / sum;
+    }
+    multiply<R>(score, lds, all, values, e, L, e / L, y, ldy);
+    for (int r = 0; r < R; ++r)
+        for (int64_t i = 0; i < e; i += L) store(y + r * ldy + i, load(y + r * ldy + i) * factor[r]);
+}
+
 // New keys and values into the cache, then attention, for the n new tokens of one head of one image; ``next`` is
-// the head whose turn comes then, counted over all images.
-template <typename S, typename T>
-void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row, int64_t head, int64_t n,
-            int64_t start, T* qkv, T* y, int64_t ldq, T* score, T scale, int64_t next) {
-    constexpr int L = Lanes<T>::count;
-    const int64_t width = model.width, e = width / model.heads, B = block<T>, blocks = (model.tokens + B - 1) / B;
-    S* keys = layer.keys + (row * model.heads + head) * blocks * B * e;
-    S* values = layer.values + (row * model.heads + head) * model.tokens * e;
-    const S* keys_of_next = layer.keys + next * blocks * B * e;
+// the head whose turn comes then, counted over all images. The head's queries lie at qkv, its keys ``apart`` from
+// them, its values as far from these; y has rows of ``apart``.
+template <typename S, typename C, typename T>
+void attend(const ModelOf<S, C, T>& model, const LayerOf<S, C, T>& layer, int64_t row, int64_t head, int64_t n,
+            int64_t start, T* qkv, int64_t apart, T* y, T* score, T scale, int64_t next) {
+    constexpr int L = Lanes<T>::count, together = most_rows;
+    const int64_t e = model.width / model.heads, B = block<T>, blocks = (model.tokens + B - 1) / B, ldq = 3 * apart;
+    const int64_t lds = score_size(model.tokens);
+    C* keys = layer.keys + (row * model.heads + head) * blocks * B * e;
+    C* values = layer.values + (row * model.heads + head) * model.tokens * e;
+    const C* keys_of_next = layer.keys + next * blocks * B * e;
     for (int64_t j = 0; j < n; ++j) {
-        T *q = qkv + j * ldq + head * e, *k = q + width, *v = k + width;
+        T *q = qkv + j * ldq, *k = q + apart, *v = k + apart;
         const int64_t t = start + j;
         if (layer.q_norm) rms_norm(q, layer.q_norm, e, model.qk_eps);
         if (layer.k_norm) rms_norm(k, layer.k_norm, e, model.qk_eps);
@@ -136,27 +194,30 @@ void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row,
             rotate(q, model.cos + t * e, model.sin + t * e, e);
             rotate(k, model.cos + t * e, model.sin + t * e, e);
         }
-        S* to = keys + t / B * B * e + t % B;
-        for (int64_t i = 0; i < e; ++i) to[i * B] = narrow<S>(k[i]);
-        for (int64_t i = 0; i < e; ++i) values[t * e + i] = narrow<S>(v[i]);
+        C* to = keys + t / B * B * e + t % B;
+        for (int64_t i = 0; i < e; ++i) to[i * B] = narrow<C>(k[i]);
+        for (int64_t i = 0; i < e; ++i) values[t * e + i] = narrow<C>(v[i]);
     }
-    for (int64_t j = 0; j < n; ++j) {
-        T* q = qkv + j * ldq + head * e;
-        for (int64_t i = 0; i < e; ++i) q[i] *= scale;
-        const int64_t known = start + j + 1, used = (known + B - 1) / B;
+    for (int64_t j = 0; j < n; ++j)
+        for (int64_t i = 0; i < e; ++i) qkv[j * ldq + i] *= scale;
+    int64_t j = 0;
+    for (; j + together <= n; j += together)
+        attend_together<together>(qkv + j * ldq, ldq, keys, values, e, start + (model.causal ? j + 1 : n),
+                                  model.causal, score, lds, y + j * apart, apart);
+    for (; j < n; ++j) {
+        const T* q = qkv + j * ldq;
+        const int64_t known = start + (model.causal ? j + 1 : n), used = (known + B - 1) / B;
         for (int64_t g = 0; g < used; ++g) {
-            const S* from = keys + g * B * e;
+            const C* from = keys + g * B * e;
             scores(q, from, g + 1 < used ? from + B * e : values, score + g * B, e);
         }
-        T most = score[0], sum = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t t = 0; t < known; ++t) most = std::max(most, score[t]);
+        T most = largest(score, known), sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t t = 0; t < known; ++t) {
             score[t] = fast_exp(score[t] - most);
             sum += score[t];
         }
-        T* to = y + j * width + head * e;
+        T* to = y + j * apart;
         int64_t c = 0;
         for (; c + 8 * L <= e; c += 8 * L) mix<8>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
         for (; c + 4 * L <= e; c += 4 * L) mix<4>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
@@ -165,85 +226,176 @@ void attend(const ModelOf<S, T>& model, const LayerOf<S, T>& layer, int64_t row,
     }
 }
 
-// One thread's part of a step. ``threads`` of them share the rows and meet after each operation.
-template <typename S, typename T>
-void part(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,
-          T* out, int64_t columns, int64_t before, T* score, Meeting& meeting, int64_t thread, int64_t threads) {
-    const int64_t w = model.width, m = rows * n, hidden = model.hidden, up = model.gated ? 2 * hidden : hidden;
-    const int64_t row_size = std::max(3 * w, up), tasks = rows * model.heads;
-    T *x = model.x + before * w, *norm = model.norm + before * w, *mixed = model.mixed + before * w;
-    T* wide = model.wide + before * row_size;
-    const int64_t first = m * thread / threads, last = m * (thread + 1) / threads;
-    const auto meet = [&meeting, threads] {
-        if (threads > 1) meeting.wait(threads);
+// Memory of a thread, which grows as it is needed and stays.
+class Memory {
+    struct alignas(64) Line {
+        char bytes[64];
     };
-    for (int64_t i = first; i < last; ++i) {
-        const T* place = model.place + (start + i % n) * w;
-        const T* context = model.context ? model.context + which[i / n] * w : nullptr;
-        for (int64_t c = 0; c < w; ++c) x[i * w + c] = place[c] + (context ? context[c] : 0);
+    std::vector<Line> lines;
+
+  public:
+    template <typename T> T* room(int64_t count) {
+        const size_t needed = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+        if (lines.size() < needed) lines.resize(needed);
+        return reinterpret_cast<T*>(lines.data());
     }
-    meet();
-    const int64_t d = model.token_dim;
-    product(tokens, d, m, d, model.in, w, static_cast<const T*>(nullptr), x, w, ADD, thread, threads);
-    meet();
-    for (int64_t l = 0; l < model.layers; ++l) {
-        const LayerOf<S, T>& layer = model.layer[l];
-        normalise(x, norm, m, w, model.eps, thread, threads);
-        meet();
-        product(norm, w, m, w, layer.qkv, 3 * w, layer.qkv_bias, wide, 3 * w, SET, thread, threads);
-        meet();
-        for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-            const int64_t row = task / model.heads, head = task % model.heads;
-            const int64_t then = std::min(task + 1, tasks - 1);
-            attend(model, layer, which[row], head, n, start, wide + row * n * 3 * w, mixed + row * n * w, 3 * w,
-                   score, model.scale[which[row]], which[then / model.heads] * model.heads + then % model.heads);
-        }
-        meet();
-        product(mixed, w, m, w, layer.proj, w, layer.proj_bias, x, w, ADD, thread, threads);
-        meet();
-        normalise(x, norm, m, w, model.eps, thread, threads);
-        meet();
-        const Finish finish = model.gated ? SET : GELU;
-        product(norm, w, m, w, layer.up, up, layer.up_bias, wide, up, finish, thread, threads);
-        meet();
-        if (model.gated) {
-            for (int64_t i = first; i < last; ++i) {
-                T *gate = wide + i * up, *value = gate + hidden;
-                for (int64_t c = 0; c < hidden; ++c) gate[c] = silu(gate[c]) * value[c];
-            }
-            meet();
-        }
-        product(wide, up, m, hidden, layer.down, w, layer.down_bias, x, w, ADD, thread, threads);
-        meet();
-    }
-    product(x, w, m, w, model.out, columns, model.out_bias, out, columns, SET, thread, threads);
+};
+thread_local Memory own_memory, shared_memory;
+
+struct Range {
+    int64_t first, last;
+    int64_t count() const { return last - first; }
+};
+inline Range share(int64_t count, int64_t part, int64_t parts) {
+    return {count * part / parts, count * (part + 1) / parts};
 }
 
-// tokens (rows, n, token_dim) at places start ... start + n - 1 -> out (rows, n, columns): log-scale and shift
-// of the next tokens. Row r uses cache, context and scale of image which[r].
+// How many heads have whole panels: threads take as many, or a multiple.
+template <typename T> int64_t heads_together(int64_t e) { return panel<T> / std::gcd<int64_t>(e, panel<T>); }
+
+// One thread's part of a step of its team, which has these rows and meets where all its members' sums are needed.
+// ``common`` is the team's memory: two sums of each member.
+template <typename S, typename C, typename T>
+void part(const ModelOf<S, C, T>& model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,
+          T* out, int64_t columns, T* common, Meeting& meeting, int64_t member, int64_t members) {
+    const int64_t w = model.width, e = w / model.heads, m = rows * n, d = model.token_dim, together = heads_together<T>(e);
+    const Range heads = {share(model.heads / together, member, members).first * together,
+                         share(model.heads / together, member, members).last * together};
+    const Range inner = share(model.hidden / panel<T>, member, members), wide = share(w / panel<T>, member, members);
+    const int64_t own = heads.count() * e, hidden = inner.count() * panel<T>, all = w / panel<T>;
+    const int64_t first = heads.first * e / panel<T>, last = heads.last * e / panel<T>, size = m * w;
+    T* x = own_memory.room<T>(2 * size + m * std::max(4 * own, (1 + model.gated) * hidden) + most_rows * score_size(model.tokens));
+    T *norm = x + size, *score = norm + size, *qkv = score + most_rows * score_size(model.tokens), *mixed = qkv + 3 * m * own;
+    const T* none = nullptr;
+    // The members' sums of two kinds take turns: when one is written again, all have read it.
+    const auto sums = [=](int64_t kind, int64_t of) { return common + (kind * members + of) * size; };
+    const auto collect = [&](int64_t kind, int64_t count) {
+        if (members > 1) meeting.wait(members);
+        for (int64_t of = 0; of < count; ++of) {
+            const T* from = sums(kind, of);
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) x[i] += from[i];
+        }
+    };
+    for (int64_t i = 0; i < m; ++i) {
+        const T* place = model.place + (start + i % n) * w;
+        std::copy(place, place + w, x + i * w);
+    }
+    product(tokens, d, m, d, model.in, d, wide.first, wide.last, none, sums(1, 0) + wide.first * panel<T>, w, SET);
+    collect(1, 1);
+    for (int64_t l = 0; l < model.layers; ++l) {
+        const LayerOf<S, C, T>& layer = model.layer[l];
+        for (int64_t i = 0; layer.context && i < m; ++i) {
+            const T* context = layer.context + which[i / n] * w;
+            for (int64_t c = 0; c < w; ++c) x[i * w + c] += context[c];
+        }
+        normalise(x, norm, m, w, model.eps);
+        for (int64_t kind = 0; kind < 3; ++kind)
+            product(norm, w, m, w, layer.qkv, w, kind * all + first, kind * all + last, layer.qkv_bias, qkv + kind * own,
+                    3 * own, SET);
+        for (int64_t task = 0; task < rows * heads.count(); ++task) {
+            const int64_t row = task / heads.count(), head = task % heads.count();
+            const int64_t then = std::min(task + 1, rows * heads.count() - 1);
+            attend(model, layer, which[row], heads.first + head, n, start, qkv + row * n * 3 * own + head * e, own,
+                   mixed + row * n * own + head * e, score, model.scale[which[row]],
+                   which[then / heads.count()] * model.heads + heads.first + then % heads.count());
+        }
+        product(mixed, own, m, own, layer.proj + heads.first * e * panel<T>, w, 0, all, member ? none : layer.proj_bias,
+                sums(0, member), w, SET);
+        collect(0, members);
+        normalise(x, norm, m, w, model.eps);
+        T* up = qkv;
+        product(norm, w, m, w, layer.up, w, inner.first, inner.last, layer.up_bias, up, hidden, model.gated ? SET : GELU);
+        if (model.gated) {
+            const int64_t values = model.hidden / panel<T>;
+            T* value = up + m * hidden;
+            product(norm, w, m, w, layer.up, w, values + inner.first, values + inner.last, layer.up_bias, value, hidden, SET);
+            for (int64_t i = 0; i < m * hidden; ++i) up[i] = silu(up[i]) * value[i];
+        }
+        product(up, hidden, m, hidden, layer.down + inner.first * panel<T> * panel<T>, model.hidden, 0, all,
+                member ? none : layer.down_bias, sums(1, member), w, SET);
+        collect(1, members);
+    }
+    if (model.final_norm) normalise(x, norm, m, w, model.eps);
+    const Range ends = share(columns / panel<T>, member, members);
+    product(model.final_norm ? norm : x, w, m, w, model.out, w, ends.first, ends.last, model.out_bias,
+            out + ends.first * panel<T>, columns, SET);
+}
+
+// The members of a team for which each thread reads least: its share of the weights, and the members' sums.
+template <typename S, typename C, typename T> int64_t team(const ModelOf<S, C, T>& model, int64_t rows, int64_t n, int64_t threads) {
+    const int64_t most = std::min(threads, model.heads / heads_together<T>(model.width / model.heads));
+    int64_t best = 1;
+    double least = 0;
+    for (int64_t members = 1; members <= most; ++members) {
+        const int64_t teams = std::min(threads / members, rows), m = (rows + teams - 1) / teams * n;
+        const double read = 12. * model.width / members * sizeof(S) + 2. * members * m * sizeof(T);
+        if (members == 1 || read < least) best = members, least = read;
+    }
+    return best;
+}
+
+// tokens (rows, n, token_dim) at places start ... start + n - 1 -> out (rows, n, columns): of a block, log-scale and
+// shift of the next tokens. Row r uses cache, context and scale of image which[r].
 //
-// With enough rows each thread takes some through the whole step and waits for nobody; with fewer, all share
-// every operation, so that each reads a part of the weights; with next to nothing to do, one thread does it.
-template <typename S, typename T>
-void step(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,
+// Teams of threads share the rows; with next to nothing to do, one thread does it.
+template <typename S, typename C, typename T>
+void step(const ModelOf<S, C, T>& model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,
           T* out, int64_t columns) {
     const int64_t least = 1 << 18;  // multiply-adds of a layer that are worth more than one thread
-    const int64_t wanted = rows * n * 12 * model.width * model.width < least ? 1 : model.threads;
-    Meeting meeting;
-#pragma omp parallel num_threads(wanted)
+    const int64_t threads = rows * n * 12 * model.width * model.width < least ? 1 : model.threads;
+    const int64_t members = team(model, rows, n, threads), teams = std::min(threads / members, rows);
+    const int64_t size = 2 * members * ((rows + teams - 1) / teams) * n * model.width;
+    T* common = shared_memory.room<T>(teams * size);
+    const std::unique_ptr<Meeting[]> meetings(new Meeting[teams]);
+    const auto some = [&](int64_t first, int64_t last, int64_t team, int64_t member, int64_t of) {
+        part(model, tokens + first * n * model.token_dim, which + first, last - first, n, start, out + first * n * columns,
+             columns, common + team * size, meetings[team], member, of);
+    };
+#pragma omp parallel num_threads(teams * members)
     {
 #ifdef _OPENMP
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const int64_t thread = omp_get_thread_num(), given = omp_get_num_threads();
 #else
-        const int64_t thread = 0, threads = 1;
+        const int64_t thread = 0, given = 1;
 #endif
-        T* score = model.score + thread * ((model.tokens + 63) / 64 * 64);
-        if (rows / threads * n >= 24) {
-            const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
-            part(model, tokens + first * n * model.token_dim, which + first, last - first, n, start,
-                 out + first * n * columns, columns, first * n, score, meeting, 0, 1);
+        if (given < teams * members) {  // the machine gave fewer than it was asked for
+            if (thread == 0) some(0, rows, 0, 0, 1);
         } else {
-            part(model, tokens, which, rows, n, start, out, columns, 0, score, meeting, thread, threads);
+            const Range own = share(rows, thread / members, teams);
+            // What lies between the products of one thread stays in its cache.
+            const int64_t most = members > 1 ? rows : std::max<int64_t>(1, 512 / n);
+            for (int64_t first = own.first; first < own.last; first += most)
+                some(first, std::min(first + most, own.last), thread / members, thread % members, members);
+        }
+    }
+}
+
+// Tokens first + 1 ... first + count of the images x (b, n, d) from their noise z, one after another:
+// shift + exp(log-scale) * z, with log-scales within +-bound if it is not 0. With ``weight`` (b, n) the rows are two
+// streams of the images, joined as c + weight * (c - u).
+template <typename S, typename C, typename T>
+void decode(const ModelOf<S, C, T>& model, const int64_t* which, int64_t rows, int64_t first, int64_t count, const T* z,
+            T* x, const T* weight, T bound, T* tokens, T* out, int64_t columns) {
+    const int64_t d = model.token_dim, n = model.tokens, images = weight ? rows / 2 : rows;
+    const auto bounded = [bound](T value) { return bound ? bound * std::tanh(value / bound) : value; };
+    for (int64_t i = first; i < first + count; ++i) {
+        for (int64_t row = 0; row < rows; ++row) {
+            const T* from = x + (row % images * n + i) * d;
+            std::copy(from, from + d, tokens + row * d);
+        }
+        step(model, tokens, which, rows, 1, i, out, columns);
+        for (int64_t image = 0; image < images; ++image) {
+            const T *with = out + image * columns, *without = out + (images + image) * columns;
+            const int64_t next = image * n + i + 1;
+            for (int64_t c = 0; c < d; ++c) {
+                T log_scale = bounded(with[c]), shift = with[d + c];
+                if (weight) {
+                    log_scale += weight[next] * (log_scale - bounded(without[c]));
+                    shift += weight[next] * (shift - without[d + c]);
+                }
+                x[next * d + c] = shift + std::exp(log_scale) * z[next * d + c];
+            }
         }
     }
 }
@@ -252,16 +404,22 @@ void step(const ModelOf<S, T>& model, const T* tokens, const int64_t* which, int
 
 extern "C" {
 // native.py mirrors these structures.
-int layer_size() { return sizeof(LayerOf<float, float>); }
-int model_size_f32() { return sizeof(ModelOf<float, float>); }
-int model_size_f64() { return sizeof(ModelOf<double, double>); }
+int layer_size() { return sizeof(LayerOf<float, float, float>); }
+int model_size_f32() { return sizeof(ModelOf<float, float, float>); }
+int model_size_f64() { return sizeof(ModelOf<double, double, double>); }
 
-#define STEP(NAME, S, T)                                                                                              \
-    void NAME(const void* model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,       \
-              T* out, int64_t columns) {                                                                              \
-        step(*static_cast<const ModelOf<S, T>*>(model), tokens, which, rows, n, start, out, columns);                 \
+#define ENTRY(NAME, S, C, T)                                                                                          \
+    void step_##NAME(const void* model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start, \
+                     T* out, int64_t columns) {                                                                       \
+        step(*static_cast<const ModelOf<S, C, T>*>(model), tokens, which, rows, n, start, out, columns);              \
+    }                                                                                                                 \
+    void decode_##NAME(const void* model, const int64_t* which, int64_t rows, int64_t first, int64_t count,           \
+                       const T* z, T* x, const T* weight, T bound, T* tokens, T* out, int64_t columns) {              \
+        decode(*static_cast<const ModelOf<S, C, T>*>(model), which, rows, first, count, z, x, weight, bound, tokens,  \
+               out, columns);                                                                                         \
     }
-STEP(step_f32, float, float)
-STEP(step_f64, double, double)
-STEP(step_bf16, uint16_t, float)
+ENTRY(f32, float, float, float)
+ENTRY(f64, double, double, double)
+ENTRY(bf16, uint16_t, uint16_t, float)
+ENTRY(f32_bf16, float, uint16_t, float)
 }

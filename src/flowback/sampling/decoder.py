@@ -20,13 +20,13 @@ from flowback.flow.block import Block
 from flowback.nn.attention import KVCache
 from flowback.sampling.cuda_graph import CapturedStep, captures
 from flowback.sampling.guidance import ImageGuide
-from flowback.sampling.native import NativeCache, NativeStep, NativeWeights, last_cache
+from flowback.sampling.native import NativeCache, NativeStep, NativeWeights, Parts, last_cache
 
-__all__ = ["Decoder", "Engine", "Kept", "Precision", "Step", "TorchStep", "sequential"]
+__all__ = ["Decoder", "Engine", "Kept", "Precision", "PredictionStep", "Step", "TorchStep", "sequential"]
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "kv-bf16", "bf16"]
 """``bf16``: weights, keys and values in bfloat16 (matrix products too, where PyTorch runs them); shift,
-log-scale and what follows stay in fp32."""
+log-scale and what follows stay in fp32. ``kv-bf16``: keys and values alone, all sums in fp32."""
 
 
 @runtime_checkable
@@ -82,6 +82,13 @@ class Decoder:
             return shift, log_scale
         return self._guide(shift, log_scale, start + 1, images)
 
+    def decode(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"] | None:
+        """x of z = f(x), in the compiled code's own loop; None if it has none for this step or guide."""
+        linear = self._guide is None or self._guide.linear
+        if not linear or not isinstance(self._step, PredictionStep):
+            return None
+        return self._step.decode(z, self._every, None if self._guide is None else self._guide.weights)
+
 
 class TorchStep:
     """The predictions of one block, computed by PyTorch: :meth:`flowback.flow.block.Block.step` on some rows.
@@ -127,6 +134,41 @@ class TorchStep:
         return shift, log_scale
 
 
+class PredictionStep:
+    """The predictions of one block, computed by the compiled step.
+
+    Args:
+        step: of the block.
+        log_scale_bound: of the block.
+    """
+
+    def __init__(self, step: NativeStep, log_scale_bound: float | None) -> None:
+        self.step, self.log_scale_bound = step, log_scale_bound
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self, x: Float[Tensor, "b n d"], start: int, which: Int[Tensor, " r"]
+    ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
+        """As :class:`Step` says.
+
+        Raises:
+            ValueError: as of :class:`flowback.sampling.native.NativeStep`.
+        """
+        made = self.step(x, start, which)
+        size = (len(which), x.shape[1])
+        if size not in self._views:  # made anew for each token they would cost as much as a small step
+            dim = x.shape[2]
+            self._views[size] = made[..., dim : 2 * dim], made[..., :dim]
+        shift, log_scale = self._views[size]
+        return shift, affine.bounded(log_scale, self.log_scale_bound)
+
+    def decode(
+        self, z: Float[Tensor, "b n d"], which: Int[Tensor, " r"], guidance: Float[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n d"]:
+        """All tokens in one go; arguments and errors as of :class:`flowback.sampling.native.NativeStep`."""
+        return self.step.decode(z, which, self.log_scale_bound, guidance)
+
+
 class Engine:
     """What all batches of a flow share: packed weights, caches, and steps recorded as CUDA graphs.
 
@@ -144,9 +186,10 @@ class Engine:
         require_one_of(precision, Precision, "precision")
         self.flow, self.precision = flow, precision if flow.dtype == torch.float32 else "fp32"
         storage = torch.bfloat16 if self.precision == "bf16" else flow.dtype
+        self._cached = flow.dtype if self.precision == "fp32" else torch.bfloat16
         self._weights = [
-            NativeWeights(block, storage) if native and NativeWeights.suits(block, storage) else None
-            for block in flow.blocks
+            NativeWeights(parts, storage) if native and NativeWeights.suits(parts, storage) else None
+            for parts in map(Parts.of_block, flow.blocks)
         ]
         narrow = self.precision == "bf16" and not self.native
         self._blocks = [_narrowed(block) if narrow else block for block in flow.blocks]
@@ -177,8 +220,8 @@ class Engine:
     @property
     def _row_bytes(self) -> int:
         """Keys and values of one row, in the deepest block."""
-        config, size = self.flow.config, 2 if self.precision == "bf16" else self.flow.dtype.itemsize
-        return 2 * max(config.depths) * config.tokens * config.width * size
+        config = self.flow.config
+        return 2 * max(config.depths) * config.tokens * config.width * self._cached.itemsize
 
     def decoder(
         self,
@@ -208,7 +251,9 @@ class Engine:
         step: Step
         if weights is not None:
             scale = 1 / (block.body.head_dim**0.5 * temperatures)
-            step = NativeStep(weights, self._room(weights, rows, new), context, scale)
+            contexts = {} if context is None else {0: context}
+            native = NativeStep(weights, self._room(weights, rows, new), contexts, scale)
+            step = PredictionStep(native, block.log_scale_bound)
         elif new == 1 and captures(like.device):
             step = self._capture(index, rows, context, temperatures)
         else:
@@ -223,18 +268,17 @@ class Engine:
             most = (rows, new) if cache is None else (max(rows, cache.rows), max(new, cache.new))
             self._native_cache = None  # the old one is let go first
             layers = max(self.flow.config.depths)
-            self._native_cache = cache = NativeCache.empty(weights, *most, layers)
+            self._native_cache = cache = NativeCache.empty(weights, *most, layers, self._cached)
         return cache
 
     def _rows(self, rows: int, layers: int) -> KVCache:
         """So many rows and layers of PyTorch's cache, which has room for the deepest block."""
         if self._cache is None or rows > self._cache.keys.shape[1]:
             weight = self.flow.blocks[0].proj_in.weight
-            dtype = torch.bfloat16 if self.precision == "bf16" else weight.dtype
             self._cache, self._captured = None, {}  # graphs hold the old one
             deepest = max(self.flow.blocks, key=lambda block: len(block.body.layers))
             self._cache = deepest.body.empty_cache(
-                rows, self.flow.config.tokens, weight.new_empty(0, dtype=dtype)
+                rows, self.flow.config.tokens, weight.new_empty(0, dtype=self._cached)
             )
         return KVCache(self._cache.keys[:layers, :rows], self._cache.values[:layers, :rows])
 
@@ -280,6 +324,8 @@ def sequential(
 
     Kept tokens get their value instead, and what follows them is predicted from it.
     """
+    if kept is None and (decoded := decoder.decode(z)) is not None:
+        return decoded
     x = torch.empty_like(z)
     x[:, 0] = z[:, 0]
     known, noise = x.split(1, dim=1), z.split(1, dim=1)  # views of each token

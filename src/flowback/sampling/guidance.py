@@ -14,9 +14,9 @@ even where there are no labels, which gives guidance for unconditional models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -34,9 +34,19 @@ Prediction = tuple[Tensor, Tensor]
 """Shift and log-scale, (b, n, d) each."""
 
 
-@runtime_checkable
-class ImageGuide(Protocol):
+@dataclass(frozen=True)
+class ImageGuide:
     """A block's :class:`~flowback.flow.block.Guide` that can be asked about some images of the batch."""
+
+    weights: Float[Tensor, "b n"]
+    """w of each token, in the block's order."""
+    join: Callable[[Prediction, Prediction, Tensor], Prediction]
+    """The formula."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether shift and log-scale are joined alike, by c + w · (c − u)."""
+        return self.join is tarflow
 
     def __call__(
         self,
@@ -46,7 +56,11 @@ class ImageGuide(Protocol):
         images: Int[Tensor, " b"] | None = None,
     ) -> Prediction:
         """``images``: which ones the predictions are of; None is all."""
-        ...
+        w = self.weights[:, start : start + shift.shape[1], None]
+        if images is not None:
+            w = w[images]
+        (shift_c, shift_u), (log_c, log_u) = shift.chunk(2), log_scale.chunk(2)
+        return self.join((shift_c, log_c), (shift_u, log_u), w)
 
 
 @dataclass(frozen=True)
@@ -123,20 +137,9 @@ class Guidance:
 
     def guide(self, scales: Float[Tensor, " b"], tokens: int) -> ImageGuide:
         """The function that joins stacked predictions of a block with this many tokens."""
-        join = starflow if self.formula == "starflow" else tarflow
         ramp = torch.arange(tokens, dtype=scales.dtype, device=scales.device) / max(tokens - 1, 1)
-        weights = scales[:, None, None] * (ramp if self.ramp else torch.ones_like(ramp))[None, :, None]
-
-        def guide(
-            shift: Tensor, log_scale: Tensor, start: int, images: Int[Tensor, " b"] | None = None
-        ) -> Prediction:
-            w = weights[:, start : start + shift.shape[1]]
-            if images is not None:
-                w = w[images]
-            (shift_c, shift_u), (log_c, log_u) = shift.chunk(2), log_scale.chunk(2)
-            return join((shift_c, log_c), (shift_u, log_u), w)
-
-        return guide
+        weights = scales[:, None] * (ramp if self.ramp else torch.ones_like(ramp))
+        return ImageGuide(weights, starflow if self.formula == "starflow" else tarflow)
 
 
 def tarflow(c: Prediction, u: Prediction, w: Float[Tensor, "b n 1"]) -> Prediction:

@@ -1,4 +1,4 @@
-"""The compiled decode step: calls ``decode.cpp``, which :mod:`flowback.compiled` builds.
+"""The compiled step of a Transformer: calls ``decode.cpp``, which :mod:`flowback.compiled` builds.
 
 Where it is not available, :func:`library` is None and PyTorch decodes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowback.compiled import load_library
-from flowback.flow import affine
 from flowback.flow.block import Block
-from flowback.nn.transformer import Layer
+from flowback.nn.attention import Rotary
+from flowback.nn.transformer import Layer, Transformer
 
-__all__ = ["NativeCache", "NativeStep", "NativeWeights", "last_cache", "library"]
+__all__ = ["NativeCache", "NativeStep", "NativeWeights", "Parts", "last_cache", "library"]
 
 
 @functools.cache
@@ -33,31 +34,54 @@ def library() -> ctypes.CDLL | None:
 
 def _declare(loaded: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name in _STEPS.values():
-        step = getattr(loaded, name)
+    for (dtype, *_), name in _NAMES.items():
+        step, decode = getattr(loaded, f"step_{name}"), getattr(loaded, f"decode_{name}")
         step.argtypes = [pointer, pointer, pointer, number, number, number, pointer, number]
-        step.restype = None
+        bound = _number(dtype)
+        decode.argtypes = [
+            pointer,
+            pointer,
+            *([number] * 3),
+            *([pointer] * 3),
+            bound,
+            pointer,
+            pointer,
+            number,
+        ]
+        step.restype = decode.restype = None
     sizes = [loaded.layer_size(), loaded.model_size_f32(), loaded.model_size_f64()]
     if sizes != [ctypes.sizeof(kind) for kind in (_Layer, _model(ctypes.c_float), _model(ctypes.c_double))]:
         raise OSError("the library has structures of other sizes")
 
 
-_STEPS = {
-    (torch.float32, torch.float32): "step_f32",
-    (torch.float64, torch.float64): "step_f64",
-    (torch.float32, torch.bfloat16): "step_bf16",
+_NAMES = {
+    (torch.float32, torch.float32, torch.float32): "f32",
+    (torch.float64, torch.float64, torch.float64): "f64",
+    (torch.float32, torch.bfloat16, torch.bfloat16): "bf16",
+    (torch.float32, torch.float32, torch.bfloat16): "f32_bf16",
 }
-"""Functions for (dtype of the arithmetic, dtype of weights, keys and values)."""
+"""Of the functions, by the dtypes of the arithmetic, the weights, and the keys and values."""
+
+_TOGETHER = 16
+"""Tokens decoded in one call, between which Ctrl-C is heard."""
+
+
+def _number(dtype: torch.dtype) -> Any:
+    return ctypes.c_double if dtype == torch.float64 else ctypes.c_float
+
 
 # Fields of decode.cpp's structures, in its order.
 _LAYER = (
     *("qkv", "proj", "up", "down", "qkv_bias", "proj_bias", "up_bias", "down_bias"),
-    *("q_norm", "k_norm", "keys", "values"),
+    *("q_norm", "k_norm", "context", "keys", "values"),
 )
-_NUMBERS = ("width", "heads", "hidden", "layers", "token_dim", "tokens", "gated", "threads")
+_NUMBERS = (
+    *("width", "heads", "hidden", "layers", "token_dim", "tokens"),
+    *("gated", "causal", "final_norm", "threads"),
+)
 _POINTERS = (
-    *("in", "out", "out_bias", "place", "context", "cos", "sin", "scale"),
-    *("layer", "x", "norm", "wide", "mixed", "score"),
+    *("in", "out", "out_bias", "place", "cos", "sin", "scale"),
+    "layer",
 )
 
 
@@ -76,58 +100,95 @@ def _model(number: Any) -> type[ctypes.Structure]:
     return type("_Model", (ctypes.Structure,), {"_fields_": fields})
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the compiled step runs: tokens into a Transformer and out of it."""
+
+    proj_in: nn.Linear
+    bodies: Sequence[Transformer]
+    """Whose layers follow one another."""
+    proj_out: nn.Linear
+    position: Float[Tensor, "n w"] | None
+    """What is added to the tokens, in their order."""
+    rotary: Rotary | None = None
+    """Of the tokens, in their order, where ``position`` is None."""
+    norm: nn.LayerNorm | None = None
+    """Before ``proj_out``."""
+    causal: bool = True
+    """Whether tokens see only those before them; otherwise each call holds all of them."""
+
+    @classmethod
+    def of_block(cls, block: Block) -> Parts:
+        """Those of a flow's block."""
+        position = None if block.position is None else block.reorder(block.position, dim=0)
+        rotary = Rotary(block.rotary_cos, block.rotary_sin) if position is None else None
+        return cls(block.proj_in, [block.body], block.proj_out, position, rotary)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Those of all bodies."""
+        return [cast(Layer, layer) for body in self.bodies for layer in body.layers]
+
+
 class NativeWeights:
-    """A block's weights as the compiled step reads them.
+    """Weights as the compiled step reads them.
 
     Matrices lie in panels of two vectors of columns; scale and shift of a LayerNorm are folded into the
     matrix that follows: W(s·x + t) + b = (W·s)x + (Wt + b).
+
+    Args:
+        parts: what has the weights.
+        storage: dtype that matrices are kept in.
     """
 
-    def __init__(self, block: Block, storage: torch.dtype) -> None:
-        self.storage, self.dtype = storage, block.proj_in.weight.dtype
+    def __init__(self, parts: Parts, storage: torch.dtype) -> None:
+        self.storage, self.dtype = storage, parts.proj_in.weight.dtype
         self.lanes = _lanes(self.dtype)
-        layers = [cast(Layer, layer) for layer in block.body.layers]
-        self.width, self.token_dim = block.proj_in.weight.shape
-        self.heads, self.head_dim = block.body.heads, block.body.head_dim
-        self.hidden, self.up = layers[0].mlp.down.in_features, layers[0].mlp.up.out_features
+        layers = parts.layers
+        self.width, self.token_dim = parts.proj_in.weight.shape
+        self.heads, self.head_dim = parts.bodies[0].heads, parts.bodies[0].head_dim
+        self.causal, self.final_norm = parts.causal, parts.norm is not None
+        hidden, up = layers[0].mlp.down.in_features, layers[0].mlp.up.out_features
+        self.gated, self.hidden = up != hidden, hidden + -hidden % (2 * self.lanes)
         self.eps = layers[0].attention.norm.eps
         self.qk_eps = _epsilon(layers[0].attention.q_norm, self.dtype)
-        position = block.position
-        self.tokens = len(block.rotary_cos if position is None else position)
-        place = block.proj_in.bias.expand(self.tokens, -1)
-        if position is not None:
-            place = place + block.reorder(position, dim=0)
-        self.place = place.detach().contiguous()
+        place: Tensor = parts.proj_in.bias
+        if parts.position is not None:
+            place = place + parts.position
         self.rotary: tuple[Tensor | None, Tensor | None] = (None, None)
-        if position is None:
-            self.rotary = (block.rotary_cos.to(self.dtype), block.rotary_sin.to(self.dtype))
-        self.input = self._pack(block.proj_in.weight)
-        self.output = self._pack(block.proj_out.weight)
+        if parts.rotary is not None:
+            self.rotary = (parts.rotary.cos.to(self.dtype), parts.rotary.sin.to(self.dtype))
+            place = place.expand(len(parts.rotary.cos), -1)
+        self.place = place.detach().contiguous()
+        self.tokens = len(self.place)
+        self.input = self._pack(parts.proj_in.weight)
+        if parts.norm is None:
+            self.output, bias = self._pack(parts.proj_out.weight), parts.proj_out.bias.detach()
+        else:
+            self.output, bias = self._folded(parts.norm, parts.proj_out)
         self.columns = self.output.shape[0] * self.output.shape[2]
-        bias = block.proj_out.bias.detach()
         self.output_bias = F.pad(bias, (0, self.columns - len(bias)))
         self.layers = [self._layer(layer) for layer in layers]
-        self.log_scale_bound = block.log_scale_bound
 
     def _layer(self, layer: Layer) -> tuple[Tensor | None, ...]:
         """The tensors of one layer, in the order of ``_LAYER``."""
         attention, mlp = layer.attention, layer.mlp
         qkv, qkv_bias = self._folded(attention.norm, attention.qkv)
-        up, up_bias = self._folded(mlp.norm, mlp.up)
-        proj, down = self._pack(attention.proj.weight), self._pack(mlp.down.weight)
+        up, up_bias = self._folded(mlp.norm, mlp.up, 2 if self.gated else 1)
+        extra = self.hidden - mlp.down.in_features
+        proj, down = self._pack(attention.proj.weight), self._pack(F.pad(mlp.down.weight, (0, extra)))
         norms = (getattr(norm, "weight", None) for norm in (attention.q_norm, attention.k_norm))
         biases = (qkv_bias, attention.proj.bias.detach(), up_bias, mlp.down.bias.detach())
         return (qkv, proj, up, down, *biases, *norms)
 
     @staticmethod
-    def suits(block: Block, storage: torch.dtype) -> bool:
-        """Whether the compiled step can decode this block."""
-        weight = block.proj_in.weight
-        if weight.device.type != "cpu" or (weight.dtype, storage) not in _STEPS or library() is None:
+    def suits(parts: Parts, storage: torch.dtype) -> bool:
+        """Whether the compiled step can run this."""
+        weight = parts.proj_in.weight
+        if weight.device.type != "cpu" or (weight.dtype, storage, storage) not in _NAMES or library() is None:
             return False
         lanes = _lanes(weight.dtype)
-        sizes = (len(weight), *(cast(Layer, layer).mlp.up.out_features for layer in block.body.layers))
-        return all(size % (2 * lanes) == 0 for size in sizes) and block.body.head_dim % lanes == 0
+        return len(weight) % (2 * lanes) == 0 and parts.bodies[0].head_dim % lanes == 0
 
     def _pack(self, weight: Float[Tensor, "o i"]) -> Tensor:
         """(panels, inputs, columns of a panel), in the storage dtype, filled up with zeros."""
@@ -135,18 +196,25 @@ class NativeWeights:
         weight = F.pad(weight.detach(), (0, 0, 0, -len(weight) % columns))
         return weight.view(-1, columns, weight.shape[1]).transpose(1, 2).to(self.storage).contiguous()
 
-    def _folded(self, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-        bias = (linear.bias + linear.weight @ norm.bias).detach()
-        return self._pack(linear.weight * norm.weight), bias
+    def _folded(self, norm: nn.LayerNorm, linear: nn.Linear, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """Matrix and bias that take in the norm's; each of so many parts of the columns has whole panels."""
+        bias = (linear.bias + linear.weight @ norm.bias).detach().chunk(parts)
+        weight = (linear.weight * norm.weight).chunk(parts)
+        extra = -len(bias[0]) % (2 * self.lanes)
+        return torch.cat([self._pack(part) for part in weight]), torch.cat(
+            [F.pad(b, (0, extra)) for b in bias]
+        )
 
 
 @dataclass(frozen=True)
 class NativeCache:
-    """Keys, values and scratch for so many rows and new tokens; one after another, all blocks use it."""
+    """Keys and values of so many rows, and room for new tokens; one after another, all blocks use it.
+
+    Layers that see all tokens at once share the keys and values of one.
+    """
 
     keys: Tensor
     values: Tensor
-    scratch: tuple[Tensor, ...]
     tokens: Tensor
     """Input of a step."""
     out: Tensor
@@ -157,7 +225,14 @@ class NativeCache:
     """Most tokens of each in a step."""
 
     @classmethod
-    def empty(cls, weights: NativeWeights, rows: int, new: int, layers: int | None = None) -> NativeCache:
+    def empty(
+        cls,
+        weights: NativeWeights,
+        rows: int,
+        new: int,
+        layers: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> NativeCache:
         """Room for ``rows`` sequences and at most ``new`` tokens of each in a step.
 
         Args:
@@ -165,19 +240,16 @@ class NativeCache:
             rows: sequences.
             new: tokens.
             layers: of the deepest of these blocks; None: of this one.
+            dtype: of keys and values; None: that of the matrices.
         """
-        block, layers = weights.lanes, layers or len(weights.layers)
-        sizes = (weights.width, weights.width, max(3 * weights.width, weights.up), weights.width)
+        block, layers = weights.lanes, layers or (len(weights.layers) if weights.causal else 1)
         like = weights.place
-        stored = like.new_empty(0, dtype=weights.storage)
+        stored = like.new_empty(0, dtype=dtype or weights.storage)
         heads = (layers, rows, weights.heads)
+        keys = _on_large_pages(stored.new_empty(*heads, -(-weights.tokens // block), weights.head_dim, block))
         return cls(
-            _on_large_pages(stored.new_empty(*heads, -(-weights.tokens // block), weights.head_dim, block)),
+            keys.zero_(),  # vectors of tokens reach beyond the last one; denormal numbers there would be slow
             _on_large_pages(stored.new_empty(*heads, weights.tokens, weights.head_dim)),
-            (
-                *(like.new_empty(rows * new, size) for size in sizes),
-                like.new_empty(torch.get_num_threads(), -(-weights.tokens // 64) * 64),
-            ),
             like.new_empty(rows * new, weights.token_dim),
             like.new_empty(rows * new, weights.columns),
             rows,
@@ -186,59 +258,66 @@ class NativeCache:
 
 
 class NativeStep:
-    """The predictions of one block, computed by the compiled step.
+    """Some rows of a batch through the compiled step.
 
     Args:
-        weights: of the block.
+        weights: of the model.
         cache: of at least as many rows; overwritten.
-        context: the embedding of each row's label.
+        contexts: by the layer, counted from 0, what is added to the tokens of each row before it.
         scale: factor of each row's attention scores.
 
     Raises:
-        ValueError: context, scale or cache do not fit each other. The compiled code itself looks at nothing.
+        ValueError: contexts, scale or cache do not fit each other. The compiled code itself looks at nothing.
     """
 
     def __init__(
         self,
         weights: NativeWeights,
         cache: NativeCache,
-        context: Float[Tensor, "r w"] | None,
+        contexts: Mapping[int, Float[Tensor, "r w"]],
         scale: Float[Tensor, " r"],
     ) -> None:
         loaded = library()
         assert loaded is not None
         self.rows, self.limit, self.dtype = len(scale), weights.tokens, weights.dtype
-        fits = context is None or (context.shape, context.dtype) == ((self.rows, weights.width), self.dtype)
-        room = self.rows <= cache.rows and len(weights.layers) <= len(cache.keys)
-        if not room or scale.dtype != self.dtype or not fits:
-            raise ValueError("Cache, context and scale do not fit the weights or each other.")
-        number = ctypes.c_double if weights.dtype == torch.float64 else ctypes.c_float
-        self.function = getattr(loaded, _STEPS[weights.dtype, weights.storage])
-        self.cache, self.columns, self.dim = cache, weights.columns, weights.token_dim
-        self.log_scale_bound = weights.log_scale_bound
-        caches = zip(weights.layers, cache.keys, cache.values, strict=False)  # the cache may be deeper
-        layers = [_Layer(*map(_address, (*layer, keys, values))) for layer, keys, values in caches]
-        self.layers = (_Layer * len(layers))(*layers)
-        # The structure holds bare addresses: the tensors must live as long as it does.
-        self.kept = (weights, cache, None if context is None else context.contiguous(), scale.contiguous())
-        weighty = (weights.input, weights.output, weights.output_bias, weights.place)
-        self.model = _model(number)(
-            *(weights.width, weights.heads, weights.hidden, len(layers), weights.token_dim, weights.tokens),
-            *(weights.up != weights.hidden, len(cache.scratch[-1]), weights.eps, weights.qk_eps),
-            *map(_address, (*weighty, self.kept[2], *weights.rotary, self.kept[3])),
-            ctypes.addressof(self.layers),
-            *map(_address, cache.scratch),
+        self.causal = weights.causal
+        layers = len(weights.layers)
+        fits = all(
+            (context.shape, context.dtype) == ((self.rows, weights.width), self.dtype) and index < layers
+            for index, context in contexts.items()
         )
-        self.views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        room = self.rows <= cache.rows and (layers if weights.causal else 1) <= len(cache.keys)
+        if not room or scale.dtype != self.dtype or not fits:
+            raise ValueError("Cache, contexts and scale do not fit the weights or each other.")
+        name = _NAMES[weights.dtype, weights.storage, cache.keys.dtype]
+        self._step, self._decode = getattr(loaded, f"step_{name}"), getattr(loaded, f"decode_{name}")
+        self.cache, self.columns, self.dim = cache, weights.columns, weights.token_dim
+        contexts = {index: context.contiguous() for index, context in contexts.items()}
+        self.layers = (_Layer * layers)()
+        for index, layer in enumerate(weights.layers):
+            place = index if weights.causal else 0
+            own = (contexts.get(index), cache.keys[place], cache.values[place])
+            self.layers[index] = _Layer(*map(_address, (*layer, *own)))
+        # The structure holds bare addresses: the tensors must live as long as it does.
+        self.kept = (weights, cache, contexts, scale.contiguous())
+        weighty = (weights.input, weights.output, weights.output_bias, weights.place)
+        self.model = _model(_number(weights.dtype))(
+            *(weights.width, weights.heads, weights.hidden, layers, weights.token_dim, weights.tokens),
+            *(weights.gated, weights.causal, weights.final_norm, torch.get_num_threads()),
+            *(weights.eps, weights.qk_eps),
+            *map(_address, (*weighty, *weights.rotary, self.kept[3])),
+            ctypes.addressof(self.layers),
+        )
+        self.views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.checked: Tensor | None = None
         self.pointers = (ctypes.addressof(self.model), _address(cache.tokens), _address(cache.out))
 
     def __call__(
         self, x: Float[Tensor, "b n d"], start: int, which: Int[Tensor, " r"]
-    ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
-        """Shift and log-scale of the tokens that follow the given ones of the rows ``which``.
+    ) -> Float[Tensor, "r n o"]:
+        """The output's columns for the given tokens of the rows ``which``, and zeros that fill up a vector.
 
-        The results are views of a buffer that the next call overwrites.
+        The result is a view of a buffer that the next call overwrites.
 
         Args:
             x: the tokens of each row, or of each image where the rows are the streams of these images.
@@ -251,22 +330,59 @@ class NativeStep:
         rows, n = len(which), x.shape[1]
         problem = self._problem(x, start, which)
         if problem:
-            raise ValueError(f"The compiled decode step refuses {problem}.")
+            raise ValueError(f"The compiled step refuses {problem}.")
         if (rows, n) not in self.views:
             made = self.cache.out[: rows * n].view(rows, n, self.columns)
-            tokens = self.cache.tokens[: rows * n].view(-1, *x.shape)
-            self.views[rows, n] = tokens, made[..., self.dim : 2 * self.dim], made[..., : self.dim]
-        tokens, shift, log_scale = self.views[rows, n]
+            self.views[rows, n] = self.cache.tokens[: rows * n].view(-1, *x.shape), made
+        tokens, made = self.views[rows, n]
         tokens.copy_(x)
         model, tokens_address, out = self.pointers
-        self.function(model, tokens_address, which.data_ptr(), rows, n, start, out, self.columns)
-        return shift, affine.bounded(log_scale, self.log_scale_bound)
+        self._step(model, tokens_address, which.data_ptr(), rows, n, start, out, self.columns)
+        return made
+
+    def decode(
+        self,
+        z: Float[Tensor, "b n d"],
+        which: Int[Tensor, " r"],
+        log_scale_bound: float | None,
+        guidance: Float[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """x of z = f(x) of a block, token after token, in the block's own order.
+
+        Args:
+            z: the noise.
+            which: rows of the cache: one for each image, or both streams of these images.
+            log_scale_bound: of the block.
+            guidance: weight w of each token, c + w · (c − u), of the two streams; None: there is one.
+
+        Raises:
+            ValueError: as of a step.
+        """
+        problem = self._problem(z[:, :1], 0, which)
+        rows, images = len(which), len(z)
+        if problem is None and (z.shape[1] != self.limit or rows != images * (1 if guidance is None else 2)):
+            problem = f"{z.shape[1]} tokens of {images} images for {rows} rows of {self.limit}"
+        if problem:
+            raise ValueError(f"The compiled step refuses {problem}.")
+        x, z = torch.empty_like(z, memory_format=torch.contiguous_format), z.contiguous()
+        x[:, 0] = z[:, 0]
+        weights = None if guidance is None else guidance.to(self.dtype).contiguous()
+        model, tokens, out = self.pointers
+        for first in range(0, self.limit - 1, _TOGETHER):
+            count = min(_TOGETHER, self.limit - 1 - first)
+            self._decode(
+                *(model, which.data_ptr(), rows, first, count, z.data_ptr(), x.data_ptr(), _address(weights)),
+                *(log_scale_bound or 0.0, tokens, out, self.columns),
+            )
+        return x
 
     def _problem(self, x: Tensor, start: int, which: Tensor) -> str | None:
         """What is wrong with a call. The compiled code itself would read and write outside of its buffers."""
         rows, n = len(which), x.shape[1]
         if start < 0 or start + n > self.limit:
             return f"tokens {start} ... {start + n - 1}: there are {self.limit}"
+        if not self.causal and n < self.limit:
+            return f"{n} tokens, which see all {self.limit}"
         if rows * n > len(self.cache.out):
             return f"{n} tokens of {rows} rows: there is room for {len(self.cache.out)} in all"
         if len(x) not in (rows, rows / 2):

@@ -53,18 +53,19 @@ class Stage(nn.Module):
             width, layers, config.head_dim, config.mlp, config.mlp_ratio, config.qk_norm, causal=False
         )
 
+    def context(
+        self, labels: Labels, drop: Bool[Tensor, " b"] | None, number: Float[Tensor, "b w"]
+    ) -> Float[Tensor, "b w"]:
+        """What is added to every token of an image."""
+        context: Tensor = self.number(number)
+        if self.class_table is None:
+            return context
+        return context + self._class(self.class_table, labels, drop)
+
     def forward(
-        self,
-        h: Float[Tensor, "b n w"],
-        labels: Labels,
-        drop: Bool[Tensor, " b"] | None,
-        number: Float[Tensor, "b w"],
-        rotary: Rotary | None,
+        self, h: Float[Tensor, "b n w"], context: Float[Tensor, "b w"], rotary: Rotary | None
     ) -> Float[Tensor, "b n w"]:
         """The tokens after this stage."""
-        context = self.number(number)
-        if self.class_table is not None:
-            context = context + self._class(self.class_table, labels, drop)
         return self.body(h + context[:, None], rotary)[0]
 
     def _class(self, table: Tensor, labels: Labels, drop: Tensor | None) -> Float[Tensor, "#b w"]:
@@ -113,6 +114,14 @@ class StudentNetwork(ImageModel):
         """The Transformers of the stages."""
         return [stage.body for stage in self.stages]
 
+    def contexts(
+        self, labels: Labels, drop: Bool[Tensor, " b"] | None, number: Float[Tensor, " b"]
+    ) -> list[Float[Tensor, "b w"]]:
+        """What is added to every token of an image before each stage."""
+        features = number_features(number, self.proj_in.out_features).to(number.dtype)
+        embedded = F.silu(self.number(features))
+        return [stage.context(labels, drop, embedded) for stage in self.stages]
+
     def forward(
         self,
         z: Float[Tensor, "b n d"],
@@ -133,10 +142,9 @@ class StudentNetwork(ImageModel):
             h = h + self.position
         rotary = None if self.position is not None else Rotary(self.rotary_cos, self.rotary_sin)
         value = h.new_zeros(len(z)) if number is None else number.to(h.dtype)
-        embedded = F.silu(self.number(number_features(value, h.shape[2]).to(h.dtype)))
         states = []
-        for stage in self.stages:
-            h = stage(h, labels, drop, embedded, rotary)
+        for stage, context in zip(self.stages, self.contexts(labels, drop, value), strict=True):
+            h = stage(h, context, rotary)
             states.append(h)
         # As in the flow, what becomes an image is at least fp32, whatever the dtype of autocast or weights.
         with torch.autocast(h.device.type, enabled=False):

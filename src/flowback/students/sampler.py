@@ -25,6 +25,7 @@ from flowback.flow.block import Labels
 from flowback.flow.image_model import UserLabels
 from flowback.sampling.guidance import Guidance
 from flowback.sampling.sampler import BlockPlan, Overflow, noise, seeds_of
+from flowback.students.native_network import NativeStudent
 from flowback.students.network import StudentNetwork
 from flowback.task_config import SampleConfig
 
@@ -67,6 +68,8 @@ def integrate(
 class StudentSampler:
     """Draws images from one student; stands where a :class:`flowback.Sampler` does.
 
+    It takes the weights as they are: make a new one when they change, and use it in one thread.
+
     Args:
         student: the network.
         guidance: w, or a :class:`flowback.Guidance` with nothing but a scale. An ``inverse`` student takes it
@@ -77,6 +80,7 @@ class StudentSampler:
         solver: of ``matching``; None: Euler up to 5 evaluations, Heun beyond.
         batch_size: most images drawn at once.
         bf16: compute in bfloat16, where PyTorch does.
+        native: use the compiled step where it is available and suits the network.
 
     Raises:
         InputError: evaluations out of range, or guidance that the student has not learned.
@@ -94,6 +98,7 @@ class StudentSampler:
         solver: Solver | None = None,
         batch_size: int = 64,
         bf16: bool = False,
+        native: bool = True,
     ) -> None:
         self.student, self.bf16, self.images_at_once = student, bf16, batch_size
         self.guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
@@ -110,6 +115,9 @@ class StudentSampler:
         if batch_size < 1:
             raise InputError(f"The batch size is {batch_size}; it must be at least 1.")
         self._check_guidance(matching)
+        storage = torch.bfloat16 if bf16 and student.dtype == torch.float32 else student.dtype
+        suits = native and NativeStudent.suits(student, storage)
+        self._native = NativeStudent(student, storage) if suits else None
 
     def _check_guidance(self, matching: bool) -> None:
         given = self.guidance
@@ -202,12 +210,22 @@ class StudentSampler:
         """The clean images' tokens, for one batch of noise and checked labels."""
         if self.student.student.method == "matching":
             return self.states(z, labels, scales)[-1]
-        return self._inverse(z, labels, scales)[0]
+        return self._evaluate(z, labels, self._learned(scales))
 
-    def _inverse(self, z: Tensor, labels: Labels, scales: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _learned(self, scales: Float[Tensor, " b"]) -> Float[Tensor, " b"] | None:
+        """Guidance as the input of an ``inverse`` student."""
         most = self.student.student.guidance
+        return scales / most if most else None
+
+    def _evaluate(
+        self, z: Float[Tensor, "b n d"], labels: Labels, number: Float[Tensor, " b"] | None
+    ) -> Float[Tensor, "b n d"]:
+        """The network's output."""
+        if self._native is not None:
+            return self._native(z, labels, number)
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.student(z, labels, None, scales / most if most else None)
+            output: Tensor = self.student(z, labels, None, number)[0]
+        return output
 
     @torch.no_grad()
     def states(
@@ -220,19 +238,19 @@ class StudentSampler:
         """
         student = self.student
         if student.student.method == "matching":
-            with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-                return list(integrate(self._velocity(labels, scales), z, self.evaluations, self.solver))
-        image, hidden = self._inverse(z, labels, scales)
+            return list(integrate(self._velocity(labels, scales), z, self.evaluations, self.solver))
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            image, hidden = student(z, labels, None, self._learned(scales))
         rms = student.student.rms[-2::-1]  # of x^(T-1) ... x^0
         return [*(x * r for x, r in zip(student.states(hidden), rms, strict=True)), image]
 
     def _velocity(self, labels: Labels, scales: Float[Tensor, " b"]) -> Velocity:
         def velocity(x: Tensor, t: float) -> Tensor:
             times = x.new_full((len(x),), t)
-            with_label = self.student(x, labels, None, times)[0]
+            with_label = self._evaluate(x, labels, times)
             if not self.guidance.active:
                 return with_label
-            without = self.student(x, None, None, times)[0]
+            without = self._evaluate(x, None, times)
             return torch.lerp(without, with_label, 1 + scales[:, None, None])
 
         return velocity
