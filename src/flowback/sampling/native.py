@@ -37,17 +37,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
     for (dtype, *_), name in _NAMES.items():
         step, decode = getattr(loaded, f"step_{name}"), getattr(loaded, f"decode_{name}")
         step.argtypes = [pointer, pointer, pointer, number, number, number, pointer, number]
-        bound = _number(dtype)
-        decode.argtypes = [
-            pointer,
-            pointer,
-            *([number] * 3),
-            *([pointer] * 3),
-            bound,
-            pointer,
-            pointer,
-            number,
-        ]
+        images = [*([pointer] * 3), _number(dtype)]
+        decode.argtypes = [pointer, pointer, number, number, number, *images, pointer, pointer, number]
         step.restype = decode.restype = None
     sizes = [loaded.layer_size(), loaded.model_size_f32(), loaded.model_size_f64()]
     if sizes != [ctypes.sizeof(kind) for kind in (_Layer, _model(ctypes.c_float), _model(ctypes.c_double))]:
@@ -200,10 +191,8 @@ class NativeWeights:
         """Matrix and bias that take in the norm's; each of so many parts of the columns has whole panels."""
         bias = (linear.bias + linear.weight @ norm.bias).detach().chunk(parts)
         weight = (linear.weight * norm.weight).chunk(parts)
-        extra = -len(bias[0]) % (2 * self.lanes)
-        return torch.cat([self._pack(part) for part in weight]), torch.cat(
-            [F.pad(b, (0, extra)) for b in bias]
-        )
+        extra = (0, -len(bias[0]) % (2 * self.lanes))
+        return torch.cat([self._pack(w) for w in weight]), torch.cat([F.pad(b, extra) for b in bias])
 
 
 @dataclass(frozen=True)
