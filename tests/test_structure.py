@@ -22,7 +22,7 @@ PACKAGE = ROOT / "src" / "flowback"
 
 LEVELS = (
     {"errors"},
-    {"checked", "devices", "files", "folder_lock", "hub", "progress", "provenance", "reading"},
+    {"checked", "devices", "files", "folder_lock", "heap", "hub", "progress", "provenance", "reading"},
     {"compiled", "config", "processes", "task_config"},
     {"checkpoint", "data", "nn", "presets"},
     {"flow"},

