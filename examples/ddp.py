@@ -49,4 +49,5 @@ distributed.all_gather(parts, total.detach())
 if rank == 0:
     same = all(torch.equal(part, parts[0]) for part in parts)
     print(f"{steps} steps of {world} processes; all have the same weights: {same}")
+distributed.barrier()  # no process leaves while another still talks to it
 distributed.destroy_process_group()

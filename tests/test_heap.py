@@ -40,8 +40,8 @@ def faults(mode):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_pages_are_mapped_once():
-    """Of 3 x 160 MB, 117,000 pages; a few come from elsewhere."""
-    assert faults("keep") < 1000 < 10_000 < faults("leave")
+    """Of 3 x 160 MB, 117,000 pages; a few thousand may come from elsewhere."""
+    assert 5 * faults("keep") < faults("leave")
 
 
 def test_thresholds_of_the_environment_stay(monkeypatch):
