@@ -98,11 +98,13 @@ def test_sequential_decodes_what_the_reference_encodes():
 
 
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
-def test_guided_streams_with_temperature(compiled):
+@pytest.mark.parametrize("formula", ["tarflow", "starflow"])
+@pytest.mark.parametrize("bound", [None, 0.05])
+def test_guided_streams_with_temperature(bound, formula, compiled):
     """Two streams in one batch, scales and temperatures of their own, as the block's inverse has them."""
-    flow, batch = tame_flow(), 4
+    flow, batch = tame_flow(log_scale_bound=bound), 4
     engine, block, z = Engine(flow, native=compiled), flow.blocks[0], noise_of(flow, 4)
-    guidance = Guidance([0.0, 0.5, 1.0, 2.0], ramp=True)
+    guidance = Guidance([0.0, 0.5, 1.0, 2.0], ramp=True, formula=formula)
     guide = guidance.guide(guidance.scales(batch, z), flow.config.tokens)
     context = torch.cat([block.context(labels_of(flow, batch)), block.context(None).expand(batch, -1)])
     temperature = torch.tensor([1.0] * batch + [1.5] * batch, dtype=torch.float64)
