@@ -116,6 +116,17 @@ def test_guided_streams_with_temperature(bound, formula, compiled):
     ).abs().max() < 1e-12  # w = 0
 
 
+@needs_compiler
+def test_scores_of_thousands_do_not_overflow():
+    """The largest of any number of scores is taken off all of them: exp of the others is 0, of none infinite."""
+    flow, batch = tame_flow(), 3
+    block, z = flow.blocks[0], noise_of(flow, 3)
+    context, temperature = block.context(labels_of(flow, 3)), torch.full((batch,), 1e-4).double()
+    expected = block.inverse(z, context, temperature=temperature.view(-1, 1, 1, 1))
+    found = sequential(Engine(flow).decoder(1, batch, context, temperature=temperature), z)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_many_tokens_and_some_images(kind, compiled):

@@ -11,7 +11,7 @@
 // them its part of a sum for all columns of the tokens (as Megatron-LM does, arXiv 1909.08053, Sec. 3). So they wait
 // for each other twice a layer, and what lies between stays near each one's processor.
 //
-// T computes (float, double), S stores weights, keys and values (T, or bfloat16 as uint16_t).
+// T computes (float, double), S stores weights, C keys and values (T, or bfloat16 as uint16_t).
 // Letters: as in kernels.h, and e head width, t known tokens.
 
 #include <atomic>
@@ -258,14 +258,16 @@ template <typename T> int64_t heads_together(int64_t e) { return panel<T> / std:
 template <typename S, typename C, typename T>
 void part(const ModelOf<S, C, T>& model, const T* tokens, const int64_t* which, int64_t rows, int64_t n, int64_t start,
           T* out, int64_t columns, T* common, Meeting& meeting, int64_t member, int64_t members) {
-    const int64_t w = model.width, e = w / model.heads, m = rows * n, d = model.token_dim, together = heads_together<T>(e);
-    const Range heads = {share(model.heads / together, member, members).first * together,
-                         share(model.heads / together, member, members).last * together};
+    const int64_t w = model.width, e = w / model.heads, m = rows * n, d = model.token_dim;
+    const int64_t together = heads_together<T>(e);
+    const Range groups = share(model.heads / together, member, members);
+    const Range heads = {groups.first * together, groups.last * together};
     const Range inner = share(model.hidden / panel<T>, member, members), wide = share(w / panel<T>, member, members);
     const int64_t own = heads.count() * e, hidden = inner.count() * panel<T>, all = w / panel<T>;
     const int64_t first = heads.first * e / panel<T>, last = heads.last * e / panel<T>, size = m * w;
-    T* x = own_memory.room<T>(2 * size + m * std::max(4 * own, (1 + model.gated) * hidden) + most_rows * score_size(model.tokens));
-    T *norm = x + size, *score = norm + size, *qkv = score + most_rows * score_size(model.tokens), *mixed = qkv + 3 * m * own;
+    const int64_t scores_size = most_rows * score_size(model.tokens);
+    T* x = own_memory.room<T>(2 * size + scores_size + m * std::max(4 * own, (1 + model.gated) * hidden));
+    T *norm = x + size, *score = norm + size, *qkv = score + scores_size, *mixed = qkv + 3 * m * own;
     const T* none = nullptr;
     // The members' sums of two kinds take turns: when one is written again, all have read it.
     const auto sums = [=](int64_t kind, int64_t of) { return common + (kind * members + of) * size; };
@@ -291,8 +293,8 @@ void part(const ModelOf<S, C, T>& model, const T* tokens, const int64_t* which, 
         }
         normalise(x, norm, m, w, model.eps);
         for (int64_t kind = 0; kind < 3; ++kind)
-            product(norm, w, m, w, layer.qkv, w, kind * all + first, kind * all + last, layer.qkv_bias, qkv + kind * own,
-                    3 * own, SET);
+            product(norm, w, m, w, layer.qkv, w, kind * all + first, kind * all + last, layer.qkv_bias,
+                    qkv + kind * own, 3 * own, SET);
         for (int64_t task = 0; task < rows * heads.count(); ++task) {
             const int64_t row = task / heads.count(), head = task % heads.count();
             const int64_t then = std::min(task + 1, rows * heads.count() - 1);
@@ -305,11 +307,13 @@ void part(const ModelOf<S, C, T>& model, const T* tokens, const int64_t* which, 
         collect(0, members);
         normalise(x, norm, m, w, model.eps);
         T* up = qkv;
-        product(norm, w, m, w, layer.up, w, inner.first, inner.last, layer.up_bias, up, hidden, model.gated ? SET : GELU);
+        const Finish finish = model.gated ? SET : GELU;
+        product(norm, w, m, w, layer.up, w, inner.first, inner.last, layer.up_bias, up, hidden, finish);
         if (model.gated) {
             const int64_t values = model.hidden / panel<T>;
             T* value = up + m * hidden;
-            product(norm, w, m, w, layer.up, w, values + inner.first, values + inner.last, layer.up_bias, value, hidden, SET);
+            product(norm, w, m, w, layer.up, w, values + inner.first, values + inner.last, layer.up_bias, value,
+                    hidden, SET);
             for (int64_t i = 0; i < m * hidden; ++i) up[i] = silu(up[i]) * value[i];
         }
         product(up, hidden, m, hidden, layer.down + inner.first * panel<T> * panel<T>, model.hidden, 0, all,
@@ -323,7 +327,8 @@ void part(const ModelOf<S, C, T>& model, const T* tokens, const int64_t* which, 
 }
 
 // The members of a team for which each thread reads least: its share of the weights, and the members' sums.
-template <typename S, typename C, typename T> int64_t team(const ModelOf<S, C, T>& model, int64_t rows, int64_t n, int64_t threads) {
+template <typename S, typename C, typename T>
+int64_t team(const ModelOf<S, C, T>& model, int64_t rows, int64_t n, int64_t threads) {
     const int64_t most = std::min(threads, model.heads / heads_together<T>(model.width / model.heads));
     int64_t best = 1;
     double least = 0;
