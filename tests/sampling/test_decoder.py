@@ -118,7 +118,7 @@ def test_guided_streams_with_temperature(bound, formula, compiled):
 
 @needs_compiler
 def test_scores_of_thousands_do_not_overflow():
-    """The largest of any number of scores is taken off all of them: exp of the others is 0, of none infinite."""
+    """The largest of any number of scores is taken off all: exp of the others is 0, of none infinite."""
     flow, batch = tame_flow(), 3
     block, z = flow.blocks[0], noise_of(flow, 3)
     context, temperature = block.context(labels_of(flow, 3)), torch.full((batch,), 1e-4).double()

@@ -354,8 +354,8 @@ void step(const ModelOf<S, C, T>& model, const T* tokens, const int64_t* which, 
     T* common = shared_memory.room<T>(teams * size);
     const std::unique_ptr<Meeting[]> meetings(new Meeting[teams]);
     const auto some = [&](int64_t first, int64_t last, int64_t team, int64_t member, int64_t of) {
-        part(model, tokens + first * n * model.token_dim, which + first, last - first, n, start, out + first * n * columns,
-             columns, common + team * size, meetings[team], member, of);
+        part(model, tokens + first * n * model.token_dim, which + first, last - first, n, start,
+             out + first * n * columns, columns, common + team * size, meetings[team], member, of);
     };
 #pragma omp parallel num_threads(teams * members)
     {
