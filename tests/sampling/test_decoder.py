@@ -117,6 +117,18 @@ def test_guided_streams_with_temperature(bound, formula, compiled):
 
 
 @needs_compiler
+def test_tokens_that_are_not_known_yet_play_no_part():
+    """Of many tokens at once, each sees those before it only, and infinity elsewhere is nothing to it."""
+    flow = tame_flow()
+    x, context = noise_of(flow, 3), flow.blocks[0].context(labels_of(flow, 3))
+    expected = flow.blocks[0].predict(x, context).shift[:, 1:7]
+    x[:, 6:] = torch.inf
+    found, _ = Engine(flow).decoder(1, 3, context, new=15).step(x[:, :15], 0)
+    torch.testing.assert_close(found[:, :6], expected, atol=1e-12, rtol=1e-12)
+    assert not found[:, 6:].isfinite().any()
+
+
+@needs_compiler
 def test_scores_of_thousands_do_not_overflow():
     """The largest of any number of scores is taken off all: exp of the others is 0, of none infinite."""
     flow, batch = tame_flow(), 3

@@ -34,6 +34,46 @@ def test_sweeps_to_exactness(setting, window, init):
     assert found.sweeps.max() <= window
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_guess_that_is_not_finite_harms_nothing(native):
+    """Masked scores are 0 in PyTorch, and 0 times infinity is no number: every token would have it."""
+    flow = tame_flow()
+    engine, block, z = Engine(flow, native=native), flow.blocks[0], noise_of(flow, 2)
+    context = block.context(labels_of(flow, 2))
+    guess = z.clone()
+    guess[0, 3:6], guess[1, 9] = torch.inf, torch.nan
+    found = jacobi(engine.decoder(1, 2, context, new=32), z, 15, None, guess)
+    known = sequential(engine.decoder(1, 2, context), z)
+    torch.testing.assert_close(found.x, known, atol=1e-11, rtol=1e-11)
+
+
+class Fragile(Decoder):
+    """Predicts infinity after a token above 10, and nothing at all where any token is not finite."""
+
+    def __init__(self):
+        pass
+
+    def step(self, x, start, images=None):
+        shift = torch.where(x > 10, torch.inf, x / 2)
+        finite = x.isfinite().flatten(1).all(1)[:, None, None]
+        return torch.where(finite, shift, torch.nan), torch.zeros_like(x)
+
+
+def test_a_sweep_that_overflows_is_not_the_end():
+    """The third token's guess is 20, so the fourth becomes infinite for one sweep."""
+    z = torch.tensor([2.0, 1, 20, -4, 1, 0]).double().view(1, 6, 1)
+    z[0, 2] -= 2 + 20  # decoded, it is -1, and no token above 10
+    expected = z.clone()
+    for i in range(1, 6):
+        expected[0, i] = expected[0, i - 1] / 2 + z[0, i]
+    guess = torch.tensor([2.0, 1, 20, 1, 1, 1]).double().view(1, 6, 1)
+    torch.testing.assert_close(jacobi(Fragile(), z, 5, 1e-6, guess).x, expected)
+    truly = z.clone()
+    truly[0, 2] = 20
+    broken = jacobi(Fragile(), truly, 5, 1e-6, guess).x[0, :, 0]
+    assert broken.isfinite().tolist() == [True, True, True, False, False, False]
+
+
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-6])
 def test_error_stays_near_the_tolerance(setting, tolerance):
     """These blocks contract: the last change bounds the error, up to a factor of 2 over the windows."""

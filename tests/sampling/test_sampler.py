@@ -195,9 +195,11 @@ def breaking(block, token):
 
 
 @pytest.mark.parametrize(("block", "token", "place"), [(1, 5, 5), (2, 5, 10), (2, 15, 0)])
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("window", [1, 4, 15])
 def test_the_first_overflow_names_block_and_token(block, token, place, window):
     """Block 2 reads 16 tokens backwards: the place 5 of its order is token 10 of the image."""
+    if window > 1 and native.library() is None:
+        pytest.skip("a position of not-a-number reaches all tokens of a window by PyTorch's masked attention")
     flow = breaking(block, token)
     sampler = Sampler(flow, plans=[BlockPlan(window)] * 2)
     assert not sampler([0, 1]).isfinite().all(dim=(1, 2, 3)).any()

@@ -165,12 +165,16 @@ inline void attend_together(const T* q, int64_t ldq, const S* keys, const S* val
             own[t] = fast_exp(own[t] - most);
             sum += own[t];
         }
-        for (int64_t t = seen; t < all; ++t) own[t] = 0;
         factor[r] = 1 / sum;
     }
-    multiply<R>(score, lds, all, values, e, L, e / L, y, ldy);
+    multiply<R>(score, lds, known, values, e, L, e / L, y, ldy);
     for (int r = 0; r < R; ++r)
-        for (int64_t i = 0; i < e; i += L) store(y + r * ldy + i, load(y + r * ldy + i) * factor[r]);
+        for (int64_t i = 0; i < e; i += L) {
+            // What a query does not know must not reach it, not even times 0: it may be infinite.
+            Vec<T> sum = load(y + r * ldy + i);
+            for (int64_t t = known; t < known + r * more; ++t) sum += load(values + t * e + i) * score[r * lds + t];
+            store(y + r * ldy + i, sum * factor[r]);
+        }
 }
 
 // New keys and values into the cache, then attention, for the n new tokens of one head of one image; ``next`` is

@@ -43,12 +43,16 @@ def first_guess(z: Float[Tensor, "b n d"], init: Init | Float[Tensor, "b n d"]) 
     """What the sweeps start from; the first token is exact, as it passes the block unchanged."""
     if isinstance(init, Tensor):
         x = init.to(z, copy=True)
-    elif init == "z":
-        return z.clone()
     else:
-        x = torch.zeros_like(z)
+        x = z.clone() if init == "z" else torch.zeros_like(z)
     x[:, 0] = z[:, 0]
+    _finite(x[:, 1:])
     return x
+
+
+def _finite(guess: Tensor) -> None:
+    """Zeros for what is not finite: a masked score of 0 times infinity would reach the tokens before it."""
+    guess.nan_to_num_(0.0, 0.0, 0.0)
 
 
 @torch.no_grad()
@@ -126,6 +130,7 @@ def solve_window(
         skip = known - first - 1
         new = affine.inverse(noise[:, known - start :], shift[:, skip:], log_scale[:, skip:])
         change = (new - values[:, known:end]).abs().amax(dim=(1, 2))
+        _finite(new[:, 1:])  # the first one is exact now, the others are guesses
         if some is None:
             x[:, known:end] = new
         else:
