@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -52,6 +53,16 @@ def run(job: Callable, *arguments, log: Path, processes: int = 1, limit: float =
         process.kill()
         process.join()
     return codes
+
+
+def run_code(
+    code: str, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a fresh interpreter that finds what this one does, in its environment or another."""
+    variables = dict(os.environ) if environment is None else environment
+    variables = variables | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
 
 def printed(log: Path, rank: int = 0) -> str:

@@ -3,12 +3,11 @@
 import ctypes
 import os
 import platform
-import subprocess
-import sys
 
 import pytest
 
 from flowback import heap
+from runs import run_code
 
 CODE = """
 import resource, sys, torch
@@ -31,10 +30,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(mode):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, mode], env=environment, capture_output=True, text=True, check=True
-    )
+    done = run_code(CODE, mode, environment=environment)
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 

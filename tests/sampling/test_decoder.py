@@ -1,8 +1,6 @@
 """Fast steps against the block's own inverse, in float64, for every kind of Transformer."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from flowback.sampling import native
 from flowback.sampling.decoder import Engine, sequential
 from flowback.sampling.guidance import Guidance
 from reference import ReferenceFlow, random_flow
+from runs import run_code
 from sampling.flows import labels_of, noise_of, tame_flow
 
 KINDS = {
@@ -79,9 +78,7 @@ context = block.context(labels_of(flow, 3))
 found, _ = Engine(flow).decoder(1, 3, context, new=2).step(z[:, :2], 0)
 torch.testing.assert_close(found, block.predict(z, context).shift[:, 1:3], atol=1e-12, rtol=1e-12)
 """
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = run_code(code, environment=os.environ | {"OMP_THREAD_LIMIT": "2"})
     assert done.returncode == 0, done.stderr
 
 

@@ -6,7 +6,7 @@ write every feature map once more, which takes as long as the convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -29,20 +29,16 @@ def foldable(model: nn.Module) -> list[tuple[str, str]]:
         graph = _Tracer().trace(model)
     except Exception:  # it may do anything with what stands for its input
         return []
-    return list(_pairs(graph, dict(model.named_modules())))
-
-
-def _pairs(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    for node in graph.nodes:
-        if node.op != "call_module" or not _understood(modules[str(node.target)]):
-            continue
-        before = node.args[0]
-        alone = (
-            isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
-        ) and calls.count(str(before.target)) == calls.count(str(node.target)) == 1
-        if alone and isinstance(modules[str(before.target)], nn.Conv2d):
-            yield str(before.target), str(node.target)
+    modules, calls = dict(model.named_modules()), [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    return [
+        (str(conv.target), str(norm.target))
+        for norm in calls
+        for conv in norm.args[:1]
+        if conv in calls and len(conv.users) == 1
+        if isinstance(modules[conv.target], nn.Conv2d) and _understood(modules[norm.target])
+        if times[conv.target] == times[norm.target] == 1
+    ]
 
 
 def _understood(norm: nn.Module) -> bool:

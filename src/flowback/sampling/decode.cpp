@@ -148,6 +148,18 @@ inline void multiply(const T* x, int64_t ldx, int64_t k, const S* w, int64_t ldw
     if (c < vectors) multiply<R, 1>(x, ldx, k, w + c * apart, ldw, apart, y + c * Lanes<T>::count, ldy);
 }
 
+// exp of the scores of ``known`` tokens, less the largest; returns 1 / their sum.
+template <typename T> inline T softmax(T* score, int64_t known) {
+    const T most = largest(score, known);
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t t = 0; t < known; ++t) {
+        score[t] = fast_exp(score[t] - most);
+        sum += score[t];
+    }
+    return 1 / sum;
+}
+
 // Attention of R queries, whose keys and values are in use for all of them while they are near; the first one knows
 // ``known`` tokens, each later one ``more`` others.
 template <int R, typename S, typename T>
@@ -157,16 +169,7 @@ inline void attend_together(const T* q, int64_t ldq, const S* keys, const S* val
     const int64_t all = known + (R - 1) * more;
     multiply<R>(q, ldq, e, keys, B, B * e, (all + B - 1) / B, score, lds);
     T factor[R];
-    for (int r = 0; r < R; ++r) {
-        const int64_t seen = known + r * more;
-        T *own = score + r * lds, most = largest(own, seen), sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t t = 0; t < seen; ++t) {
-            own[t] = fast_exp(own[t] - most);
-            sum += own[t];
-        }
-        factor[r] = 1 / sum;
-    }
+    for (int r = 0; r < R; ++r) factor[r] = softmax(score + r * lds, known + r * more);
     multiply<R>(score, lds, known, values, e, L, e / L, y, ldy);
     for (int r = 0; r < R; ++r)
         for (int64_t i = 0; i < e; i += L) {
@@ -215,18 +218,13 @@ void attend(const ModelOf<S, C, T>& model, const LayerOf<S, C, T>& layer, int64_
             const C* from = keys + g * B * e;
             scores(q, from, g + 1 < used ? from + B * e : values, score + g * B, e);
         }
-        T most = largest(score, known), sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t t = 0; t < known; ++t) {
-            score[t] = fast_exp(score[t] - most);
-            sum += score[t];
-        }
+        const T factor = softmax(score, known);
         T* to = y + j * apart;
         int64_t c = 0;
-        for (; c + 8 * L <= e; c += 8 * L) mix<8>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
-        for (; c + 4 * L <= e; c += 4 * L) mix<4>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
-        for (; c + 2 * L <= e; c += 2 * L) mix<2>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
-        for (; c < e; c += L) mix<1>(score, values + c, keys_of_next + c, to + c, e, known, 1 / sum);
+        for (; c + 8 * L <= e; c += 8 * L) mix<8>(score, values + c, keys_of_next + c, to + c, e, known, factor);
+        for (; c + 4 * L <= e; c += 4 * L) mix<4>(score, values + c, keys_of_next + c, to + c, e, known, factor);
+        for (; c + 2 * L <= e; c += 2 * L) mix<2>(score, values + c, keys_of_next + c, to + c, e, known, factor);
+        for (; c < e; c += L) mix<1>(score, values + c, keys_of_next + c, to + c, e, known, factor);
     }
 }
 

@@ -172,6 +172,11 @@ class NativeWeights:
         biases = (qkv_bias, attention.proj.bias.detach(), up_bias, mlp.down.bias.detach())
         return (qkv, proj, up, down, *biases, *norms)
 
+    @property
+    def cached_layers(self) -> int:
+        """Layers with keys and values of their own: all, or one for all where each call holds all tokens."""
+        return len(self.layers) if self.causal else 1
+
     @staticmethod
     def suits(parts: Parts, storage: torch.dtype) -> bool:
         """Whether the compiled step can run this."""
@@ -197,10 +202,7 @@ class NativeWeights:
 
 @dataclass(frozen=True)
 class NativeCache:
-    """Keys and values of so many rows, and room for new tokens; one after another, all blocks use it.
-
-    Layers that see all tokens at once share the keys and values of one.
-    """
+    """Keys and values of so many rows, and room for new tokens; one after another, all blocks use it."""
 
     keys: Tensor
     values: Tensor
@@ -231,7 +233,7 @@ class NativeCache:
             layers: of the deepest of these blocks; None: of this one.
             dtype: of keys and values; None: that of the matrices.
         """
-        block, layers = weights.lanes, layers or (len(weights.layers) if weights.causal else 1)
+        block, layers = weights.lanes, layers or weights.cached_layers
         like = weights.place
         stored = like.new_empty(0, dtype=dtype or weights.storage)
         heads = (layers, rows, weights.heads)
@@ -275,7 +277,7 @@ class NativeStep:
             (context.shape, context.dtype) == ((self.rows, weights.width), self.dtype) and index < layers
             for index, context in contexts.items()
         )
-        room = self.rows <= cache.rows and (layers if weights.causal else 1) <= len(cache.keys)
+        room = self.rows <= cache.rows and weights.cached_layers <= len(cache.keys)
         if not room or scale.dtype != self.dtype or not fits:
             raise ValueError("Cache, contexts and scale do not fit the weights or each other.")
         name = _NAMES[weights.dtype, weights.storage, cache.keys.dtype]
@@ -284,7 +286,7 @@ class NativeStep:
         contexts = {index: context.contiguous() for index, context in contexts.items()}
         self.layers = (_Layer * layers)()
         for index, layer in enumerate(weights.layers):
-            place = index if weights.causal else 0
+            place = min(index, weights.cached_layers - 1)
             own = (contexts.get(index), cache.keys[place], cache.values[place])
             self.layers[index] = _Layer(*map(_address, (*layer, *own)))
         # The structure holds bare addresses: the tensors must live as long as it does.

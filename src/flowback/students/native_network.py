@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowback.flow.block import Labels
-from flowback.nn.attention import Rotary
 from flowback.sampling.native import NativeCache, NativeStep, NativeWeights, Parts
 from flowback.students.network import StudentNetwork
 
@@ -48,8 +47,7 @@ class NativeStudent:
     ) -> Float[Tensor, "b n d"]:
         """The output's tokens; arguments as those of the network."""
         step, contexts, rows = self._step(len(z))
-        value = z.new_zeros(len(z)) if number is None else number.to(z.dtype)
-        for kept, context in zip(contexts, self.student.contexts(labels, None, value), strict=True):
+        for kept, context in zip(contexts, self.student.contexts(z, labels, None, number), strict=True):
             kept.copy_(context)  # that of no labels is one for all
         return step(z, 0, rows)[..., : z.shape[2]].clone()
 
@@ -67,13 +65,5 @@ class NativeStudent:
 
 
 def _parts(student: StudentNetwork) -> Parts:
-    rotary = Rotary(student.rotary_cos, student.rotary_sin) if student.position is None else None
-    return Parts(
-        student.proj_in,
-        student.bodies,
-        student.proj_out,
-        student.position,
-        rotary,
-        student.norm,
-        causal=False,
-    )
+    ends = student.proj_in, student.bodies, student.proj_out
+    return Parts(*ends, student.position, student.rotary, student.norm, causal=False)

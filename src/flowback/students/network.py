@@ -114,11 +114,21 @@ class StudentNetwork(ImageModel):
         """The Transformers of the stages."""
         return [stage.body for stage in self.stages]
 
+    @property
+    def rotary(self) -> Rotary | None:
+        """Position code of the tokens, where it is not learned."""
+        return Rotary(self.rotary_cos, self.rotary_sin) if self.position is None else None
+
     def contexts(
-        self, labels: Labels, drop: Bool[Tensor, " b"] | None, number: Float[Tensor, " b"]
+        self,
+        like: Float[Tensor, "b n d"],
+        labels: Labels,
+        drop: Bool[Tensor, " b"] | None,
+        number: Float[Tensor, " b"] | None,
     ) -> list[Float[Tensor, "b w"]]:
-        """What is added to every token of an image before each stage."""
-        features = number_features(number, self.proj_in.out_features).to(number.dtype)
+        """What is added to every token of an image before each stage, in the dtype of the tokens ``like``."""
+        value = like.new_zeros(len(like)) if number is None else number.to(like.dtype)
+        features = number_features(value, self.proj_in.out_features).to(value.dtype)
         embedded = F.silu(self.number(features))
         return [stage.context(labels, drop, embedded) for stage in self.stages]
 
@@ -140,11 +150,9 @@ class StudentNetwork(ImageModel):
         h = self.proj_in(z.to(self.dtype))
         if self.position is not None:
             h = h + self.position
-        rotary = None if self.position is not None else Rotary(self.rotary_cos, self.rotary_sin)
-        value = h.new_zeros(len(z)) if number is None else number.to(h.dtype)
         states = []
-        for stage, context in zip(self.stages, self.contexts(labels, drop, value), strict=True):
-            h = stage(h, context, rotary)
+        for stage, context in zip(self.stages, self.contexts(h, labels, drop, number), strict=True):
+            h = stage(h, context, self.rotary)
             states.append(h)
         # As in the flow, what becomes an image is at least fp32, whatever the dtype of autocast or weights.
         with torch.autocast(h.device.type, enabled=False):
