@@ -60,7 +60,7 @@ class SampleConfig(Checked):
     """Tokens in a window of `--sampler jacobi` or `student+exact`."""
     precision: Literal["fp32", "kv-bf16", "bf16"] = "fp32"
     """Of weights, keys and values while decoding; `kv-bf16` narrows keys and values alone, which is faster on
-    the CPU and a quarter as far from `fp32` as `bf16`."""
+    the CPU and a quarter as far from `fp32` as `bf16`; a student, which keeps none, takes it for `fp32`."""
     batch_size: int = 64
     """Images drawn at once by a process."""
     evaluations: int | None = None
